@@ -1,0 +1,168 @@
+"""Frozen dataclasses that describe a run: one per room, no logic, no arrays.
+
+A recipe (``recipes.py``) is a value of ``Config``; the command line overrides single fields of it; the resolved value is
+written to ``RUN/config.json`` and read back by evaluation and prediction.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+__all__ = ["Config", "DataConfig", "LossConfig", "ModelConfig", "OptimConfig", "TrainConfig"]
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Which network; the fields after ``width`` apply to some families only (None: the family's own default)."""
+
+    name: str = "fcn8s"
+    """A name from the catalogue, `fcn-jax models` lists them."""
+    encoder: Literal["vgg11", "vgg13", "vgg16", "vgg19"] | None = None
+    encoder_norm: Literal["batch"] | None = None
+    """Batch norm after each encoder convolution, as torchvision's vgg16_bn has it."""
+    width: float = 1.0
+    """Multiplies every channel count of the encoder (and of what is built on it)."""
+    fc_features: int | None = None
+    """Channels of fc6 and fc7; by default 4096 x width."""
+    fc6_kernel: int | None = None
+    head_features: int | None = None
+    pool: Literal["ceil", "floor"] | None = None
+    crop: tuple[int, int, int] | None = None
+    """Crop offsets in pixels at pool4, at pool3 and at the output (`pad100`)."""
+    dropout: Literal["element", "channel"] | None = None
+    dropout_rate: float | None = None
+    skip_scales: tuple[float, float] | None = None
+    """Factors on pool4 and pool3 before their score layers ('at once')."""
+    skip_bias: bool | None = None
+    upsample_bias: bool | None = None
+    aux_head: bool | None = None
+    freeze_encoder: bool = False
+    """Keep the encoder as it is: no update, no gradient, batch norm by its running statistics."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """What layers compute in; parameters and loss stay in float32."""
+    precision: Literal["default", "high", "highest"] | None = None
+    init: str | None = None
+    """Weights to start from: a file, see docs; by default from scratch."""
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where images come from and what is done to them before the network sees them."""
+
+    train: str = "shapes/train"
+    """DATASET/SPLIT to train on."""
+    val: str = "shapes/val"
+    """DATASET/SPLIT to validate on."""
+    dir: str | None = None
+    """Folder that holds the extracted data set; `shapes` needs none."""
+    classes: str | None = None
+    """`folder` only: a text file with one class name per line (by default DIR/classes.txt)."""
+    download: bool = False
+    """Fetch the data set into `dir` where it is not there (voc, sbd)."""
+    cache_dir: str = "~/.cache/fcn_jax"
+    """Where prepared (ArrayRecord) copies are kept."""
+    preprocessing: Literal["imagenet", "caffe"] = "imagenet"
+    """RGB mean/std of ImageNet in [0, 1], or BGR minus the Caffe mean in [0, 255]; it belongs to the weights."""
+    input_size: tuple[int, int] | None = None
+    """Height and width every image is resized to before the network; scores stay at the labels' own size."""
+    crop_size: tuple[int, int] | None = None
+    """Height and width of a training crop, padded with the ignore label where the image is smaller; None: whole images."""
+    scale: tuple[float, float] = (1.0, 1.0)
+    """Range of the random scale in training."""
+    flip: bool = True
+    """Mirror left-right with probability 1/2 in training."""
+    jitter: float = 0.0
+    """Strength of the random brightness, contrast and saturation in training; 0.2 means factors in [0.8, 1.2]."""
+    workers: int = 0
+    """Processes that decode and augment; the batches are the same for every number."""
+    shapes_size: tuple[int, int] = (96, 96)
+    """`shapes` only: height and width of the generated images."""
+    shapes_count: int = 2048
+    """`shapes` only: number of generated training images."""
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    """What is minimised."""
+
+    kind: Literal["softmax", "sigmoid"] = "softmax"
+    """Softmax cross-entropy over classes, or sigmoid binary cross-entropy averaged over pixels and classes."""
+    reduction: Literal["mean", "sum"] = "mean"
+    """Mean over the valid pixels of the global batch, or their sum (the paper)."""
+    class_weights: Literal["none", "median"] | tuple[float, ...] = "none"
+    """`median`: median-frequency balancing from the training labels."""
+    hard_fraction: float = 1.0
+    """Keep this fraction of each image's valid pixels, those of the largest loss."""
+    aux_weight: float = 0.4
+    """Weight of the auxiliary head's loss, where the model has one."""
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """SGD with momentum, coupled weight decay and per-parameter multipliers."""
+
+    lr: float = 1e-2
+    momentum: float = 0.9
+    nesterov: bool = False
+    weight_decay: float = 5e-4
+    bias_lr: float = 1.0
+    """Factor on the learning rate of biases (2 in the paper)."""
+    bias_decay: bool = True
+    """Whether biases and batch-norm parameters decay (not in the paper)."""
+    head_lr: float = 1.0
+    """Factor on the learning rate of everything but the encoder (10 in seed 004)."""
+    freeze_upsampling: bool = False
+    """Keep the k = 2s transposed convolutions at their bilinear start."""
+    schedule: Literal["fixed", "poly", "step"] = "fixed"
+    poly_power: float = 0.9
+    step_every: float = 0.33
+    """`step`: fraction of the run after which the rate is divided by ten, again and again."""
+    warmup_steps: int = 0
+    clip_norm: float | None = None
+    """Clip the global gradient norm at this."""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How long, on what, how often."""
+
+    batch_size: int = 16
+    """Images in a step, over all devices and all accumulated parts."""
+    accumulate: int = 1
+    """Split each batch into this many parts, computed one after the other."""
+    epochs: float | None = None
+    steps: int | None = None
+    """Length of the run; `steps` wins over `epochs`."""
+    eval_every: float = 1.0
+    """Epochs between two validations; the last step is always followed by one."""
+    eval_batch_size: int = 8
+    log_every: int = 10
+    """Steps over which the logged loss is averaged."""
+    keep_last: int = 2
+    """Newest checkpoints kept, beside the best."""
+    keep_every: float | None = None
+    """Also keep a checkpoint every so many epochs for good."""
+    pictures_every: int | None = None
+    """Write a picture of labels and predictions every so many training steps."""
+    parallel: Literal["pmap", "mesh"] = "pmap"
+    devices: int | None = None
+    """Number of devices to use; by default all."""
+    remat: bool = False
+    """Recompute each encoder stage in the backward pass instead of storing it."""
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Config:
+    """A whole run."""
+
+    run: str = "runs/shapes"
+    """Folder of the run; the same command again resumes what is in it."""
+    source: str = ""
+    """Where the recipe comes from, and the score its source reports."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)

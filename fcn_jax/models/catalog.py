@@ -1,0 +1,128 @@
+"""Every network by name, how to build it, and how to make its variables."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from fcn_jax.errors import InputError, unknown
+from fcn_jax.models.fcn import FCN, LadderFCN, Pad100FCN, ResizeFCN, SameFCN
+from fcn_jax.models.layers import scaled
+from fcn_jax.models.vgg import ENCODERS, STAGE_CHANNELS
+
+__all__ = ["MODELS", "ModelSpec", "create_model", "init_variables"]
+
+_SCORE_OPTIONS = frozenset(
+    {"fc_features", "fc6_kernel", "pool", "dropout", "dropout_rate", "skip_scales", "skip_bias", "upsample_bias"}
+)
+_COMMON_OPTIONS = frozenset(
+    {"encoder", "encoder_norm", "width", "freeze_encoder", "remat", "dtype", "param_dtype", "precision", "axis_name"}
+)
+_OPTIONS: dict[type[FCN], frozenset[str]] = {
+    SameFCN: _COMMON_OPTIONS | _SCORE_OPTIONS,
+    Pad100FCN: _COMMON_OPTIONS | _SCORE_OPTIONS - {"fc6_kernel"} | {"crop"},
+    LadderFCN: _COMMON_OPTIONS,
+    ResizeFCN: _COMMON_OPTIONS | {"head_features", "dropout", "dropout_rate", "aux_head"},
+}
+_CHOICES: dict[str, tuple[Any, ...]] = {
+    "encoder": tuple(ENCODERS),
+    "encoder_norm": (None, "batch"),
+    "pool": ("ceil", "floor"),
+    "dropout": ("element", "channel"),
+    "precision": (None, "default", "high", "highest", *jax.lax.Precision),
+}
+# Where the default crop at the output comes from: the reference's voc-fcn32s, 16s and 8s net.py.
+_OUTPUT_CROP = {32: 19, 16: 27, 8: 31}
+# 'At once' scales of pool4 and pool3: voc-fcn8s-atonce/net.py of the reference.
+_AT_ONCE = (0.01, 0.0001)
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """A named network: its family and what the name fixes."""
+
+    family: type[FCN]
+    stride: int
+    summary: str
+    fixed: dict[str, Any] = field(default_factory=dict)
+
+
+def _specs() -> dict[str, ModelSpec]:
+    specs: dict[str, ModelSpec] = {}
+    for s in (32, 16, 8):
+        specs[f"fcn{s}s"] = ModelSpec(SameFCN, s, "SAME padding, any size")
+    for s in (32, 16, 8):
+        crop = {"crop": (5, 9, _OUTPUT_CROP[s])}
+        specs[f"fcn{s}s_pad100"] = ModelSpec(Pad100FCN, s, "the Caffe reference", crop)
+    specs["fcn8s_pad100_atonce"] = ModelSpec(
+        Pad100FCN, 8, "the reference trained in one go", {"crop": (5, 9, 31), "skip_scales": _AT_ONCE}
+    )
+    for s in (32, 16, 8):
+        specs[f"fcn{s}s_ladder"] = ModelSpec(LadderFCN, s, "five learned rungs")
+    specs["fcns_ladder"] = ModelSpec(LadderFCN, 2, "five rungs, skips from pool4 to pool1", {"skip_after_norm": True})
+    for s in (32, 16, 8):
+        specs[f"fcn{s}s_resize"] = ModelSpec(ResizeFCN, s, "small head, bilinear interpolation")
+    return specs
+
+
+MODELS: dict[str, ModelSpec] = _specs()
+
+
+def create_model(name: str, num_classes: int, **options: Any) -> FCN:
+    """Build a network by name.
+
+    Args:
+        name: a key of ``MODELS``: ``fcn8s``, ``fcn8s_pad100``, ``fcn8s_ladder``, ``fcn8s_resize`` ...
+        num_classes: classes to tell apart, at least 1.
+        options: of the family, e.g. ``encoder="vgg19"``, ``encoder_norm="batch"``, ``width=0.25``, ``dtype=jnp.bfloat16``.
+            Channel counts that are not given follow the width: ``fc_features`` is 4096 x width, ``head_features`` a quarter
+            of pool5's channels.
+
+    Returns:
+        A ``flax.linen`` module: images (b, h, w, 3) -> logits (b, h, w, num_classes).
+
+    Raises:
+        InputError: an unknown name, option or value, or an option that the family does not have.
+    """
+    if name not in MODELS:
+        raise unknown("model", name, MODELS)
+    spec = MODELS[name]
+    allowed = _OPTIONS[spec.family]
+    for option, value in options.items():
+        if option not in allowed:
+            raise unknown(f"option of {name}", option, sorted(allowed))
+        if option in _CHOICES and value not in _CHOICES[option]:
+            raise unknown(option, value, map(str, _CHOICES[option]))
+    if num_classes < 1:
+        raise InputError(f"expected num_classes >= 1, got {num_classes}; give the number of classes without the void label")
+    settings: dict[str, Any] = {**spec.fixed, **options}
+    _check_numbers(settings)
+    width = settings.get("width", 1.0)
+    if "fc_features" in allowed:
+        settings.setdefault("fc_features", scaled(4096, width))
+    if "head_features" in allowed:
+        settings.setdefault("head_features", max(1, scaled(STAGE_CHANNELS[-1], width) // 4))
+    return spec.family(num_classes=num_classes, stride=spec.stride, **settings)
+
+
+def _check_numbers(settings: dict[str, Any]) -> None:
+    if not settings.get("width", 1.0) > 0:
+        raise InputError(f"expected width > 0, got {settings['width']}; 1.0 is the published network")
+    if not 0 <= settings.get("dropout_rate", 0.0) < 1:
+        raise InputError(f"expected 0 <= dropout_rate < 1, got {settings['dropout_rate']}; 0 turns dropout off")
+    for option in ("fc_features", "fc6_kernel", "head_features"):
+        if not settings.get(option, 1) >= 1:
+            raise InputError(f"expected {option} >= 1, got {settings[option]}; leave it out for the default")
+
+
+def init_variables(model: FCN, key: jax.Array, image_size: tuple[int, int] = (64, 64)) -> dict[str, Any]:
+    """Make a network's variables: {"params": ...} and, where it has batch norm, {"batch_stats": ...}.
+
+    Convolutions start from He's normal distribution, score layers at zero, transposed convolutions of k = 2s bilinear. No
+    shape depends on ``image_size`` (height, width); it must only be a size that the model serves.
+    """
+    images = jnp.zeros((1, *image_size, 3), model.dtype)
+    return dict(jax.jit(model.init)(key, images))

@@ -1,0 +1,168 @@
+"""The layers that every family is built from: convolution, max pooling, batch norm, dropout.
+
+Each matches PyTorch's rule where frameworks differ (ties in pooling, the running variance), because published FCN weights
+were trained there. Dimensions are b h w c throughout.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+__all__ = ["BatchNorm", "Compute", "Dropout", "conv", "max_pool", "scaled"]
+
+
+@dataclass(frozen=True)
+class Compute:
+    """How layers compute: the dtype of activations, the dtype of parameters, the matmul precision, the device axis.
+
+    ``axis_name`` names the ``jax.pmap`` axis that batch-norm statistics are averaged over; under ``jit`` on a mesh the batch
+    is global already and it stays None.
+    """
+
+    dtype: Any = jnp.float32
+    param_dtype: Any = jnp.float32
+    precision: Any = None
+    axis_name: str | None = None
+
+
+def scaled(channels: int, width: float) -> int:
+    """Return a channel count under the width multiplier, at least 1."""
+    return max(1, round(channels * width))
+
+
+def conv(
+    features: int,
+    kernel: int,
+    compute: Compute,
+    *,
+    padding: int | str = "SAME",
+    bias: bool = True,
+    zero: bool = False,
+    name: str | None = None,
+) -> nn.Conv:
+    """Make a stride-1 convolution of a square kernel.
+
+    Args:
+        features: output channels.
+        kernel: side of the kernel.
+        compute: dtypes and precision.
+        padding: pixels added on every side, or "SAME" / "VALID".
+        bias: whether it has one (it starts at zero).
+        zero: start the kernel at zero, as the paper does for score layers; otherwise He's normal initialisation.
+        name: the submodule's name, inside a compact method.
+    """
+    return nn.Conv(
+        features,
+        (kernel, kernel),
+        padding=padding if isinstance(padding, str) else ((padding, padding), (padding, padding)),
+        use_bias=bias,
+        kernel_init=nn.initializers.zeros_init() if zero else nn.initializers.he_normal(),
+        dtype=compute.dtype,
+        param_dtype=compute.param_dtype,
+        precision=compute.precision,
+        name=name,
+    )
+
+
+def _larger(a: jax.Array, b: jax.Array) -> jax.Array:
+    """Return the larger of two; between equals the first, which then takes the whole gradient; NaN wins."""
+    return jnp.where((a >= b) | jnp.isnan(a), a, b)
+
+
+def max_pool(x: jax.Array, mode: Literal["ceil", "floor"]) -> jax.Array:
+    """Take the maximum of 2x2 windows at stride 2.
+
+    Written as the larger of four strided slices, so that its gradient is a few selections and not XLA's select-and-scatter
+    (several times slower on CPU). Of equal maxima the first in row-major order takes the gradient, as in PyTorch
+    (``aten/native/cpu/MaxPoolKernel.cpp``); ``jnp.maximum`` would split it.
+
+    Args:
+        x: (b, h, w, c).
+        mode: what becomes of an odd last row or column: a window of its own ("ceil", Caffe) or dropped ("floor").
+
+    Returns:
+        (b, ceil(h / 2), ceil(w / 2), c) or (b, floor(h / 2), floor(w / 2), c).
+    """
+    _, h, w, _ = x.shape
+    if mode == "ceil":
+        x = jnp.pad(x, ((0, 0), (0, h % 2), (0, w % 2), (0, 0)), constant_values=-np.inf)
+    else:
+        x = x[:, : h - h % 2, : w - w % 2]
+    top = _larger(x[:, ::2, ::2], x[:, ::2, 1::2])
+    bottom = _larger(x[:, 1::2, ::2], x[:, 1::2, 1::2])
+    return _larger(top, bottom)
+
+
+class BatchNorm(nn.Module):
+    """Batch normalisation over b, h, w, synchronised over all devices.
+
+    In training: y = (x - mean) / sqrt(var + 1e-5) * scale + bias with the mean and biased variance of the *global* batch, and
+    running <- 0.9 running + 0.1 batch, where the batch variance is the unbiased one (differs from ``flax.linen.BatchNorm``,
+    equals ``torch.nn.BatchNorm2d``). Otherwise the running statistics are used. Statistics are kept in float32 or better.
+    """
+
+    compute: Compute
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+        """Normalise x (b, h, w, c) over all axes but the last."""
+        compute = self.compute
+        channels = x.shape[-1]
+        stat_dtype = jnp.promote_types(compute.param_dtype, jnp.float32)
+        scale = self.param("scale", nn.initializers.ones_init(), (channels,), compute.param_dtype)
+        bias = self.param("bias", nn.initializers.zeros_init(), (channels,), compute.param_dtype)
+        running_mean = self.variable("batch_stats", "mean", jnp.zeros, (channels,), stat_dtype)
+        running_var = self.variable("batch_stats", "var", jnp.ones, (channels,), stat_dtype)
+        x = x.astype(stat_dtype)
+        if train:
+            mean, var, unbiased = self._statistics(x)
+            if not self.is_initializing() and self.is_mutable_collection("batch_stats"):
+                running_mean.value = 0.9 * running_mean.value + 0.1 * mean
+                running_var.value = 0.9 * running_var.value + 0.1 * unbiased
+        else:
+            mean, var = running_mean.value, running_var.value
+        y = (x - mean) * (jax.lax.rsqrt(var + 1e-5) * scale) + bias
+        return y.astype(compute.dtype)
+
+    def _statistics(self, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Return mean, biased and unbiased variance (c,) of the global batch, in two passes for accuracy."""
+        axes = tuple(range(x.ndim - 1))
+        count = np.prod([x.shape[axis] for axis in axes])
+        mean = jnp.mean(x, axes)
+        if self.compute.axis_name is not None:
+            count = count * jax.lax.axis_size(self.compute.axis_name)
+            mean = jax.lax.pmean(mean, self.compute.axis_name)
+        var = jnp.mean(jnp.square(x - mean), axes)
+        if self.compute.axis_name is not None:
+            var = jax.lax.pmean(var, self.compute.axis_name)
+        # One value has no unbiased variance: torch refuses such a batch, here it counts as zero.
+        return mean, var, var * (count / max(count - 1, 1))
+
+
+class Dropout(nn.Module):
+    """Zero activations with probability ``rate`` and scale the rest by 1 / (1 - rate).
+
+    The mask of an example depends on the "dropout" key and the example's id alone, so that splitting a batch over devices, or
+    into accumulated parts, changes nothing. ``unit`` is what is dropped: an "element" (Caffe) or a whole "channel" of an
+    example (``torch.nn.Dropout2d``).
+    """
+
+    rate: float
+    unit: Literal["element", "channel"]
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool, example_ids: jax.Array) -> jax.Array:
+        """Drop from x (b, h, w, c); ``example_ids`` (b,) are the examples' positions in the global batch."""
+        if not train or self.rate == 0.0:
+            return x
+        _, h, w, c = x.shape
+        shape = (h, w, c) if self.unit == "element" else (1, 1, c)
+        keys = jax.vmap(jax.random.fold_in, (None, 0))(self.make_rng("dropout"), example_ids)
+        keep = jax.vmap(lambda key: jax.random.bernoulli(key, 1.0 - self.rate, shape))(keys)
+        return jnp.where(keep, x / (1.0 - self.rate), 0).astype(x.dtype)

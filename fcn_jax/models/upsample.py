@@ -1,0 +1,140 @@
+"""Upsampling: transposed convolution in its polyphase form, and bilinear interpolation."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fcn_jax.models.layers import Compute
+
+__all__ = ["TransposedConv", "bilinear_init", "bilinear_kernel", "resize_bilinear", "transposed_conv"]
+
+
+def transposed_conv(
+    x: jax.Array, kernel: jax.Array, stride: int, padding: int = 0, output_padding: int = 0, precision: Any = None
+) -> jax.Array:
+    """Convolve with the stride on the output side, exactly, as one matrix product.
+
+    out[o] = sum over i of x[i] kernel[o + padding - i stride], per axis. Output pixels that share their phase
+    (o + padding) mod stride meet the same ceil(k / stride) taps per axis, so the sum is a dense product of the shifted inputs
+    with the kernel cut into stride x stride phases: no zeros are inserted and multiplied, and the gradient is matrix products
+    too. Equal to ``torch.nn.functional.conv_transpose2d`` with the kernel's axes in the order (k, k, in, out).
+
+    Args:
+        x: (b, h, w, c_in).
+        kernel: (k, k, c_in, c_out).
+        stride: the factor s of the upsampling.
+        padding: rows and columns cut from every side of the full output.
+        output_padding: rows and columns kept beyond that at the bottom and right.
+        precision: of the product, see ``jax.lax.Precision``.
+
+    Returns:
+        (b, h', w', c_out) with h' = (h - 1) s - 2 padding + k + output_padding, and w' likewise.
+    """
+    b, h, w, c_in = x.shape
+    k, c_out = kernel.shape[0], kernel.shape[3]
+    taps = -(-k // stride)
+    whole = taps * stride
+    kernel = jnp.pad(kernel, ((0, whole - k), (0, whole - k), (0, 0), (0, 0)))
+    kernel = kernel.reshape(taps, stride, taps, stride, c_in, c_out).transpose(0, 2, 4, 1, 3, 5)
+    rows, columns = h + taps - 1, w + taps - 1
+    margin = (taps - 1, taps - 1)
+    x = jnp.pad(x, ((0, 0), margin, margin, (0, 0)))
+    shifts = [
+        x[:, taps - 1 - i : taps - 1 - i + rows, taps - 1 - j : taps - 1 - j + columns]
+        for i in range(taps)
+        for j in range(taps)
+    ]
+    cells = jnp.matmul(
+        jnp.concatenate(shifts, axis=-1),
+        kernel.reshape(taps * taps * c_in, stride * stride * c_out),
+        precision=precision,
+    )
+    full = cells.reshape(b, rows, columns, stride, stride, c_out).transpose(0, 1, 3, 2, 4, 5)
+    full = full.reshape(b, rows * stride, columns * stride, c_out)
+    out_h, out_w = ((n - 1) * stride - 2 * padding + k + output_padding for n in (h, w))
+    return full[:, padding : padding + out_h, padding : padding + out_w]
+
+
+def bilinear_kernel(k: int) -> np.ndarray:
+    """Return the (k, k) float64 kernel with which a transposed convolution interpolates bilinearly.
+
+    Source: the bilinear filler of Caffe (``include/caffe/filler.hpp``), and ``surgery.py`` of the FCN reference.
+    """
+    factor = (k + 1) // 2
+    centre = factor - 1 if k % 2 else factor - 0.5
+    line = 1 - np.abs(np.arange(k) - centre) / factor
+    return np.outer(line, line)
+
+
+def bilinear_init(key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.Array:
+    """Initialise a (k, k, c, c) kernel to upsample each channel bilinearly on its own; ``key`` is not used."""
+    del key
+    kernel = bilinear_kernel(shape[0])[:, :, None, None] * np.eye(shape[2], shape[3])
+    return jnp.asarray(kernel, dtype)
+
+
+class TransposedConv(nn.Module):
+    """A transposed convolution with PyTorch's geometry; bilinear at the start unless ``bilinear`` is off (He normal then)."""
+
+    features: int
+    kernel_size: int
+    stride: int
+    compute: Compute
+    padding: int = 0
+    output_padding: int = 0
+    use_bias: bool = False
+    bilinear: bool = True
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Upsample x (b, h, w, c), see ``transposed_conv``."""
+        compute, k = self.compute, self.kernel_size
+        init = bilinear_init if self.bilinear else nn.initializers.he_normal()
+        kernel = self.param("kernel", init, (k, k, x.shape[-1], self.features), compute.param_dtype)
+        y = transposed_conv(
+            x.astype(compute.dtype),
+            kernel.astype(compute.dtype),
+            self.stride,
+            self.padding,
+            self.output_padding,
+            compute.precision,
+        )
+        if self.use_bias:
+            bias = self.param("bias", nn.initializers.zeros_init(), (self.features,), compute.param_dtype)
+            y = y + bias.astype(compute.dtype)
+        return y
+
+
+def _interpolation(size: int, new_size: int) -> np.ndarray:
+    """Return the (new_size, size) float64 matrix that interpolates linearly between aligned corners."""
+    position = np.arange(new_size) * ((size - 1) / (new_size - 1) if new_size > 1 else 0.0)
+    low = np.minimum(np.floor(position).astype(int), size - 1)
+    high = np.minimum(low + 1, size - 1)
+    matrix = np.zeros((new_size, size))
+    np.add.at(matrix, (np.arange(new_size), low), 1 - (position - low))
+    np.add.at(matrix, (np.arange(new_size), high), position - low)
+    return matrix
+
+
+def resize_bilinear(x: jax.Array, size: tuple[int, int], precision: Any = None) -> jax.Array:
+    """Resize bilinearly with corners aligned, as two matrix products.
+
+    Equal to ``torch.nn.functional.interpolate(mode="bilinear", align_corners=True)``, at any size.
+
+    Args:
+        x: (b, h, w, c).
+        size: the new height and width.
+        precision: of the products.
+
+    Returns:
+        (b, height, width, c).
+    """
+    rows = jnp.asarray(_interpolation(x.shape[1], size[0]), x.dtype)
+    columns = jnp.asarray(_interpolation(x.shape[2], size[1]), x.dtype)
+    x = jnp.einsum("Hh,bhwc->bHwc", rows, x, precision=precision)
+    return jnp.einsum("Ww,bHwc->bHWc", columns, x, precision=precision)
