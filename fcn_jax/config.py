@@ -17,7 +17,7 @@ class ModelConfig:
     """Which network; the fields after ``width`` apply to some families only (None: the family's own default)."""
 
     name: str = "fcn8s"
-    """A name from the catalogue, `fcn-jax models` lists them."""
+    """A name from the catalogue; an unknown one lists them."""
     encoder: Literal["vgg11", "vgg13", "vgg16", "vgg19"] | None = None
     encoder_norm: Literal["batch"] | None = None
     """Batch norm after each encoder convolution, as torchvision's vgg16_bn has it."""
@@ -43,7 +43,7 @@ class ModelConfig:
     """What layers compute in; parameters and loss stay in float32."""
     precision: Literal["default", "high", "highest"] | None = None
     init: str | None = None
-    """Weights to start from: a file, see docs; by default from scratch."""
+    """Start from these weights: a .safetensors or .pth file, or another run's folder; by default from scratch."""
 
 
 @dataclass(frozen=True)
@@ -68,8 +68,10 @@ class DataConfig:
     """Height and width every image is resized to before the network; scores stay at the labels' own size."""
     crop_size: tuple[int, int] | None = None
     """Height and width of a training crop, padded with the ignore label where the image is smaller; None: whole images."""
+    base_size: int | None = None
+    """Training images are first resized so that their shorter side has this many pixels; None: they keep their size."""
     scale: tuple[float, float] = (1.0, 1.0)
-    """Range of the random scale in training."""
+    """Range of the random scale in training, times the base size or the image's own."""
     flip: bool = True
     """Mirror left-right with probability 1/2 in training."""
     jitter: float = 0.0
@@ -145,9 +147,6 @@ class TrainConfig:
     """Also keep a checkpoint every so many epochs for good."""
     pictures_every: int | None = None
     """Write a picture of labels and predictions every so many training steps."""
-    parallel: Literal["pmap", "mesh"] = "pmap"
-    devices: int | None = None
-    """Number of devices to use; by default all."""
     remat: bool = False
     """Recompute each encoder stage in the backward pass instead of storing it."""
     seed: int = 0
@@ -159,8 +158,10 @@ class Config:
 
     run: str = "runs/shapes"
     """Folder of the run; the same command again resumes what is in it."""
-    source: str = ""
-    """Where the recipe comes from, and the score its source reports."""
+    parallel: Literal["pmap", "mesh"] = "pmap"
+    """Run the step under jax.pmap, or under jit on a mesh; the numbers are the same."""
+    devices: int | None = None
+    """Number of devices to use; by default all."""
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     loss: LossConfig = field(default_factory=LossConfig)

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from fcn_jax.config import ModelConfig
 from fcn_jax.errors import InputError, unknown
 from fcn_jax.models.fcn import FCN, LadderFCN, Pad100FCN, ResizeFCN, SameFCN
 from fcn_jax.models.layers import scaled
 from fcn_jax.models.vgg import ENCODERS, STAGE_CHANNELS
 
-__all__ = ["MODELS", "ModelSpec", "create_model", "init_variables"]
+__all__ = ["MODELS", "ModelSpec", "create_model", "init_variables", "model_from_config"]
 
 _SCORE_OPTIONS = frozenset(
     {"fc_features", "fc6_kernel", "pool", "dropout", "dropout_rate", "skip_scales", "skip_bias", "upsample_bias"}
@@ -34,6 +35,7 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
     "dropout": ("element", "channel"),
     "precision": (None, "default", "high", "highest", *jax.lax.Precision),
 }
+_DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 # Where the default crop at the output comes from: the reference's voc-fcn32s, 16s and 8s net.py.
 _OUTPUT_CROP = {32: 19, 16: 27, 8: 31}
 # 'At once' scales of pool4 and pool3: voc-fcn8s-atonce/net.py of the reference.
@@ -106,6 +108,18 @@ def create_model(name: str, num_classes: int, **options: Any) -> FCN:
     if "head_features" in allowed:
         settings.setdefault("head_features", max(1, scaled(STAGE_CHANNELS[-1], width) // 4))
     return spec.family(num_classes=num_classes, stride=spec.stride, **settings)
+
+
+def model_from_config(config: ModelConfig, num_classes: int, remat: bool = False) -> FCN:
+    """Build the network that a run's config describes; fields left at None take the family's default.
+
+    Raises:
+        InputError: as ``create_model``.
+    """
+    options = {item.name: getattr(config, item.name) for item in fields(config)}
+    name, dtype, _ = options.pop("name"), options.pop("dtype"), options.pop("init")
+    given = {option: value for option, value in options.items() if value is not None}
+    return create_model(name, num_classes, dtype=_DTYPES[dtype], remat=remat, **given)
 
 
 def _check_numbers(settings: dict[str, Any]) -> None:

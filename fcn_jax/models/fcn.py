@@ -16,7 +16,7 @@ from fcn_jax.errors import InputError
 from fcn_jax.models.heads import FullyConvolutionalHead, SmallHead
 from fcn_jax.models.layers import BatchNorm, Compute, conv, scaled
 from fcn_jax.models.upsample import TransposedConv, resize_bilinear
-from fcn_jax.models.vgg import ENCODERS, STAGE_CHANNELS, VGG
+from fcn_jax.models.vgg import ENCODERS, VGG
 
 __all__ = ["FCN", "LadderFCN", "Pad100FCN", "ResizeFCN", "SameFCN", "ScoreFCN"]
 

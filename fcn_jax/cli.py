@@ -1,0 +1,236 @@
+"""The command lines: `fcn-jax COMMAND`, and what train.py and eval.py call."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import re
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import cv2
+import jax
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+from fcn_jax.config import Config
+from fcn_jax.data.datasets import load
+from fcn_jax.data.labels import decode_image
+from fcn_jax.data.pipeline import make_eval_batches
+from fcn_jax.data.transforms import resize_image
+from fcn_jax.errors import InputError, unknown
+from fcn_jax.evaluation.evaluate import evaluate, make_predictor
+from fcn_jax.evaluation.figures import overlay, save_confusion, save_palette_png, save_panel
+from fcn_jax.evaluation.inference import make_image_predictor
+from fcn_jax.models import create_model, summarize
+from fcn_jax.recipes import DEFAULT_RECIPE, RECIPES
+from fcn_jax.runs import RunFolder
+from fcn_jax.training.loop import score_table, train
+from fcn_jax.training.parallel import make_mesh
+from fcn_jax.training.setup import open_trained
+
+__all__ = ["guarded", "main", "run_eval", "run_train"]
+
+Arguments = Sequence[str]
+
+
+@dataclass(frozen=True)
+class EvalArguments:
+    """Score a trained run."""
+
+    run: Path
+    """The run's folder."""
+    checkpoint: str = "best"
+    """best (by mean IU on the validation split), last, or a step's number."""
+    split: str | None = None
+    """DATASET/SPLIT; by default the run's validation split."""
+    dir: str | None = None
+    """Folder of the data set, where it is not where it was in training."""
+    batch_size: int | None = None
+    """Images at once; by default as in training, which gives the same numbers to the last digit."""
+
+
+@dataclass(frozen=True)
+class PredictArguments:
+    """Write a label map and an overlay for each image."""
+
+    images: tyro.conf.Positional[tuple[Path, ...]]
+    """Image files of any size."""
+    run: Path
+    """The run's folder."""
+    out: Path
+    """Folder to write to."""
+    checkpoint: str = "best"
+    """best, last, or a step's number."""
+
+
+@dataclass(frozen=True)
+class SummaryArguments:
+    """Print the layer table of a network."""
+
+    model: tyro.conf.Positional[str]
+    """A name from the catalogue."""
+    image_size: tuple[int, int] = (500, 500)
+    """Height and width in pixels."""
+    num_classes: int = 21
+    encoder: Literal["vgg11", "vgg13", "vgg16", "vgg19"] = "vgg16"
+    encoder_norm: Literal["batch"] | None = None
+    width: float = 1.0
+
+
+def _plain(message: str) -> str:
+    """Make one line of the parser's boxed message."""
+    lines = (re.sub(r"[│─╭╮╰╯]", " ", line).strip() for line in message.splitlines())
+    return re.sub(r"\s+", " ", "; ".join(line for line in lines if line))
+
+
+def _parse(parse: Callable[..., Any], arguments: Arguments, **options: Any) -> Any:
+    """Parse a command line; what it cannot read becomes an InputError of one line."""
+    message = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(message):
+            return parse(args=list(arguments), **options)
+    except SystemExit as stop:
+        if stop.code:
+            raise InputError(_plain(message.getvalue())) from None
+        raise
+
+
+def run_train(arguments: Arguments) -> int:
+    """Train: [RECIPE] [--field value ...]; without a recipe, `shapes`."""
+    if not arguments or arguments[0].startswith("-") and arguments[0] not in ("-h", "--help"):
+        arguments = [DEFAULT_RECIPE, *arguments]
+    if not arguments[0].startswith("-") and arguments[0] not in RECIPES:
+        raise unknown("recipe", arguments[0], RECIPES)
+    recipes = {name: (f"{recipe.source}. Score: {recipe.score}", recipe.config) for name, recipe in RECIPES.items()}
+    config: Config = _parse(
+        lambda args: tyro.extras.overridable_config_cli(recipes, prog="train.py", args=args), arguments
+    )
+    console = Console()
+    recipe = RECIPES[arguments[0]]
+    console.print(f"{recipe.name}: {recipe.source}; score there: {recipe.score}", highlight=False)
+    train(config, console)
+    return 0
+
+
+def run_eval(arguments: Arguments) -> int:
+    """Evaluate a run; prints the scores and writes them to RUN/eval.json."""
+    given: EvalArguments = _parse(lambda args: tyro.cli(EvalArguments, prog="eval.py", args=args), arguments)
+    trained = open_trained(given.run, given.checkpoint)
+    data = trained.config.data if given.dir is None else replace(trained.config.data, dir=given.dir)
+    name = given.split or data.val
+    split = load(name, data)
+    if split.class_names != trained.dataset.class_names:
+        raise InputError(f"{name} has other classes than {given.run} was trained on; choose a split of {trained.dataset.name}")
+    mesh = make_mesh(jax.devices()[: trained.config.devices])
+    batches = make_eval_batches(split, data, given.batch_size or trained.config.train.eval_batch_size)
+    predict = make_predictor(trained.model, data.preprocessing, mesh)
+    result = evaluate(predict, trained.variables, batches, split.num_classes, keep=6)
+    Console().print(score_table(result.scores, split.class_names, f"step {trained.step}, {name}"))
+    folder = RunFolder(given.run)
+    content = {
+        "scores": result.scores.to_json(),
+        "class_names": split.class_names,
+        "confusion": result.confusion.tolist(),
+        "split": name,
+        "images": result.images,
+        "step": trained.step,
+    }
+    (folder.path / "eval.json").write_text(json.dumps(content, indent=2) + "\n")
+    save_confusion(folder.figures / "eval_confusion.png", result.confusion, split.class_names)
+    save_panel(folder.figures / "eval_panel.png", result.samples, split.palette, split.class_names)
+    print(f"scores in {folder.path / 'eval.json'}, figures in {folder.figures}")
+    return 0
+
+
+def run_predict(arguments: Arguments) -> int:
+    """Predict images with a run's model."""
+    given: PredictArguments = _parse(lambda args: tyro.cli(PredictArguments, prog="fcn-jax predict", args=args), arguments)
+    if not given.images:
+        raise InputError("no image given; name one or more image files")
+    outputs = [given.out / f"{image.stem}.png" for image in given.images]
+    if len(set(outputs)) < len(outputs):
+        raise InputError("two of the images share a name and would overwrite each other; predict them into two folders")
+    trained = open_trained(given.run, given.checkpoint)
+    data = trained.config.data
+    by_size = make_predictor(trained.model, data.preprocessing)
+    any_size = make_image_predictor(trained.model, data.preprocessing)
+    given.out.mkdir(parents=True, exist_ok=True)
+    for path, out in zip(given.images, outputs, strict=True):
+        image = decode_image(_read(path), str(path))
+        if data.input_size is None:
+            labels = any_size(trained.variables, image)
+        else:
+            labels = by_size(trained.variables, resize_image(image, data.input_size)[None], image.shape[:2])[0]
+        save_palette_png(out, labels, trained.dataset.palette)
+        blended = overlay(image, labels, trained.dataset.palette)
+        cv2.imwrite(str(out.with_name(f"{path.stem}_overlay.png")), cv2.cvtColor(blended, cv2.COLOR_RGB2BGR))
+        print(f"{path}: {image.shape[0]}x{image.shape[1]} -> {out}")
+    return 0
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror}; name an image file") from error
+
+
+def run_summary(arguments: Arguments) -> int:
+    """Print a network's layers: output shapes, parameters, FLOPs."""
+    given: SummaryArguments = _parse(lambda args: tyro.cli(SummaryArguments, prog="fcn-jax summary", args=args), arguments)
+    model = create_model(
+        given.model, given.num_classes, encoder=given.encoder, encoder_norm=given.encoder_norm, width=given.width
+    )
+    rows = summarize(model, given.image_size)
+    table = Table(title=f"{given.model}, {given.encoder}, image {given.image_size[0]}x{given.image_size[1]}")
+    for column in ("layer", "kind", "output b h w c"):
+        table.add_column(column, overflow="fold")
+    table.add_column("parameters", justify="right")
+    table.add_column("MFLOPs", justify="right")
+    for row in rows:
+        shape = " ".join(map(str, row.shape))
+        table.add_row(row.path, row.kind, shape, f"{row.parameters:,}", f"{row.flops / 1e6:,.1f}")
+    table.add_section()
+    parameters, flops = sum(row.parameters for row in rows), sum(row.flops for row in rows)
+    table.add_row("total", "", "", f"{parameters:,}", f"{flops / 1e6:,.1f}")
+    Console().print(table)
+    return 0
+
+
+COMMANDS: dict[str, Callable[[Arguments], int]] = {
+    "train": run_train,
+    "eval": run_eval,
+    "predict": run_predict,
+    "summary": run_summary,
+}
+
+
+def guarded(command: Callable[[Arguments], int], arguments: Arguments) -> int:
+    """Run a command; a user's mistake becomes one line on stderr and exit code 2."""
+    try:
+        return command(arguments)
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def _dispatch(arguments: Arguments) -> int:
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print("usage: fcn-jax COMMAND ...; `fcn-jax COMMAND --help` explains one\n")
+        for name, command in COMMANDS.items():
+            print(f"  {name:10}{(command.__doc__ or '').splitlines()[0]}")
+        return 0
+    if arguments[0] not in COMMANDS:
+        raise unknown("command", arguments[0], COMMANDS)
+    return COMMANDS[arguments[0]](arguments[1:])
+
+
+def main() -> int:
+    """Run `fcn-jax COMMAND ...`."""
+    return guarded(_dispatch, sys.argv[1:])

@@ -1,0 +1,110 @@
+"""One confusion matrix over a whole split, at the labels' own size; the same code in training and in eval.py."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from fcn_jax import metrics
+from fcn_jax.models.fcn import FCN
+from fcn_jax.preprocessing import normalize
+
+__all__ = ["Evaluation", "Predictor", "Sample", "evaluate", "make_predictor"]
+
+Predictor = Callable[[Mapping[str, Any], np.ndarray, tuple[int, int]], np.ndarray]
+"""(variables, RGB images uint8 (b, h, w, 3), label size (H, W)) -> classes uint8 (b, H, W)."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One image with its truth and what was predicted."""
+
+    name: str
+    image: np.ndarray
+    label: np.ndarray
+    prediction: np.ndarray
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The counts over a split, and its first few images."""
+
+    confusion: np.ndarray
+    samples: tuple[Sample, ...]
+    images: int
+
+    @property
+    def scores(self) -> metrics.Scores:
+        """The paper's four scores and the IU of each class."""
+        return metrics.scores(self.confusion)
+
+
+def make_predictor(model: FCN, preprocessing: str, mesh: Mesh | None = None) -> Predictor:
+    """Make the function from images to class maps.
+
+    Where the labels have another size than the image that the network sees (``data.input_size``), the logits are
+    interpolated to it before the class is chosen.
+
+    Args:
+        model: the network.
+        preprocessing: what its weights expect.
+        mesh: devices to spread a batch over, where its size is a multiple of theirs; by default one.
+    """
+
+    def forward(variables: Mapping[str, Any], images: jax.Array, size: tuple[int, int]) -> jax.Array:
+        logits = model.apply(variables, normalize(images, preprocessing, model.param_dtype), train=False)
+        assert isinstance(logits, jax.Array)  # an auxiliary head speaks in training only
+        if logits.shape[1:3] != size:
+            logits = jax.image.resize(logits, (logits.shape[0], *size, logits.shape[3]), "bilinear")
+        return jnp.argmax(logits, axis=-1).astype(jnp.uint8)
+
+    compiled = jax.jit(forward, static_argnums=2)
+
+    def predict(variables: Mapping[str, Any], images: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+        placed: Any = images
+        if mesh is not None:
+            whole = len(images) % mesh.size == 0
+            placed = jax.device_put(images, NamedSharding(mesh, PartitionSpec("batch" if whole else None)))
+        return np.asarray(compiled(variables, placed, size))
+
+    return predict
+
+
+def evaluate(
+    predict: Predictor,
+    variables: Mapping[str, Any],
+    batches: Iterable[Mapping[str, Any]],
+    num_classes: int,
+    keep: int = 0,
+    on_batch: Callable[[int], None] | None = None,
+) -> Evaluation:
+    """Score a split.
+
+    Args:
+        predict: from ``make_predictor``.
+        variables: the model's.
+        batches: ``{"image", "label", "name", "valid"}``, see ``data.pipeline.make_eval_batches``.
+        num_classes: number of classes.
+        keep: how many of the first images to keep for a picture.
+        on_batch: called with the number of images so far.
+    """
+    confusion = np.zeros((num_classes, num_classes), np.int64)
+    samples: list[Sample] = []
+    images = 0
+    for batch in batches:
+        labels = batch["label"]
+        predictions = predict(variables, batch["image"], labels.shape[1:3])
+        valid = np.asarray(batch["valid"])
+        confusion += metrics.confusion_matrix(labels[valid], predictions[valid], num_classes)
+        for row in np.flatnonzero(valid)[: keep - len(samples)]:
+            samples.append(Sample(batch["name"][row], batch["image"][row], labels[row], predictions[row]))
+        images += int(valid.sum())
+        if on_batch is not None:
+            on_batch(images)
+    return Evaluation(confusion, tuple(samples), images)

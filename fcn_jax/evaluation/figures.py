@@ -1,0 +1,114 @@
+"""The pictures of a run: curves, confusion matrix, panels, label maps."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+from PIL import Image
+
+from fcn_jax.evaluation.evaluate import Sample
+
+__all__ = ["colour_labels", "overlay", "save_confusion", "save_curves", "save_palette_png", "save_panel"]
+
+Palette = Sequence[tuple[int, int, int]]
+_VOID = (224, 224, 192)  # the colour of VOC's void border
+
+
+def _table(palette: Palette) -> np.ndarray:
+    table = np.zeros((256, 3), np.uint8)
+    table[: len(palette)] = palette
+    table[255] = _VOID
+    return table
+
+
+def colour_labels(labels: np.ndarray, palette: Palette) -> np.ndarray:
+    """Paint labels (h, w) in the palette's RGB colours, 255 in VOC's cream: uint8 (h, w, 3)."""
+    return _table(palette)[labels]
+
+
+def overlay(image: np.ndarray, labels: np.ndarray, palette: Palette, strength: float = 0.5) -> np.ndarray:
+    """Blend an RGB image (h, w, 3) with the colours of its labels (h, w)."""
+    return cv2.addWeighted(image, 1 - strength, colour_labels(labels, palette), strength, 0)
+
+
+def save_palette_png(path: Path, labels: np.ndarray, palette: Palette) -> None:
+    """Write labels (h, w) as a PNG whose indices are the class ids and whose palette shows their colours, as VOC's masks."""
+    picture = Image.fromarray(labels.astype(np.uint8))
+    picture.putpalette(_table(palette).ravel().tolist())
+    picture.save(path)
+
+
+def _save(figure: Figure, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110, bbox_inches="tight")
+
+
+def save_curves(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+    """Draw the loss and the validation scores by step from the rows of metrics.jsonl."""
+    rows = list(rows)
+    train = [row for row in rows if row["kind"] == "train"]
+    val = [row for row in rows if row["kind"] == "val"]
+    figure = Figure(figsize=(10, 3.6))
+    left, right = figure.subplots(1, 2)
+    left.plot([row["step"] for row in train], [row["loss"] for row in train], linewidth=1)
+    left.set(xlabel="step", ylabel="training loss")
+    positive = [row["loss"] for row in train if row["loss"] and row["loss"] > 0]
+    if positive and max(positive) > 20 * min(positive):
+        left.set_yscale("log")
+    for name in ("pixel_accuracy", "mean_accuracy", "mean_iu", "frequency_weighted_iu"):
+        points = [(row["step"], row["scores"][name]) for row in val if row["scores"][name] is not None]
+        right.plot(*zip(*points, strict=True) if points else ((), ()), marker="o", markersize=3, label=name.replace("_", " "))
+    right.set(xlabel="step", ylabel="validation score", ylim=(0, 1))
+    right.legend(fontsize=8)
+    for axes in (left, right):
+        axes.grid(alpha=0.3)
+    _save(figure, path)
+
+
+def save_confusion(path: Path, confusion: np.ndarray, class_names: Sequence[str]) -> None:
+    """Draw a confusion matrix, each row divided by its pixels; rows are truth."""
+    n = len(class_names)
+    total = confusion.sum(1, keepdims=True)
+    share = np.divide(confusion, total, out=np.zeros(confusion.shape), where=total > 0)
+    side = max(4.0, 0.45 * n + 2)
+    figure = Figure(figsize=(side, side))
+    axes = figure.subplots()
+    axes.imshow(share, cmap="Blues", vmin=0, vmax=1)
+    axes.set_xticks(range(n), class_names, rotation=90, fontsize=8)
+    axes.set_yticks(range(n), class_names, fontsize=8)
+    axes.set(xlabel="predicted", ylabel="truth")
+    for i, j in np.ndindex(n, n):
+        if share[i, j] >= 0.005:
+            colour = "white" if share[i, j] > 0.5 else "black"
+            axes.text(j, i, f"{100 * share[i, j]:.0f}", ha="center", va="center", fontsize=7, color=colour)
+    _save(figure, path)
+
+
+def save_panel(path: Path, samples: Sequence[Sample], palette: Palette, class_names: Sequence[str]) -> None:
+    """Draw image, truth and prediction side by side, a row for each sample, with the classes that occur as a legend."""
+    if not samples:
+        return
+    h, w = samples[0].label.shape
+    figure = Figure(figsize=(9, 3 * len(samples) * h / w + 0.6))
+    grid = figure.subplots(len(samples), 3, squeeze=False)
+    for row, sample in zip(grid, samples, strict=True):
+        truth, guess = (colour_labels(labels, palette) for labels in (sample.label, sample.prediction))
+        for axes, picture in zip(row, (sample.image, truth, guess), strict=True):
+            axes.imshow(picture, interpolation="nearest")
+            axes.set_axis_off()
+    for axes, title in zip(grid[0], ("image", "truth", "prediction"), strict=True):
+        axes.set_title(title, fontsize=10)
+    seen = np.unique(np.concatenate([np.unique((s.label, s.prediction)) for s in samples]))
+    table = _table(palette) / 255
+    patches = [
+        Patch(facecolor=table[i], edgecolor="grey", label=class_names[i] if i < len(class_names) else "void") for i in seen
+    ]
+    figure.subplots_adjust(wspace=0.03, hspace=0.03)
+    figure.legend(handles=patches, loc="lower center", ncol=min(7, len(patches)), fontsize=8, bbox_to_anchor=(0.5, -0.01))
+    _save(figure, path)

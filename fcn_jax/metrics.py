@@ -1,0 +1,87 @@
+"""The paper's four scores from one integer confusion matrix: counts in, merged by adding, reduced once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+__all__ = ["Scores", "confusion_matrix", "scores"]
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Fractions in [0, 1]; NaN where there is nothing to score.
+
+    Source: Long, Shelhamer & Darrell 2015, section 5, with n_ij pixels of class i predicted as j and t_i = sum_j n_ij.
+    """
+
+    pixel_accuracy: float
+    """sum_i n_ii / sum_i t_i."""
+    mean_accuracy: float
+    """Mean of n_ii / t_i over the classes that occur in the truth."""
+    mean_iu: float
+    """Mean of the IU over the classes that occur in the truth or are predicted."""
+    frequency_weighted_iu: float
+    """sum_i t_i IU_i / sum_i t_i."""
+    per_class_iu: np.ndarray
+    """(num_classes,) n_ii / (t_i + sum_j n_ji - n_ii); NaN for a class that neither occurs nor is predicted."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain numbers, NaN as None."""
+        plain = {name: value for name, value in vars(self).items() if name != "per_class_iu"}
+        numbers: dict[str, Any] = {name: None if np.isnan(value) else float(value) for name, value in plain.items()}
+        numbers["per_class_iu"] = [None if np.isnan(value) else float(value) for value in self.per_class_iu]
+        return numbers
+
+
+def confusion_matrix(labels: Any, predictions: Any, num_classes: int, ignore: int = 255) -> np.ndarray:
+    """Count pixels by true and predicted class.
+
+    Args:
+        labels: integers of any shape, 0 ... num_classes - 1 or ``ignore``.
+        predictions: integers of the same shape, 0 ... num_classes - 1 wherever the label is not ignored.
+        num_classes: number of classes.
+        ignore: label of pixels that are not counted.
+
+    Returns:
+        (num_classes, num_classes) int64, rows are truth; matrices of disjoint pixels add.
+
+    Raises:
+        ValueError: shapes differ, or a counted pixel has a label or prediction outside the classes.
+    """
+    labels, predictions = np.asarray(labels), np.asarray(predictions)
+    if labels.shape != predictions.shape:
+        raise ValueError(f"expected labels and predictions of one shape, got {labels.shape} and {predictions.shape}")
+    valid = labels != ignore
+    truth, guess = labels[valid].astype(np.int64), predictions[valid].astype(np.int64)
+    for what, values in (("label", truth), ("prediction", guess)):
+        outside = values[(values < 0) | (values >= num_classes)]
+        if outside.size:
+            raise ValueError(
+                f"expected every {what} in 0 ... {num_classes - 1} or, for labels, {ignore}, got {outside[0]}; "
+                "check the class list"
+            )
+    counts = np.bincount(truth * num_classes + guess, minlength=num_classes**2)
+    return counts.reshape(num_classes, num_classes).astype(np.int64)
+
+
+def scores(confusion: np.ndarray) -> Scores:
+    """Reduce a confusion matrix (num_classes, num_classes), rows are truth, to the paper's scores."""
+    confusion = np.asarray(confusion)
+    hit = np.diag(confusion).astype(np.float64)
+    truth = confusion.sum(1).astype(np.float64)
+    union = truth + confusion.sum(0) - hit
+    accuracy = np.divide(hit, truth, out=np.full_like(hit, np.nan), where=truth > 0)
+    iu = np.divide(hit, union, out=np.full_like(hit, np.nan), where=union > 0)
+    total = truth.sum()
+    if total == 0:
+        return Scores(np.nan, np.nan, np.nan, np.nan, iu)
+    return Scores(
+        pixel_accuracy=float(hit.sum() / total),
+        mean_accuracy=float(accuracy[truth > 0].mean()),
+        mean_iu=float(iu[union > 0].mean()),
+        frequency_weighted_iu=float((truth[truth > 0] * iu[truth > 0]).sum() / total),
+        per_class_iu=iu,
+    )

@@ -1,0 +1,51 @@
+"""From 8-bit RGB images to what the encoder was trained on. It belongs to the weights and travels with them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fcn_jax.errors import unknown
+
+__all__ = ["MEAN_COLOURS", "PREPROCESSINGS", "normalize"]
+
+# ImageNet RGB mean and standard deviation in [0, 1]: torchvision's VGG weights (models/vgg.py).
+_IMAGENET_MEAN = np.array([0.485, 0.456, 0.406])
+_IMAGENET_STD = np.array([0.229, 0.224, 0.225])
+# BGR mean in [0, 255] of the FCN reference (voc_layers.py).
+_CAFFE_BGR_MEAN = np.array([104.00699, 116.66877, 122.67892])
+
+
+def _imagenet(images: jax.Array) -> jax.Array:
+    return (images / 255.0 - jnp.asarray(_IMAGENET_MEAN, images.dtype)) / jnp.asarray(_IMAGENET_STD, images.dtype)
+
+
+def _caffe(images: jax.Array) -> jax.Array:
+    return images[..., ::-1] - jnp.asarray(_CAFFE_BGR_MEAN, images.dtype)
+
+
+PREPROCESSINGS: dict[str, Callable[[jax.Array], jax.Array]] = {"imagenet": _imagenet, "caffe": _caffe}
+MEAN_COLOURS: dict[str, tuple[int, int, int]] = {
+    "imagenet": tuple(round(255 * value) for value in _IMAGENET_MEAN.tolist()),
+    "caffe": tuple(round(value) for value in _CAFFE_BGR_MEAN[::-1].tolist()),
+}
+"""The 8-bit RGB colour nearest to zero after preprocessing: what padding is filled with."""
+
+
+def normalize(images: jax.Array, preprocessing: str, dtype: jnp.dtype = jnp.float32) -> jax.Array:
+    """Normalise RGB images (b, h, w, 3) of values 0 ... 255 for the encoder.
+
+    Args:
+        images: 8-bit or float.
+        preprocessing: "imagenet" (RGB, mean and standard deviation of [0, 1] values) or "caffe" (BGR minus its mean).
+        dtype: of the result.
+
+    Raises:
+        InputError: another preprocessing.
+    """
+    if preprocessing not in PREPROCESSINGS:
+        raise unknown("preprocessing", preprocessing, PREPROCESSINGS)
+    return PREPROCESSINGS[preprocessing](images.astype(dtype))

@@ -1,0 +1,153 @@
+"""Runs by name: what to train, where the recipe comes from, and the score its source reports."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from fcn_jax.config import Config, DataConfig, LossConfig, ModelConfig, OptimConfig, TrainConfig
+
+__all__ = ["DEFAULT_RECIPE", "RECIPES", "Recipe"]
+
+DEFAULT_RECIPE = "shapes"
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A run with its origin."""
+
+    name: str
+    config: Config
+    source: str
+    """Where the settings come from, and where ours differ."""
+    score: str
+    """What the source reports."""
+    needs: str = ""
+    """Arguments that the user has to add."""
+
+    @property
+    def command(self) -> str:
+        """The command line that runs it."""
+        return f"python train.py {self.name} {self.needs}".rstrip()
+
+
+_PAPER_DATA = DataConfig(train="sbd/train", val="voc/seg11valid", preprocessing="caffe", flip=False)
+# Caffe solver.prototxt of voc-fcn32s: the loss is summed over the pixels of one image, the deconvolutions stay bilinear.
+_PAPER_OPTIM = OptimConfig(
+    lr=1e-10, momentum=0.99, weight_decay=5e-4, bias_lr=2.0, bias_decay=False, freeze_upsampling=True
+)
+_PAPER = Config(
+    data=_PAPER_DATA,
+    loss=LossConfig(reduction="sum"),
+    optim=_PAPER_OPTIM,
+    train=TrainConfig(batch_size=1, steps=100_000, eval_batch_size=1),
+)
+_PAPER_NEEDS = "--data.dir ROOT --model.init {}"
+
+
+def _paper(suffix: str, model: str, lr: float, steps: int, score: str, start: str) -> Recipe:
+    name = f"voc-paper-{suffix}"
+    config = replace(
+        _PAPER,
+        run=f"runs/{name}",
+        model=ModelConfig(name=model),
+        optim=replace(_PAPER_OPTIM, lr=lr),
+        train=replace(_PAPER.train, steps=steps),
+    )
+    source = "Shelhamer, Long & Darrell 2017, 'heavy' learning; solver.prototxt of the reference"
+    return Recipe(name, config, source, f"{score} on seg11valid (pixel/mean acc/mean IU/f.w. IU)", _PAPER_NEEDS.format(start))
+
+
+_RECIPES = (
+    Recipe(
+        "shapes",
+        Config(
+            run="runs/shapes",
+            model=ModelConfig(name="fcn8s", encoder="vgg11", encoder_norm="batch", width=0.25, fc6_kernel=3),
+            data=DataConfig(train="shapes/train", val="shapes/val"),
+            optim=OptimConfig(lr=0.1, momentum=0.9, weight_decay=5e-4, schedule="poly", warmup_steps=20),
+            train=TrainConfig(batch_size=16, epochs=6, eval_batch_size=32, eval_every=2),
+        ),
+        source="this project; everything is generated, nothing is downloaded",
+        score="see the README",
+    ),
+    Recipe(
+        "camvid",
+        Config(
+            run="runs/camvid",
+            model=ModelConfig(name="fcn8s", encoder_norm="batch", fc6_kernel=3, fc_features=1024, dropout_rate=0.2),
+            data=DataConfig(
+                train="camvid/train", val="camvid/val", crop_size=(352, 480), scale=(0.5, 2.0), jitter=0.3, workers=2
+            ),
+            loss=LossConfig(class_weights="median"),
+            optim=OptimConfig(lr=0.05, weight_decay=5e-4, schedule="poly", warmup_steps=100, clip_norm=5.0),
+            train=TrainConfig(batch_size=8, epochs=400, eval_every=20, eval_batch_size=4),
+        ),
+        source="this project; split and classes of the SegNet tutorial",
+        score="57.0 mean IU on test for FCN-8s from ImageNet weights (Jegou et al. 2017)",
+        needs="--data.dir CAMVID",
+    ),
+    _paper("32s", "fcn32s_pad100", 1e-10, 100_000, "90.48/76.48/63.63/83.46", "VGG16_FILE"),
+    _paper("16s", "fcn16s_pad100", 1e-12, 100_000, "91.00/78.07/65.01/84.26", "runs/voc-paper-32s"),
+    _paper("8s", "fcn8s_pad100", 1e-14, 100_000, "91.22/77.61/65.51/84.54", "runs/voc-paper-16s"),
+    _paper("8s-atonce", "fcn8s_pad100_atonce", 1e-10, 300_000, "91.13/78.50/65.40/84.43", "VGG16_FILE"),
+    Recipe(
+        "voc-cvpr",
+        Config(
+            run="runs/voc-cvpr",
+            model=ModelConfig(name="fcn32s_pad100"),
+            data=replace(_PAPER_DATA, crop_size=(500, 500)),
+            optim=replace(_PAPER_OPTIM, lr=1e-4, momentum=0.9),
+            train=TrainConfig(batch_size=20, epochs=175, eval_every=5, eval_batch_size=1),
+        ),
+        source="Long, Shelhamer & Darrell 2015, section 4.3; images are padded to 500x500 with ignored pixels to share a batch",
+        score="89.1/73.3/59.4/81.4 for 32s, 90.3/75.9/62.7/83.2 for 8s (Table 2)",
+        needs="--data.dir ROOT --model.init VGG16_FILE",
+    ),
+    Recipe(
+        "voc-tramac",
+        Config(
+            run="runs/voc-tramac",
+            model=ModelConfig(name="fcn8s_resize"),
+            data=DataConfig(
+                train="voc/train", val="voc/val", crop_size=(480, 480), base_size=520, scale=(0.5, 2.0), workers=2
+            ),
+            optim=OptimConfig(lr=1e-4, weight_decay=1e-4, head_lr=10.0, schedule="poly", poly_power=0.9),
+            train=TrainConfig(batch_size=4, epochs=60, eval_batch_size=1),
+        ),
+        source="seed 004, awesome-semantic-segmentation-pytorch; scores here are of whole images over the whole set, there "
+        "of centre crops averaged by image",
+        score="47.38 mean IU, 87.12 pixel accuracy (seed 004's run; 48.87 and 85.02 in the repository's table)",
+        needs="--data.dir ROOT --model.init VGG16_FILE",
+    ),
+    Recipe(
+        "binary-bce",
+        Config(
+            run="runs/binary-bce",
+            model=ModelConfig(name="fcns_ladder"),
+            data=DataConfig(train="folder/train", val="folder/val", input_size=(160, 160), flip=False),
+            loss=LossConfig(kind="sigmoid"),
+            optim=OptimConfig(lr=1e-2, momentum=0.7, weight_decay=0.0),
+            train=TrainConfig(batch_size=4, epochs=100, keep_every=5, pictures_every=20),
+        ),
+        source="seed 000: sigmoid BCE averaged over pixels and classes, a checkpoint every 5 epochs, pictures every 20 steps; "
+        "argmax, where its text has argmin; batch and image size, which it does not give, are ours",
+        score="none reported",
+        needs="--data.dir FOLDER --model.init VGG16_FILE",
+    ),
+    Recipe(
+        "scratch-fcn1",
+        Config(
+            run="runs/scratch-fcn1",
+            model=ModelConfig(name="fcns_ladder", encoder="vgg13"),
+            data=DataConfig(train="folder/train", val="folder/val", input_size=(224, 224)),
+            optim=OptimConfig(lr=1e-2, momentum=0.9, weight_decay=5e-4, schedule="poly"),
+            train=TrainConfig(batch_size=8, epochs=100),
+        ),
+        source="seed 001, FCN1: the network and its 224x224 input are the seed's, from scratch; it gives no optimiser",
+        score="none reported",
+        needs="--data.dir FOLDER",
+    ),
+)
+
+RECIPES: dict[str, Recipe] = {recipe.name: recipe for recipe in _RECIPES}
+"""Every recipe by name."""

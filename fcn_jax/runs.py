@@ -1,0 +1,160 @@
+"""The folder of a run: config.json, metrics.jsonl, and where checkpoints, events and figures go."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import platform
+import subprocess
+import typing
+from collections.abc import Iterator
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from fcn_jax.config import Config
+from fcn_jax.errors import InputError
+
+__all__ = ["DatasetInfo", "RunFolder", "config_from_json", "environment"]
+
+# Where and how fast, not what: these may change between stop and resume.
+_FREE_FIELDS = frozenset(
+    {
+        "run",
+        "data.dir",
+        "data.cache_dir",
+        "data.download",
+        "data.workers",
+        "devices",
+        "parallel",
+        "train.log_every",
+        "train.keep_last",
+        "train.pictures_every",
+    }
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class DatasetInfo:
+    """What a trained model has to know of its data set."""
+
+    name: str
+    class_names: tuple[str, ...]
+    palette: tuple[tuple[int, int, int], ...]
+
+
+def environment() -> dict[str, Any]:
+    """Return versions of what computes, and the project's commit where it is known."""
+    versions = {name: metadata.version(name) for name in ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")}
+    try:
+        here = Path(__file__).resolve().parent
+        commit = subprocess.run(
+            ["git", "describe", "--always", "--dirty"], cwd=here, capture_output=True, text=True, timeout=10, check=True
+        ).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        commit = None
+    return {"python": platform.python_version(), **versions, "commit": commit}
+
+
+def _build(cls: Any, values: dict[str, Any], where: str) -> Any:
+    hints = typing.get_type_hints(cls)
+    unknown = sorted(set(values) - set(hints))
+    if unknown:
+        raise InputError(f"{where} has unknown fields {', '.join(unknown)}; it was written by another version of fcn_jax")
+
+    def value(name: str, raw: Any) -> Any:
+        if dataclasses.is_dataclass(hints[name]):
+            return _build(hints[name], raw, where)
+        return tuple(tuple(x) if isinstance(x, list) else x for x in raw) if isinstance(raw, list) else raw
+
+    return cls(**{name: value(name, raw) for name, raw in values.items()})
+
+
+def config_from_json(values: dict[str, Any], where: str = "config.json") -> Config:
+    """Rebuild a config from what ``dataclasses.asdict`` and JSON made of it.
+
+    Raises:
+        InputError: fields that this version does not know.
+    """
+    return _build(Config, values, where)
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat = {}
+    for name, value in values.items():
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return flat
+
+
+class RunFolder:
+    """The files of one run."""
+
+    def __init__(self, path: str | Path):
+        """Name the folder; nothing is touched yet."""
+        self.path = Path(path)
+        self.config_file = self.path / "config.json"
+        self.metrics_file = self.path / "metrics.jsonl"
+        self.checkpoints = (self.path / "checkpoints").absolute()
+        self.events = self.path / "events"
+        self.figures = self.path / "figures"
+
+    def start(self, config: Config, dataset: DatasetInfo) -> None:
+        """Write config.json, or check that the one that is there describes the same run.
+
+        Raises:
+            InputError: the folder belongs to a run with other settings, or cannot be written.
+        """
+        now = json.loads(json.dumps(dataclasses.asdict(config)))
+        if self.config_file.exists():
+            before = dataclasses.asdict(self.read_config()[0])
+            old, new = _flat(json.loads(json.dumps(before))), _flat(now)
+            changed = [name for name in new if name not in _FREE_FIELDS and old.get(name) != new[name]]
+            if changed:
+                what = ", ".join(f"{name} {old.get(name)} (now {new[name]})" for name in changed[:4])
+                raise InputError(f"{self.path} was started with {what}; give another --run, or the same settings to resume it")
+        content = {"config": now, "dataset": dataclasses.asdict(dataset), "environment": environment()}
+        try:
+            self.figures.mkdir(parents=True, exist_ok=True)
+            self.config_file.write_text(json.dumps(content, indent=2) + "\n")
+        except OSError as error:
+            raise InputError(f"cannot write to {self.path}: {error.strerror}; give another --run") from error
+
+    def read_config(self) -> tuple[Config, DatasetInfo]:
+        """Read back what ``start`` wrote.
+
+        Raises:
+            InputError: this is no run's folder, or its config.json is damaged.
+        """
+        try:
+            content = json.loads(self.config_file.read_text())
+            dataset = _build(DatasetInfo, content["dataset"], str(self.config_file))
+            return config_from_json(content["config"], str(self.config_file)), dataset
+        except FileNotFoundError:
+            raise InputError(f"{self.path} is not a run: it has no config.json; give the folder that training wrote") from None
+        except InputError:
+            raise
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise InputError(f"{self.config_file} is damaged ({error}); restore it or train again") from error
+
+    def append(self, row: dict[str, Any]) -> None:
+        """Add a row to metrics.jsonl."""
+        with self.metrics_file.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+
+    def rows(self) -> Iterator[dict[str, Any]]:
+        """Yield the rows of metrics.jsonl; a last one that was cut short is left out."""
+        if not self.metrics_file.exists():
+            return
+        for line in self.metrics_file.read_text().splitlines():
+            try:
+                yield json.loads(line)
+            except json.JSONDecodeError:
+                return
+
+    def drop_rows_after(self, step: int) -> None:
+        """Forget rows of steps after this one: a resumed run writes them again."""
+        kept = [row for row in self.rows() if row["step"] <= step]
+        if self.metrics_file.exists():
+            partial = self.metrics_file.with_suffix(".partial")
+            partial.write_text("".join(json.dumps(row) + "\n" for row in kept))
+            partial.replace(self.metrics_file)

@@ -1,0 +1,129 @@
+"""Checkpoints of a run: the only file that knows orbax."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from orbax.checkpoint.checkpoint_managers import preservation_policy
+
+from fcn_jax.errors import InputError
+from fcn_jax.training.step import TrainState
+
+__all__ = ["Checkpoints", "load_variables"]
+
+
+def _mean_iu(metrics: dict[str, Any]) -> float:
+    return metrics["mean_iu"]
+
+
+class Checkpoints:
+    """The checkpoints in one folder: the newest few, the best by mean IU, and those at a fixed interval for good.
+
+    Each holds three items: ``variables`` (params, batch_stats), ``training`` (optimiser state, step, key) and ``position``
+    (where the data stand), with the validation scores as its metrics. Saving goes on in the background; ``close`` waits for it.
+    """
+
+    def __init__(self, folder: Path, keep_last: int = 2, keep_steps: int | None = None):
+        """Open the folder, creating it if need be."""
+        best = preservation_policy.BestN(get_metric_fn=_mean_iu, n=1)
+        policies = [preservation_policy.LatestN(max(1, keep_last)), best]
+        if keep_steps is not None:
+            policies.append(preservation_policy.EveryNSteps(keep_steps))
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=preservation_policy.AnyPreservationPolicy(policies),
+            best_fn=_mean_iu,
+            best_mode="max",
+            cleanup_tmp_directories=True,
+        )
+        self._manager = ocp.CheckpointManager(folder, options=options)
+
+    def save(self, state: TrainState, position: bytes, mean_iu: float) -> None:
+        """Save the state at its step; the copy to the host is made before this returns. An undefined score ranks lowest."""
+        variables = {"params": state.params, "batch_stats": state.batch_stats}
+        training = {"step": state.step, "opt_state": state.opt_state, "key": state.key}
+        self._manager.save(
+            int(state.step),
+            args=ocp.args.Composite(
+                variables=ocp.args.StandardSave(variables),
+                training=ocp.args.StandardSave(training),
+                position=ocp.args.JsonSave(json.loads(position)),
+            ),
+            metrics={"mean_iu": -1.0 if math.isnan(mean_iu) else mean_iu},
+        )
+
+    def latest_step(self) -> int | None:
+        """Return the newest saved step, or None."""
+        return self._manager.latest_step()
+
+    def best_step(self) -> int | None:
+        """Return the saved step of the best mean IU, or None."""
+        return self._manager.best_step()
+
+    def restore(self, step: int, like: TrainState) -> tuple[TrainState, bytes]:
+        """Read a state back, with the shapes and placement of ``like``, and the position of the data.
+
+        Raises:
+            InputError: the checkpoint does not fit the model or cannot be read.
+        """
+        target = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
+        variables = {"params": target.params, "batch_stats": target.batch_stats}
+        training = {"step": target.step, "opt_state": target.opt_state, "key": target.key}
+        try:
+            saved = self._manager.restore(
+                step,
+                args=ocp.args.Composite(
+                    variables=ocp.args.StandardRestore(variables),
+                    training=ocp.args.StandardRestore(training),
+                    position=ocp.args.JsonRestore(),
+                ),
+            )
+        except (ValueError, KeyError, OSError) as error:
+            raise _unfit(self._manager.directory / str(step), error) from error
+        return TrainState(**saved["variables"], **saved["training"]), json.dumps(saved["position"]).encode()
+
+    def close(self) -> None:
+        """Wait for what is being saved, and let go of the folder."""
+        self._manager.wait_until_finished()
+        self._manager.close()
+
+
+def load_variables(folder: Path, which: str, like: Any) -> tuple[dict[str, Any], int]:
+    """Read only a model's variables from a run's checkpoints.
+
+    Args:
+        folder: the run's checkpoints.
+        which: "best" (by mean IU), "last", or a step's number.
+        like: variables of the model, for shapes and placement.
+
+    Returns:
+        The variables, and the step.
+
+    Raises:
+        InputError: there is no such checkpoint, or it does not fit the model.
+    """
+    if not folder.is_dir():
+        raise InputError(f"{folder} does not exist; the run has not saved a checkpoint yet")
+    options = ocp.CheckpointManagerOptions(best_fn=_mean_iu, read_only=True)
+    with ocp.CheckpointManager(folder, options=options) as manager:
+        steps = list(manager.all_steps())
+        named = {"best": manager.best_step(), "last": manager.latest_step(), **{str(step): step for step in steps}}
+        step = named.get(which)
+        if step is None:
+            known = ", ".join(str(step) for step in steps) or "none"
+            raise InputError(f"{folder} has no checkpoint {which!r}; choose best, last or one of: {known}")
+        target = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
+        try:
+            saved = manager.restore(step, args=ocp.args.Composite(variables=ocp.args.StandardRestore(target)))
+        except (ValueError, KeyError, OSError) as error:
+            raise _unfit(folder / str(step), error) from error
+    return dict(saved["variables"]), step
+
+
+def _unfit(path: Any, error: Exception) -> InputError:
+    first = (str(error).strip() or repr(error)).splitlines()[0][:200]
+    return InputError(f"checkpoint {path} does not fit this model or is damaged ({first}); use the run's own config.json")

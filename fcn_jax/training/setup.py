@@ -1,0 +1,216 @@
+"""From a config to what a run works with: data, network, starting weights, step."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+from flax import traverse_util
+
+from fcn_jax import weights
+from fcn_jax.config import Config
+from fcn_jax.data.datasets import Split, load
+from fcn_jax.data.pipeline import class_frequencies
+from fcn_jax.errors import InputError
+from fcn_jax.evaluation.evaluate import Predictor, make_predictor
+from fcn_jax.models import init_variables, model_from_config
+from fcn_jax.models.fcn import FCN
+from fcn_jax.runs import DatasetInfo, RunFolder
+from fcn_jax.training.checkpoint import load_variables
+from fcn_jax.training.losses import Loss, make_loss, median_frequency_weights
+from fcn_jax.training.optim import make_optimizer, make_schedule
+from fcn_jax.training.parallel import Parallel, make_parallel, pick_devices
+from fcn_jax.training.step import TrainState, make_train_step, new_state
+
+__all__ = ["Length", "Trained", "Trainer", "carry_over", "make_trainer", "open_trained", "run_length"]
+
+
+@dataclass(frozen=True)
+class Length:
+    """The run in steps."""
+
+    steps: int
+    eval_every: int
+    keep_every: int | None
+    epoch: float
+    """Steps in one epoch."""
+
+    def is_milestone(self, step: int) -> bool:
+        """Whether this step is followed by a validation and a checkpoint."""
+        kept = self.keep_every is not None and step % self.keep_every == 0
+        return step % self.eval_every == 0 or kept or step == self.steps
+
+
+def run_length(config: Config, examples: int) -> Length:
+    """Convert a run's epochs to steps.
+
+    Raises:
+        InputError: neither or a useless number of epochs or steps is given.
+    """
+    train = config.train
+    epoch = examples / train.batch_size
+    if train.steps is None and train.epochs is None:
+        raise InputError("the length of the run is not given; set --train.epochs or --train.steps")
+    steps = train.steps if train.steps is not None else round((train.epochs or 0) * epoch)
+    if steps < 1 or train.eval_every <= 0:
+        raise InputError(
+            f"expected at least one step and eval_every > 0, got {steps} steps and {train.eval_every}; "
+            "set --train.epochs or --train.steps, and --train.eval-every"
+        )
+    keep = None if train.keep_every is None else max(1, round(train.keep_every * epoch))
+    return Length(steps, max(1, round(train.eval_every * epoch)), keep, epoch)
+
+
+@dataclass(frozen=True)
+class Trainer:
+    """What the loop works with."""
+
+    model: FCN
+    train: Split
+    val: Split
+    length: Length
+    schedule: optax.Schedule
+    parallel: Parallel
+    predict: Predictor
+    state: TrainState
+    """The start, placed on the devices."""
+    notes: tuple[str, ...]
+    """What a user should know before it starts."""
+
+
+def _loss(config: Config, train: Split) -> Loss:
+    given = config.loss.class_weights
+    if given == "none":
+        class_weights = None
+    elif given == "median":
+        class_weights = median_frequency_weights(*class_frequencies(train))
+    elif len(given) == train.num_classes:
+        class_weights = np.asarray(given)
+    else:
+        raise InputError(
+            f"expected {train.num_classes} class weights for {train.dataset}, got {len(given)}; give one per class, or 'median'"
+        )
+    return make_loss(config.loss.kind, class_weights, config.loss.hard_fraction)
+
+
+def carry_over(variables: Mapping[str, Any], source: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """Take every parameter and statistic that another network of the family has under the same name and shape.
+
+    Returns:
+        The variables, and the names of what stays as it was.
+    """
+    own, other = (traverse_util.flatten_dict(dict(tree), sep="/") for tree in (variables, source))
+    new = tuple(name for name, value in own.items() if name not in other or other[name].shape != value.shape)
+    merged = {name: value if name in new else other[name] for name, value in own.items()}
+    return traverse_util.unflatten_dict(merged, sep="/"), new
+
+
+def _start(config: Config, model: FCN) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """Initialise the network, from other weights where the config names them; return notes on what was not in those."""
+    size = config.data.crop_size or config.data.input_size or (64, 64)
+    variables = init_variables(model, jax.random.key(config.train.seed), size)
+    init = config.model.init
+    if init is None:
+        frozen = ("the encoder is frozen at its random start: give --model.init",) if config.model.freeze_encoder else ()
+        return variables, frozen
+    if Path(init).is_dir():
+        source = open_trained(init, "best")
+        _check_preprocessing(config, source.config.data.preprocessing, init)
+        variables, new = carry_over(variables, source.variables)
+    else:
+        _check_preprocessing(config, weights.inspect(init).preprocessing, init)
+        loaded, report = weights.load_with_report(init, model, variables)
+        variables, new = dict(loaded), tuple(report.left)
+    return variables, (f"from {init}; new: {', '.join(new) or 'nothing'}",)
+
+
+def _check_preprocessing(config: Config, expected: str | None, source: str) -> None:
+    if expected is not None and expected != config.data.preprocessing:
+        raise InputError(
+            f"{source} expects {expected} preprocessing, the run has {config.data.preprocessing}; "
+            f"set --data.preprocessing {expected}"
+        )
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A model out of a run's folder."""
+
+    config: Config
+    dataset: DatasetInfo
+    model: FCN
+    variables: dict[str, Any]
+    step: int
+
+
+def open_trained(run: str | Path, which: str = "best") -> Trained:
+    """Open a run's model at a checkpoint: "best" by mean IU, "last", or a step's number.
+
+    Raises:
+        InputError: no run, no such checkpoint, or one that does not fit.
+    """
+    folder = RunFolder(run)
+    config, dataset = folder.read_config()
+    model = model_from_config(config.model, len(dataset.class_names), config.train.remat)
+    size = config.data.crop_size or config.data.input_size or (64, 64)
+    like = jax.eval_shape(lambda key: init_variables(model, key, size), jax.random.key(0))
+    like = {"params": like["params"], "batch_stats": like.get("batch_stats", {})}
+    sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    like = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), like)
+    variables, step = load_variables(folder.checkpoints, which, like)
+    return Trained(config, dataset, model, variables, step)
+
+
+def make_trainer(config: Config) -> Trainer:
+    """Prepare a run; nothing is written but the prepared copy of the data.
+
+    Raises:
+        InputError: the config asks for something that cannot be.
+    """
+    train, val = load(config.data.train, config.data), load(config.data.val, config.data)
+    if train.class_names != val.class_names:
+        raise InputError(f"{config.data.train} and {config.data.val} have different classes; choose splits that share them")
+    devices = pick_devices(config.devices)
+    share = config.train.accumulate * len(devices)
+    if config.train.batch_size % share:
+        raise InputError(
+            f"expected a batch size that is a multiple of {share} ({len(devices)} devices x {config.train.accumulate} parts), "
+            f"got {config.train.batch_size}; set --train.batch-size or --devices"
+        )
+    length = run_length(config, len(train))
+    model = model_from_config(config.model, train.num_classes, config.train.remat)
+    variables, notes = _start(config, model)
+    optimizer = make_optimizer(variables["params"], config.optim, length.steps, config.model.freeze_encoder)
+    loss = _loss(config, train)
+    if config.train.accumulate > 1 and "batch_stats" in variables:
+        notes += ("gradient accumulation with batch norm: each part is normalised by its own statistics",)
+
+    def step(axis_name: str | None) -> Any:
+        return make_train_step(
+            model,
+            optimizer,
+            loss,
+            config.data.preprocessing,
+            reduction=config.loss.reduction,
+            aux_weight=config.loss.aux_weight,
+            accumulate=config.train.accumulate,
+            axis_name=axis_name,
+        )
+
+    parallel = make_parallel(config.parallel, step, devices)
+    return Trainer(
+        model=model,
+        train=train,
+        val=val,
+        length=length,
+        schedule=make_schedule(config.optim, length.steps),
+        parallel=parallel,
+        predict=make_predictor(model, config.data.preprocessing, parallel.mesh),
+        state=parallel.place_state(new_state(variables, optimizer, config.train.seed)),
+        notes=notes,
+    )
