@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import logging
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -84,9 +85,15 @@ class SummaryArguments:
 
 
 def _plain(message: str) -> str:
-    """Make one line of the parser's boxed message."""
-    lines = (re.sub(r"[│─╭╮╰╯]", " ", line).strip() for line in message.splitlines())
-    return re.sub(r"\s+", " ", "; ".join(line for line in lines if line))
+    """Make one line of the parser's boxed message: what is wrong, without the help that follows it."""
+    lines = [re.sub(r"[│─╭╮╰╯]", " ", line).strip() for line in message.splitlines()]
+    wrong: list[str] = []
+    for line in lines[1:]:  # the first is the box's title
+        if line.startswith(("Perhaps", "Argument helptext", "For full helptext")):
+            break
+        if line:
+            wrong.append(line)
+    return f"{' '.join(wrong)}; --help lists what there is"
 
 
 def _parse(parse: Callable[..., Any], arguments: Arguments, **options: Any) -> Any:
@@ -213,6 +220,7 @@ COMMANDS: dict[str, Callable[[Arguments], int]] = {
 
 def guarded(command: Callable[[Arguments], int], arguments: Arguments) -> int:
     """Run a command; a user's mistake becomes one line on stderr and exit code 2."""
+    logging.getLogger("absl").setLevel(logging.ERROR)  # orbax announces its defaults
     try:
         return command(arguments)
     except InputError as error:

@@ -109,6 +109,6 @@ def save_panel(path: Path, samples: Sequence[Sample], palette: Palette, class_na
     patches = [
         Patch(facecolor=table[i], edgecolor="grey", label=class_names[i] if i < len(class_names) else "void") for i in seen
     ]
-    figure.subplots_adjust(wspace=0.03, hspace=0.03)
-    figure.legend(handles=patches, loc="lower center", ncol=min(7, len(patches)), fontsize=8, bbox_to_anchor=(0.5, -0.01))
+    figure.subplots_adjust(left=0, right=1, bottom=0, top=1, wspace=0.02, hspace=0.03)
+    figure.legend(handles=patches, loc="upper center", ncol=min(7, len(patches)), fontsize=8, bbox_to_anchor=(0.5, 0))
     _save(figure, path)

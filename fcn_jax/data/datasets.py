@@ -1,0 +1,98 @@
+"""The data sets by name, and the one function that opens a split."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from fcn_jax.config import DataConfig
+from fcn_jax.data import camvid, folder, sbd, shapes, voc
+from fcn_jax.data.labels import decode_image, decode_label
+from fcn_jax.data.listing import Listing
+from fcn_jax.data.prepare import Examples, Record, prepare, read_summary
+from fcn_jax.errors import InputError, unknown
+
+__all__ = ["DATASETS", "Source", "Split", "decode", "load"]
+
+DATASETS: dict[str, tuple[tuple[str, ...], Callable[[str, DataConfig], Listing]]] = {
+    "shapes": (shapes.SPLITS, shapes.listing),
+    "camvid": (camvid.SPLITS, camvid.listing),
+    "voc": (voc.SPLITS, voc.listing),
+    "sbd": (sbd.SPLITS, sbd.listing),
+    "folder": (folder.SPLITS, folder.listing),
+}
+"""Each data set's splits, and what lists one of them."""
+
+
+class Source(Protocol):
+    """Random access to encoded examples; workers need it picklable."""
+
+    def __len__(self) -> int:
+        """Return the number of examples."""
+        ...
+
+    def __getitem__(self, index: int) -> Record:
+        """Return one example."""
+        ...
+
+
+@dataclass(frozen=True)
+class Split:
+    """One split of a data set, ready to be read."""
+
+    dataset: str
+    split: str
+    class_names: tuple[str, ...]
+    palette: tuple[tuple[int, int, int], ...]
+    """RGB in [0, 255], one colour per class."""
+    source: Source
+    image_size: tuple[int, int] | None = None
+    """Height and width where all images share them, else None."""
+
+    def __len__(self) -> int:
+        """Return the number of examples."""
+        return len(self.source)
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes, the ignore label not counted."""
+        return len(self.class_names)
+
+
+def decode(record: Record) -> dict[str, Any]:
+    """Decode a stored example to ``{"image": uint8 (h, w, 3) RGB, "label": uint8 (h, w), "name": str}``."""
+    name = record["name"]
+    return {"image": decode_image(record["image"], name), "label": decode_label(record["label"], name), "name": name}
+
+
+def load(spec: str, config: DataConfig) -> Split:
+    """Open a split, preparing its copy in ``config.cache_dir`` if need be.
+
+    Args:
+        spec: DATASET/SPLIT, as in ``camvid/train``.
+        config: where the data lie; ``dir``, ``classes``, ``download``, ``cache_dir`` and the ``shapes_*`` fields are
+            read.
+
+    Raises:
+        InputError: an unknown data set or split, a missing folder or file, or files that are not what they should be.
+    """
+    dataset, slash, split = spec.partition("/")
+    if not slash:
+        raise InputError(f"expected DATASET/SPLIT, got {spec!r}; as in 'shapes/train'")
+    if dataset not in DATASETS:
+        raise unknown("data set", dataset, DATASETS)
+    splits, listing_of = DATASETS[dataset]
+    if split not in splits:
+        raise unknown(f"split of {dataset}", split, splits)
+    listing = listing_of(split, config)
+    copy = prepare(listing, config.cache_dir)
+    size = read_summary(copy)["image_size"]
+    return Split(
+        dataset=dataset,
+        split=split,
+        class_names=listing.class_names,
+        palette=listing.palette,
+        source=Examples(copy),
+        image_size=None if size is None else (size[0], size[1]),
+    )

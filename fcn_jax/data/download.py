@@ -1,0 +1,121 @@
+"""Fetching and unpacking of the archives of VOC and SBD."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import shutil
+import tarfile
+import tempfile
+import urllib.error
+import urllib.request
+from dataclasses import dataclass
+from pathlib import Path
+
+from fcn_jax.errors import InputError
+
+__all__ = ["ARCHIVES", "Archive", "fetch"]
+
+_log = logging.getLogger(__name__)
+_TIMEOUT = 60  # seconds without a byte
+
+
+@dataclass(frozen=True)
+class Archive:
+    """A tar file on the network and what it unpacks to."""
+
+    url: str
+    md5: str
+    content: str
+    """The folder in it that holds the data set."""
+
+    @property
+    def name(self) -> str:
+        """The file's name."""
+        return self.url.rsplit("/", 1)[-1]
+
+
+ARCHIVES = {
+    "voc2012": Archive(
+        "http://host.robots.ox.ac.uk/pascal/VOC/voc2012/VOCtrainval_11-May-2012.tar",
+        "6cd6e144f989b92b3379bac3b3de84fd",
+        "VOCdevkit/VOC2012",
+    ),
+    "voc2011": Archive(
+        "http://host.robots.ox.ac.uk/pascal/VOC/voc2011/VOCtrainval_25-May-2011.tar",
+        "6c3384ef61512963050cb5d687e5bf1e",
+        "TrainVal/VOCdevkit/VOC2011",
+    ),
+    "sbd": Archive(
+        "https://www2.eecs.berkeley.edu/Research/Projects/CS/vision/grouping/semantic_contours/benchmark.tgz",
+        "82b4d87ceb2ed10f6038a1cba92111cb",
+        "benchmark_RELEASE",
+    ),
+}
+"""Addresses and checksums, as torchvision's datasets/voc.py and datasets/sbd.py give them."""
+
+
+def _md5(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
+
+
+def _get(archive: Archive, target: Path) -> None:
+    part = target.with_name(f"{target.name}.{os.getpid()}.part")
+    try:
+        with urllib.request.urlopen(archive.url, timeout=_TIMEOUT) as response, part.open("wb") as file:
+            shutil.copyfileobj(response, file, 1 << 20)
+        found = _md5(part)
+        if found != archive.md5:
+            raise InputError(
+                f"{archive.url}: its checksum is {found}, expected {archive.md5}; try again or fetch it by hand"
+            )
+        os.replace(part, target)
+    except (OSError, urllib.error.URLError) as error:
+        reason = getattr(error, "reason", None) or error
+        raise InputError(
+            f"{archive.url} cannot be fetched ({reason}); "
+            f"fetch {archive.name} (md5 {archive.md5}) elsewhere and put it at {target}"
+        ) from error
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def fetch(archive: Archive, folder: Path) -> Path:
+    """Return ``folder``/``archive.content``; download and unpack the archive first where it is not there.
+
+    A file of the archive's name in ``folder`` is used instead of the network, and kept. What is unpacked is moved to
+    its place whole, so that an interrupted unpacking is not taken for a data set.
+
+    Raises:
+        InputError: no network, a wrong checksum, a broken archive, or a folder that cannot be written to.
+    """
+    place = folder / archive.content
+    if place.is_dir():
+        return place
+    target = folder / archive.name
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not target.is_file():
+            _log.info("fetching %s", archive.url)
+            _get(archive, target)
+        elif (found := _md5(target)) != archive.md5:
+            raise InputError(f"{target}: its checksum is {found}, expected {archive.md5}; remove it and fetch it again")
+        _log.info("unpacking %s", target)
+        work = Path(tempfile.mkdtemp(prefix=".unfinished-", dir=folder))
+        try:
+            with tarfile.open(target) as tar:
+                tar.extractall(work, filter="data")
+            place.parent.mkdir(parents=True, exist_ok=True)
+            if not place.is_dir():
+                os.replace(work / archive.content, place)
+        finally:
+            shutil.rmtree(work, ignore_errors=True)
+    except tarfile.TarError as error:
+        raise InputError(f"{target}: cannot be unpacked ({error}); remove it and fetch it again") from error
+    except OSError as error:
+        raise InputError(
+            f"--data.dir {folder}: cannot be written to, or {target} does not hold {archive.content} ({error})"
+        ) from error
+    return place

@@ -1,0 +1,66 @@
+"""A user's own images and masks.
+
+Expected under ``--data.dir`` (either of the two, or neither level for a single set called ``all``)::
+
+    DIR/train/images/a.jpg   DIR/train/masks/a.png        DIR/images/train/a.jpg   DIR/masks/train/a.png
+    DIR/val/images/b.jpg     DIR/val/masks/b.png          DIR/images/val/b.jpg     DIR/masks/val/b.png
+    DIR/classes.txt          one class name per line; the first line is class 0
+
+Masks hold class ids in one 8-bit channel (or as palette indices); 255 marks pixels to ignore.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from fcn_jax.config import DataConfig
+from fcn_jax.data.labels import IGNORE, palette_for
+from fcn_jax.data.listing import Listing, folder_of, pairs_by_name, read_bytes, read_files
+from fcn_jax.errors import InputError
+
+__all__ = ["SPLITS", "listing", "read_classes"]
+
+SPLITS = ("train", "val", "test", "all")
+_IMAGES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
+_MASKS = (".png", ".bmp", ".gif", ".tif", ".tiff")
+
+
+def read_classes(path: Path) -> tuple[str, ...]:
+    """Read class names, one per line, the first for id 0; an InputError for an unusable list."""
+    if not path.is_file():
+        raise InputError(
+            f"{path}: not there; write one class name per line (the first is class 0), or give --data.classes"
+        )
+    try:
+        names = tuple(line.strip() for line in read_bytes(path).decode("utf-8-sig").splitlines() if line.strip())
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: not a UTF-8 text file; write one class name per line") from error
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise InputError(f"{path}: lists {twice[0]!r} twice; each class has one line")
+    if not 2 <= len(names) < IGNORE:
+        raise InputError(
+            f"{path}: lists {len(names)} classes; expected 2 to {IGNORE - 1} (count the background as one)"
+        )
+    return names
+
+
+def _folders(root: Path, split: str) -> tuple[Path, Path]:
+    if split == "all":
+        return root / "images", root / "masks"
+    if (root / "images" / split).is_dir():
+        return root / "images" / split, root / "masks" / split
+    if (root / split / "images").is_dir():
+        return root / split / "images", root / split / "masks"
+    raise InputError(
+        f"{root}: holds neither {split}/images nor images/{split}; put images there and masks in {split}/masks or "
+        f"masks/{split}, or use folder/all for a folder with images/ and masks/ alone"
+    )
+
+
+def listing(split: str, config: DataConfig) -> Listing:
+    """List a split of the folder; image and mask are paired by their names without suffix."""
+    root = folder_of(config, "folder", "images, masks and classes.txt")
+    names = read_classes(Path(config.classes).expanduser() if config.classes else root / "classes.txt")
+    entries = pairs_by_name(*_folders(root, split), _IMAGES, _MASKS)
+    return Listing("folder", split, names, palette_for(len(names)), entries, read_files)

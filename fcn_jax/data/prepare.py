@@ -1,0 +1,177 @@
+"""Prepared copies: each split is checked once and written as ArrayRecord by TFDS, without TensorFlow."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import logging
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, TypedDict
+
+import numpy as np
+import tensorflow_datasets as tfds
+from tensorflow_datasets.core import registered
+
+from fcn_jax.data.labels import IGNORE, check_label, check_pair, decode_image, encode_label
+from fcn_jax.data.listing import Listing, fingerprint
+from fcn_jax.errors import InputError
+
+__all__ = ["Examples", "Record", "prepare", "read_summary"]
+
+_log = logging.getLogger(__name__)
+_SUMMARY = "summary.json"
+_SPLIT = "examples"
+
+
+class Record(TypedDict):
+    """One stored example: encoded image, encoded 8-bit grey label, name."""
+
+    image: bytes
+    label: bytes
+    name: str
+
+
+class _Info(tfds.core.DatasetInfo):
+    def initialize_from_bucket(self) -> None:
+        """Look for nothing in TFDS's cloud store (the original leaves an empty folder in /tmp each time)."""
+
+
+with registered.skip_registration():  # it is built here from a listing, never by its name
+
+    class Pairs(tfds.core.GeneratorBasedBuilder):
+        """A TFDS builder of image and label pairs, given by a listing.
+
+        It yields encoded bytes, which TFDS stores as they are; for a NumPy array it would import TensorFlow to encode
+        it.
+        """
+
+        VERSION = tfds.core.Version("1.0.0")
+
+        def __init__(self, listing: Listing, data_dir: str):
+            """Build from ``listing`` into ``data_dir``/pairs/1.0.0."""
+            self._listing = listing
+            self._sizes: set[tuple[int, int]] = set()
+            self._ids = np.zeros(256, bool)
+            super().__init__(data_dir=data_dir, file_format="array_record")
+
+        def _info(self) -> tfds.core.DatasetInfo:
+            return _Info(
+                builder=self,
+                description=f"{self._listing.dataset}/{self._listing.split}, prepared by fcn_jax",
+                features=tfds.features.FeaturesDict(
+                    {
+                        "image": tfds.features.Image(),
+                        "label": tfds.features.Image(shape=(None, None, 1), encoding_format="png"),
+                        "name": tfds.features.Text(),
+                    }
+                ),
+                disable_shuffling=True,
+            )
+
+        def _split_generators(self, dl_manager: Any) -> dict[str, Any]:
+            return {_SPLIT: self._generate_examples()}
+
+        def _generate_examples(self) -> Iterator[tuple[int, Record]]:
+            listing = self._listing
+            for index, entry in enumerate(listing.entries):
+                image, label = listing.read(entry)
+                where = str(entry.label or entry.name)
+                check_pair(decode_image(image, str(entry.image or entry.name)), label, where)
+                check_label(label, len(listing.class_names), where)
+                self._sizes.add(label.shape)
+                self._ids[np.unique(label)] = True
+                yield index, {"image": image, "label": encode_label(label), "name": entry.name}
+
+        def summary(self) -> dict[str, Any]:
+            """Return what is known of the set once prepared; an InputError where its labels can teach nothing."""
+            seen = set(np.flatnonzero(self._ids).tolist())
+            if seen <= {0, IGNORE} and IGNORE in seen:
+                raise InputError(
+                    f"{self._listing.dataset}/{self._listing.split}: the masks hold only 0 and 255, "
+                    "and 255 means ignore; write class ids: 0, 1, 2, ..."
+                )
+            size = next(iter(self._sizes)) if len(self._sizes) == 1 else None
+            return {"examples": len(self._listing.entries), "image_size": size}
+
+
+class Examples:
+    """Random access to the stored examples of a prepared copy; what is pickled is its folder alone."""
+
+    def __init__(self, folder: str | os.PathLike[str]):
+        """Open the prepared copy at ``folder``."""
+        self._folder = os.fspath(folder)
+        builder: Any = tfds.builder_from_directory(self._folder)
+        skip = {"image": tfds.decode.SkipDecoding(), "label": tfds.decode.SkipDecoding()}
+        self._source: Any = builder.as_data_source(_SPLIT, decoders=skip)
+
+    def __len__(self) -> int:
+        """Return the number of examples."""
+        return len(self._source)
+
+    def __getitem__(self, index: int) -> Record:
+        """Return example ``index``, in the order of the listing."""
+        record = self._source[index]
+        return {"image": record["image"], "label": record["label"], "name": record["name"].decode()}
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle as the folder, so that each worker process opens the files itself."""
+        return Examples, (self._folder,)
+
+    def __repr__(self) -> str:
+        """Name the folder; grain prints it."""
+        return f"Examples({self._folder!r})"
+
+
+def read_summary(folder: Path) -> dict[str, Any]:
+    """Return what ``prepare`` noted of a copy: ``examples`` and ``image_size`` ([h, w], or None where they differ)."""
+    return json.loads((folder / _SUMMARY).read_text())
+
+
+def prepare(listing: Listing, cache_dir: str) -> Path:
+    """Return the folder of a split's prepared copy; check and write it first where it is not there yet.
+
+    It is written beside its place and then moved there whole, so that neither an interrupted preparation nor a second
+    process leaves half a copy. A changed source has another fingerprint and so another folder.
+
+    Args:
+        listing: what to prepare.
+        cache_dir: copies go to ``cache_dir``/DATASET/SPLIT-FINGERPRINT.
+
+    Raises:
+        InputError: no entries, a missing or unreadable file, a wrong label, or a cache folder that cannot be written
+            to.
+    """
+    if not listing.entries:
+        raise InputError(f"{listing.dataset}/{listing.split} has no images; correct --data.dir or the split's list")
+    parent = Path(cache_dir).expanduser() / listing.dataset
+    final = parent / f"{listing.split}-{fingerprint(listing)}"
+    if (final / _SUMMARY).is_file():
+        return final
+    _log.info("preparing %s/%s, %d images, in %s", listing.dataset, listing.split, len(listing.entries), final)
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+        work = Path(tempfile.mkdtemp(prefix=".unfinished-", dir=parent))
+    except OSError as error:
+        raise InputError(
+            f"--data.cache-dir {cache_dir}: cannot be written to ({error.strerror}); choose another"
+        ) from error
+    try:
+        tfds.disable_progress_bar()
+        builder = Pairs(listing, os.fspath(work))
+        with contextlib.redirect_stdout(io.StringIO()):  # TFDS prints "Downloading ..." of data that lie here already
+            builder.download_and_prepare()
+        written = Path(builder.data_dir)
+        (written / _SUMMARY).write_text(json.dumps(builder.summary()))
+        try:
+            os.replace(written, final)
+        except OSError:
+            if not (final / _SUMMARY).is_file():  # else another process was faster, with the same content
+                raise
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    return final

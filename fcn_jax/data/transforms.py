@@ -1,0 +1,133 @@
+"""Augmentation in NumPy and OpenCV: pure functions of an example, a generator and the config.
+
+An example is ``{"image": uint8 (h, w, 3) RGB in [0, 255], "label": uint8 (h, w)}``. Normalisation is not done here
+but on the device, so that images travel as bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import cv2
+import numpy as np
+
+from fcn_jax.config import DataConfig
+from fcn_jax.data.labels import IGNORE
+from fcn_jax.preprocessing import MEAN_COLOURS
+
+__all__ = ["augment", "crop", "jitter", "output_size", "resize", "resize_image", "resize_label", "scale"]
+
+Example = Mapping[str, Any]
+
+_LUMA = np.array([0.299, 0.587, 0.114], np.float32)  # ITU-R BT.601
+
+
+def resize_image(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Resize an image (h, w, 3) to ``size`` = (height, width): area average to shrink, linear to enlarge."""
+    height, width = size
+    if image.shape[:2] == (height, width):
+        return image
+    smaller = height * width < image.shape[0] * image.shape[1]
+    return cv2.resize(image, (width, height), interpolation=cv2.INTER_AREA if smaller else cv2.INTER_LINEAR)
+
+
+def resize_label(label: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Resize a label (h, w) to ``size`` = (height, width) by nearest neighbour, pixel centres aligned."""
+    height, width = size
+    if label.shape == (height, width):
+        return label
+    # INTER_NEAREST of OpenCV takes the top-left neighbour, half a pixel off the image; INTER_NEAREST_EXACT does not.
+    return cv2.resize(label, (width, height), interpolation=cv2.INTER_NEAREST_EXACT)
+
+
+def resize(example: Example, size: tuple[int, int]) -> dict[str, Any]:
+    """Resize image and label of an example to ``size`` = (height, width)."""
+    return {**example, "image": resize_image(example["image"], size), "label": resize_label(example["label"], size)}
+
+
+def scale(
+    example: Example, rng: np.random.Generator, bounds: tuple[float, float], base_size: int | None = None
+) -> dict[str, Any]:
+    """Resize an example by one factor drawn uniformly from ``bounds``; its sides stay at least one pixel.
+
+    With ``base_size`` the shorter side becomes the factor times that many pixels, instead of times its own length.
+    """
+    factor = rng.uniform(*bounds) if bounds[0] != bounds[1] else bounds[0]
+    height, width = example["label"].shape
+    if base_size is not None:
+        factor *= base_size / min(height, width)
+    return resize(example, (max(1, round(height * factor)), max(1, round(width * factor))))
+
+
+def crop(
+    example: Example, rng: np.random.Generator, size: tuple[int, int], fill: tuple[int, int, int]
+) -> dict[str, Any]:
+    """Cut a window of ``size`` = (height, width) at a random place.
+
+    Where the example is smaller than the window it is padded bottom and right, the image with the colour ``fill`` and
+    the label with ``IGNORE``.
+    """
+    image, label = example["image"], example["label"]
+    top = int(rng.integers(max(label.shape[0] - size[0], 0) + 1))
+    left = int(rng.integers(max(label.shape[1] - size[1], 0) + 1))
+    image = image[top : top + size[0], left : left + size[1]]
+    label = label[top : top + size[0], left : left + size[1]]
+    if label.shape == size:
+        return {**example, "image": image, "label": label}
+    height, width = label.shape
+    padded_image = np.empty((*size, 3), np.uint8)
+    padded_image[:] = fill
+    padded_image[:height, :width] = image
+    padded_label = np.full(size, IGNORE, np.uint8)
+    padded_label[:height, :width] = label
+    return {**example, "image": padded_image, "label": padded_label}
+
+
+def jitter(image: np.ndarray, rng: np.random.Generator, strength: float) -> np.ndarray:
+    """Change brightness, then contrast, then saturation, each by a factor drawn from [1 - strength, 1 + strength].
+
+    Brightness scales the image (h, w, 3) in [0, 255], contrast scales its distance to its mean grey, saturation the
+    distance of each pixel to its own grey; the result is clipped once, at the end, and rounded. (torchvision's
+    ColorJitter clips after each and shuffles their order: differs from it in that.)
+    """
+    brightness, contrast, saturation = 1 + strength * rng.uniform(-1, 1, 3)
+    # All three are linear in the pixel: out = M @ pixel + offset, one pass over the image.
+    matrix = saturation * np.eye(3) + (1 - saturation) * np.outer(np.ones(3), _LUMA)
+    grey = float(np.asarray(cv2.mean(image)[:3]) @ _LUMA) * brightness
+    affine = np.concatenate([brightness * contrast * matrix, np.full((3, 1), (1 - contrast) * grey)], axis=1)
+    return cv2.transform(image, affine.astype(np.float32))
+
+
+def output_size(config: DataConfig) -> tuple[int, int] | None:
+    """Return (height, width) of every augmented example: the crop, else the input size; None where images differ."""
+    return config.crop_size or config.input_size
+
+
+def augment(example: Example, rng: np.random.Generator, config: DataConfig) -> dict[str, np.ndarray]:
+    """Return a training example: resized, colour-jittered, scaled, cropped and mirrored as configured.
+
+    The window is ``crop_size``; without one it is ``input_size``, so that a random scale keeps the size; without
+    either the whole image is kept.
+
+    Args:
+        example: image uint8 (h, w, 3) RGB and label uint8 (h, w).
+        rng: the only source of randomness.
+        config: which of the steps to take; a step that is off draws no numbers.
+
+    Returns:
+        ``{"image": uint8 (h', w', 3), "label": uint8 (h', w')}``, contiguous.
+    """
+    out: dict[str, Any] = {"image": example["image"], "label": example["label"]}
+    if config.input_size is not None:
+        out = resize(out, config.input_size)
+    if config.jitter:  # before the crop, so that padding keeps its colour
+        out["image"] = jitter(out["image"], rng, config.jitter)
+    if config.scale != (1.0, 1.0) or config.base_size is not None:
+        out = scale(out, rng, config.scale, config.base_size)
+    window = output_size(config)
+    if window is not None:
+        out = crop(out, rng, window, MEAN_COLOURS[config.preprocessing])
+    if config.flip and rng.random() < 0.5:
+        out = {"image": out["image"][:, ::-1], "label": out["label"][:, ::-1]}
+    return {"image": np.ascontiguousarray(out["image"]), "label": np.ascontiguousarray(out["label"])}

@@ -1,0 +1,82 @@
+"""PASCAL VOC segmentation: 21 classes, the 2012 splits and seg11valid, the one the FCN paper reports on.
+
+Expected under ``--data.dir``: ``VOCdevkit/VOC2012`` with ``JPEGImages/NAME.jpg``, ``SegmentationClass/NAME.png``
+(class ids as palette indices, 255 along the outlines) and ``ImageSets/Segmentation/{train,val,trainval}.txt``;
+``--data.dir`` may also be ``VOCdevkit`` or ``VOC2012`` itself. ``seg11valid`` is the 736 images of VOC2011's val that
+SBD's train has not: read from ``ImageSets/Segmentation/seg11valid.txt`` where there is one, else made from VOC2011
+and an SBD in the same folder.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from fcn_jax.config import DataConfig
+from fcn_jax.data import sbd
+from fcn_jax.data.download import ARCHIVES, fetch
+from fcn_jax.data.labels import VOC_CLASSES, palette_for
+from fcn_jax.data.listing import Entry, Listing, folder_of, names_in, read_files
+from fcn_jax.errors import InputError
+
+__all__ = ["SPLITS", "find", "listing"]
+
+SPLITS = ("train", "val", "trainval", "seg11valid")
+_SETS = Path("ImageSets/Segmentation")
+
+
+def find(folder: Path, year: str) -> Path | None:
+    """Return the VOC tree of ``year`` in, at or beside ``folder``, or None."""
+    tree = f"VOC{year}"
+    # VOC2011's archive has its VOCdevkit in a folder TrainVal.
+    places = [folder / tree, folder / "VOCdevkit" / tree, folder / "TrainVal/VOCdevkit" / tree]
+    places += [folder] if folder.absolute().name == tree else [folder.absolute().parent / tree]
+    return next((place for place in places if (place / "SegmentationClass").is_dir()), None)
+
+
+def _tree(folder: Path, year: str, config: DataConfig) -> Path:
+    root = find(folder, year)
+    if root is None and config.download:
+        return fetch(ARCHIVES[f"voc{year}"], folder)
+    if root is None:
+        archive = ARCHIVES[f"voc{year}"]
+        raise InputError(
+            f"--data.dir {folder}: holds no VOCdevkit/VOC{year} with SegmentationClass/; "
+            f"unpack {archive.name} there or give --data.download"
+        )
+    return root
+
+
+def _seg11valid(folder: Path, config: DataConfig) -> tuple[Path, tuple[str, ...]]:
+    """Return the tree and the names of seg11valid; VOC2012 has all images and masks of VOC2011."""
+    for year in ("2012", "2011"):
+        root = find(folder, year)
+        if root is not None and (root / _SETS / "seg11valid.txt").is_file():
+            return root, names_in(root / _SETS / "seg11valid.txt")
+    sbd_root = sbd.find(folder)
+    if not config.download and (sbd_root is None or find(folder, "2011") is None):
+        raise InputError(
+            f"--data.dir {folder}: seg11valid needs VOCdevkit/VOC2012/{_SETS}/seg11valid.txt (its 736 names), "
+            "or VOCdevkit/VOC2011 and benchmark_RELEASE (SBD) to make that list from; "
+            "put one of them there or give --data.download"
+        )
+    root = _tree(folder, "2011", config)
+    sbd_root = sbd_root or fetch(ARCHIVES["sbd"], folder) / "dataset"
+    trained_on = set(names_in(sbd_root / "train.txt"))
+    names = tuple(name for name in names_in(root / _SETS / "val.txt") if name not in trained_on)
+    if not names:
+        raise InputError(f"{root / _SETS / 'val.txt'}: every image is in SBD's train.txt too; check the two lists")
+    return root, names
+
+
+def listing(split: str, config: DataConfig) -> Listing:
+    """List a split of VOC2012, or seg11valid of VOC2011."""
+    folder = folder_of(config, "voc", "VOCdevkit")
+    if split == "seg11valid":
+        root, names = _seg11valid(folder, config)
+    else:
+        root = _tree(folder, "2012", config)
+        names = names_in(root / _SETS / f"{split}.txt")
+    entries = tuple(
+        Entry(name, root / "JPEGImages" / f"{name}.jpg", root / "SegmentationClass" / f"{name}.png") for name in names
+    )
+    return Listing("voc", split, VOC_CLASSES, palette_for(len(VOC_CLASSES)), entries, read_files)

@@ -1,0 +1,134 @@
+import dataclasses
+import functools
+import hashlib
+import http.server
+import tarfile
+import threading
+
+import numpy as np
+import pytest
+import trees
+
+from fcn_jax.config import DataConfig
+from fcn_jax.data import datasets, download
+from fcn_jax.errors import InputError
+
+
+@pytest.fixture
+def packed(tmp_path):
+    """VOC2012 and SBD trees in tar files of the originals' names, as archives with file:// addresses."""
+    trees.voc(tmp_path / "made", "2012", {"train": ["2007_001"], "val": ["2007_002"]})
+    trees.voc(tmp_path / "made/TrainVal", "2011", {"val": ["2007_002", "2007_003"]})
+    trees.sbd(tmp_path / "made", {"train": ["2008_001", "2007_003"]})
+    archives = {}
+    for key, original in download.ARCHIVES.items():
+        path = tmp_path / "server" / original.name
+        path.parent.mkdir(exist_ok=True)
+        with tarfile.open(path, "w:gz" if path.suffix == ".tgz" else "w") as tar:
+            top = original.content.split("/")[0]
+            tar.add(tmp_path / "made" / top, top)
+        archives[key] = dataclasses.replace(
+            original, url=path.as_uri(), md5=hashlib.md5(path.read_bytes(), usedforsecurity=False).hexdigest()
+        )
+    return archives
+
+
+@pytest.fixture
+def served(packed, tmp_path):
+    """The same over HTTP."""
+
+    class Quiet(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, *args):
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=tmp_path / "server"))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield {k: dataclasses.replace(a, url=f"http://127.0.0.1:{server.server_port}/{a.name}") for k, a in packed.items()}
+    server.shutdown()
+    server.server_close()
+
+
+def _config(tmp_path, download=True):
+    return DataConfig(dir=str(tmp_path / "data"), cache_dir=str(tmp_path / "cache"), download=download)
+
+
+def test_an_archive_is_fetched_checked_and_unpacked(served, tmp_path):
+    place = download.fetch(served["voc2012"], tmp_path / "data")
+    assert place == tmp_path / "data/VOCdevkit/VOC2012"
+    assert (place / "JPEGImages/2007_001.jpg").is_file()
+    assert not [p for p in (tmp_path / "data").iterdir() if "part" in p.name or "unfinished" in p.name]
+
+
+def test_voc_and_sbd_are_downloaded_into_one_folder_and_found_there(packed, tmp_path, monkeypatch):
+    monkeypatch.setattr(download, "ARCHIVES", packed)
+    for module in (datasets.voc, datasets.sbd):
+        monkeypatch.setattr(module, "ARCHIVES", packed)
+    config = _config(tmp_path)
+    assert datasets.load("sbd/train", config).source[0]["name"] == "2008_001"
+    assert np.array_equal(datasets.decode(datasets.load("voc/train", config).source[0])["label"], trees.mask(1, 21))
+    seg11valid = datasets.load("voc/seg11valid", config)
+    assert [seg11valid.source[i]["name"] for i in range(len(seg11valid))] == ["2007_002"]
+    without = dataclasses.replace(config, download=False)  # what lies there now is used as it is
+    assert len(datasets.load("voc/val", without)) == 1
+
+
+def test_a_tree_that_lies_there_is_not_fetched_again(packed, tmp_path):
+    (tmp_path / "data/benchmark_RELEASE").mkdir(parents=True)
+    unreachable = dataclasses.replace(packed["sbd"], url="http://127.0.0.1:9/benchmark.tgz")
+    assert download.fetch(unreachable, tmp_path / "data") == tmp_path / "data/benchmark_RELEASE"
+
+
+def test_an_archive_put_there_by_hand_needs_no_network(packed, tmp_path):
+    (tmp_path / "data").mkdir()
+    archive = packed["sbd"]
+    (tmp_path / "server" / archive.name).rename(tmp_path / "data" / archive.name)
+    assert (download.fetch(archive, tmp_path / "data") / "dataset/train.txt").is_file()
+
+
+def test_a_wrong_checksum_is_refused_and_nothing_is_left(served, tmp_path):
+    wrong = dataclasses.replace(served["sbd"], md5="0" * 32)
+    with pytest.raises(InputError, match=r"benchmark\.tgz: its checksum is [0-9a-f]{32}, expected 0{32}"):
+        download.fetch(wrong, tmp_path / "data")
+    assert list((tmp_path / "data").iterdir()) == []
+    (tmp_path / "data" / wrong.name).write_bytes(b"cut short")
+    with pytest.raises(InputError, match=r"data/benchmark\.tgz: its checksum is .*; remove it"):
+        download.fetch(wrong, tmp_path / "data")
+
+
+@pytest.mark.parametrize("url", ["http://127.0.0.1:9/benchmark.tgz", "http://nowhere.invalid/benchmark.tgz"])
+def test_without_network_one_line_says_what_to_put_where(packed, tmp_path, url):
+    archive = dataclasses.replace(packed["sbd"], url=url)
+    with pytest.raises(InputError) as caught:
+        download.fetch(archive, tmp_path / "data")
+    message = str(caught.value)
+    assert (
+        f"fetch benchmark.tgz (md5 {archive.md5}) elsewhere and put it at {tmp_path / 'data/benchmark.tgz'}" in message
+    )
+    assert "\n" not in message
+
+
+def test_a_file_missing_on_the_server_is_one_line_too(served, tmp_path):
+    archive = dataclasses.replace(served["sbd"], url=served["sbd"].url.replace("benchmark", "other"))
+    with pytest.raises(InputError, match=r"other\.tgz cannot be fetched \(.*\); fetch other\.tgz"):
+        download.fetch(archive, tmp_path / "data")
+
+
+def test_members_that_lead_outside_are_not_unpacked(tmp_path):
+    outside = tmp_path / "outside.txt"
+    outside.write_text("x")
+    path = tmp_path / "server.tar"
+    with tarfile.open(path, "w") as tar:
+        tar.add(outside, "../../escaped.txt")
+    archive = download.Archive(
+        path.as_uri(), hashlib.md5(path.read_bytes(), usedforsecurity=False).hexdigest(), "content"
+    )
+    with pytest.raises(InputError, match=r"server\.tar: cannot be unpacked"):
+        download.fetch(archive, tmp_path / "data")
+    assert not list(tmp_path.rglob("escaped.txt"))
+
+
+def test_without_the_flag_nothing_is_fetched(tmp_path):
+    (tmp_path / "data").mkdir()
+    for spec, name in (("voc/train", "VOCtrainval_11-May-2012.tar"), ("sbd/train", "benchmark.tgz")):
+        with pytest.raises(InputError, match=rf"unpack {name} there or give --data\.download"):
+            datasets.load(spec, _config(tmp_path, download=False))

@@ -1,0 +1,128 @@
+import dataclasses
+import hashlib
+
+import numpy as np
+import pytest
+
+from fcn_jax.config import DataConfig
+from fcn_jax.data import datasets, shapes
+from fcn_jax.errors import InputError
+
+SIZE = (96, 96)
+
+
+def _digest(split, index):
+    image, label = shapes.generate(split, index, SIZE)
+    return hashlib.sha256(image.tobytes() + label.tobytes()).hexdigest()
+
+
+def test_a_picture_depends_on_split_and_index_alone():
+    first = [_digest("train", i) for i in range(5)]
+    assert [_digest("train", i) for i in reversed(range(5))] == first[::-1]
+    assert len(set(first)) == 5
+
+
+def test_splits_share_no_picture():
+    digests = {split: {_digest(split, i) for i in range(100)} for split in shapes.SPLITS}
+    assert len(set.union(*digests.values())) == 300
+
+
+def test_pictures_have_the_size_asked_for_and_declared_ids():
+    image, label = shapes.generate("val", 0, (64, 80))
+    assert image.shape == (64, 80, 3) and image.dtype == np.uint8
+    assert label.shape == (64, 80) and label.dtype == np.uint8
+    seen = set().union(*(np.unique(shapes.generate("val", i, SIZE)[1]).tolist() for i in range(50)))
+    assert seen == {0, 1, 2, 3, 4, 5, 255}
+
+
+def test_a_void_border_parts_every_two_classes():
+    for i in range(50):
+        label = shapes.generate("train", i, SIZE)[1].astype(int)
+        for a, b in ((label[1:], label[:-1]), (label[:, 1:], label[:, :-1])):
+            assert not ((a != b) & (a != 255) & (b != 255)).any()
+        assert 0.005 < (label == 255).mean() < 0.15
+
+
+def test_every_object_class_covers_some_of_the_pictures():
+    labels = np.stack([shapes.generate("train", i, SIZE)[1] for i in range(200)])
+    shares = np.bincount(labels.ravel(), minlength=256) / labels.size
+    assert (shares[1:6] > 0.025).all() and 0.5 < shares[0] < 0.8
+
+
+def test_colour_tells_nothing():
+    """A classifier of single pixels by colour scores at most 0.25 mean IU on pictures that it has not seen."""
+
+    def codes(image):
+        red, green, blue = np.moveaxis(image.astype(int) // 16, -1, 0)
+        return (red * 16 + green) * 16 + blue
+
+    def counts(split, n):
+        for i in range(n):
+            image, label = shapes.generate(split, i, SIZE)
+            yield codes(image)[label != 255], label[label != 255]
+
+    histogram = np.zeros((4096, 6), np.int64)
+    for code, label in counts("train", 600):
+        np.add.at(histogram, (code, label), 1)
+    priors = histogram.sum(0)
+    for table in (histogram.argmax(1), (histogram / priors).argmax(1)):  # most frequent, and most likely by class
+        confusion = np.zeros((6, 6), np.int64)
+        for code, label in counts("val", 150):
+            np.add.at(confusion, (label, table[code]), 1)
+        iu = np.diag(confusion) / (confusion.sum(0) + confusion.sum(1) - np.diag(confusion))
+        assert iu.mean() <= 0.25
+
+
+def test_objects_and_background_have_one_mean_colour():
+    """Means over pictures of the colour of each class, in units of their standard error."""
+    means = {k: [] for k in range(6)}
+    for i in range(600):
+        image, label = shapes.generate("train", i, SIZE)
+        for k in range(6):
+            if (label == k).any():
+                means[k].append(image[label == k].mean(0))
+    overall = np.concatenate([np.array(m) for m in means.values()]).mean(0)
+    for rows in map(np.array, means.values()):
+        error = rows.std(0) / np.sqrt(len(rows))
+        assert (np.abs(rows.mean(0) - overall) < 4 * error).all()  # 18 comparisons: 4 standard errors
+
+
+def test_the_first_colour_is_distributed_like_the_others():
+    """Colours chosen to be far apart lie nearer to the corners than the one chosen first, were they not shuffled."""
+    drawn = np.stack([shapes._colours(np.random.default_rng(i), 5) for i in range(3000)])
+    distance = np.linalg.norm(drawn - 127.5, axis=2)  # (picture, place)
+    error = distance.std() / np.sqrt(len(distance))
+    assert (np.abs(distance.mean(0) - distance.mean()) < 4 * error).all()
+
+
+def test_objects_stand_out_from_what_surrounds_them():
+    for i in range(50):
+        image, label = shapes.generate("train", i, SIZE)
+        background = image[label == 0].mean(0)
+        for k in set(np.unique(label)) - {0, 255}:
+            assert np.linalg.norm(image[label == k].mean(0) - background) > 20
+
+
+@pytest.fixture
+def config(tmp_path):
+    return DataConfig(cache_dir=str(tmp_path), shapes_size=(32, 48), shapes_count=5)
+
+
+def test_the_set_has_the_counts_of_the_config_and_256_held_out(config):
+    train, val = datasets.load("shapes/train", config), datasets.load("shapes/val", config)
+    assert (len(train), len(val)) == (5, 256) and train.image_size == (32, 48)
+    assert train.class_names == shapes.CLASSES and train.num_classes == 6
+    example = datasets.decode(train.source[3])
+    image, label = shapes.generate("train", 3, (32, 48))
+    assert np.array_equal(example["image"], image) and np.array_equal(example["label"], label)
+
+
+def test_another_size_or_count_is_prepared_anew(config):
+    assert datasets.load("shapes/train", config).image_size == (32, 48)
+    assert datasets.load("shapes/train", dataclasses.replace(config, shapes_size=(40, 40))).image_size == (40, 40)
+    assert len(datasets.load("shapes/train", dataclasses.replace(config, shapes_count=7))) == 7
+
+
+def test_sizes_too_small_for_objects_are_refused(config):
+    with pytest.raises(InputError, match=r"--data\.shapes-size of at least 32 32"):
+        datasets.load("shapes/train", dataclasses.replace(config, shapes_size=(16, 96)))
