@@ -242,3 +242,7 @@ def _dispatch(arguments: Arguments) -> int:
 def main() -> int:
     """Run `fcn-jax COMMAND ...`."""
     return guarded(_dispatch, sys.argv[1:])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -99,7 +99,9 @@ def create_model(name: str, num_classes: int, **options: Any) -> FCN:
         if option in _CHOICES and value not in _CHOICES[option]:
             raise unknown(option, value, map(str, _CHOICES[option]))
     if num_classes < 1:
-        raise InputError(f"expected num_classes >= 1, got {num_classes}; give the number of classes without the void label")
+        raise InputError(
+            f"expected num_classes >= 1, got {num_classes}; give the number of classes without the void label"
+        )
     settings: dict[str, Any] = {**spec.fixed, **options}
     _check_numbers(settings)
     width = settings.get("width", 1.0)

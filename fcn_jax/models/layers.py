@@ -6,6 +6,7 @@ were trained there. Dimensions are b h w c throughout.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -133,7 +134,7 @@ class BatchNorm(nn.Module):
     def _statistics(self, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Return mean, biased and unbiased variance (c,) of the global batch, in two passes for accuracy."""
         axes = tuple(range(x.ndim - 1))
-        count = np.prod([x.shape[axis] for axis in axes])
+        count = math.prod(x.shape[axis] for axis in axes)
         mean = jnp.mean(x, axes)
         if self.compute.axis_name is not None:
             count = count * jax.lax.axis_size(self.compute.axis_name)

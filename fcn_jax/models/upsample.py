@@ -57,6 +57,9 @@ def transposed_conv(
     full = cells.reshape(b, rows, columns, stride, stride, c_out).transpose(0, 1, 3, 2, 4, 5)
     full = full.reshape(b, rows * stride, columns * stride, c_out)
     out_h, out_w = ((n - 1) * stride - 2 * padding + k + output_padding for n in (h, w))
+    # Output padding may reach past the last whole cell, where no input pixel arrives.
+    beyond = max(0, k + output_padding - padding - whole)
+    full = jnp.pad(full, ((0, 0), (0, beyond), (0, beyond), (0, 0)))
     return full[:, padding : padding + out_h, padding : padding + out_w]
 
 

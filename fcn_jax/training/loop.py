@@ -16,7 +16,6 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
-from tensorboardX import SummaryWriter
 
 from fcn_jax.config import Config
 from fcn_jax.data.datasets import Split
@@ -73,6 +72,8 @@ def train(config: Config, console: Console) -> Scores:
     Raises:
         InputError: the config cannot be run, or the folder belongs to another run.
     """
+    from tensorboardX import SummaryWriter  # imports torch where that is installed, which only training should pay for
+
     began = time.perf_counter()
     trainer = make_trainer(config)
     info = DatasetInfo(trainer.train.dataset, trainer.train.class_names, trainer.train.palette)

@@ -1,0 +1,108 @@
+"""Names and axes: what a Flax variable is called in torch, and how its array is turned."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from flax import traverse_util
+
+__all__ = ["COUNTER", "LEAVES", "Parameter", "from_torch", "list_parameters", "to_torch_axes", "torch_shape"]
+
+COUNTER = "num_batches_tracked"
+"""What torch keeps beside the statistics of a batch norm; no network here uses it."""
+LEAVES = ("weight", "bias", "running_mean", "running_var")
+"""A module's tensors in the order of its state dict."""
+_TORCH_LEAF = {"kernel": "weight", "scale": "weight", "bias": "bias", "mean": "running_mean", "var": "running_var"}
+# The transposed convolutions of the families; every other kernel is a convolution's.
+_TRANSPOSED = ("upscore", "deconv")
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """One array of a network's variables."""
+
+    path: tuple[str, ...]
+    """Where it is: collection, modules, leaf; ``("params", "vgg", "conv1_1", "kernel")``."""
+    shape: tuple[int, ...]
+    dtype: Any
+
+    @property
+    def module(self) -> str:
+        """Its module's path joined by dots: ``vgg.conv1_1``."""
+        return ".".join(self.path[1:-1])
+
+    @property
+    def leaf(self) -> str:
+        """Its own name in torch: ``weight``, ``bias``, ``running_mean`` or ``running_var``."""
+        return _TORCH_LEAF[self.path[-1]]
+
+    @property
+    def name(self) -> str:
+        """Its whole name in torch: ``vgg.conv1_1.weight``."""
+        return f"{self.module}.{self.leaf}"
+
+    @property
+    def transposed(self) -> bool:
+        """Whether it is the kernel of a transposed convolution."""
+        return len(self.shape) == 4 and self.path[-2].startswith(_TRANSPOSED)
+
+
+def list_parameters(variables: Mapping[str, Any]) -> list[Parameter]:
+    """List the arrays of {"params": ...[, "batch_stats": ...]}; other collections are passed over."""
+    found = []
+    for collection in ("params", "batch_stats"):
+        arrays: dict[tuple[str, ...], Any] = traverse_util.flatten_dict(dict(variables.get(collection, {})))
+        for path, value in arrays.items():
+            found.append(Parameter((collection, *path), tuple(value.shape), value.dtype))
+    return found
+
+
+def torch_shape(parameter: Parameter) -> tuple[int, ...]:
+    """Return the shape that torch keeps the parameter in."""
+    if len(parameter.shape) != 4:
+        return parameter.shape
+    h, w, i, o = parameter.shape
+    return (i, o, h, w) if parameter.transposed else (o, i, h, w)
+
+
+def to_torch_axes(parameter: Parameter, value: np.ndarray, linear: bool = False) -> np.ndarray:
+    """Turn a Flax array to torch's axes.
+
+    Args:
+        parameter: which one.
+        value: convolution (k, k, in, out), transposed convolution (k, k, in, out), or a vector.
+        linear: give a convolution as the weight of ``torch.nn.Linear``, see ``from_torch``.
+
+    Returns:
+        (out, in, k, k), (in, out, k, k), the vector itself, or with ``linear`` (out, in k k).
+    """
+    if value.ndim == 4:
+        value = value.transpose((2, 3, 0, 1) if parameter.transposed else (3, 2, 0, 1))
+        if linear:
+            value = value.reshape(value.shape[0], -1)
+    return np.ascontiguousarray(value)
+
+
+def from_torch(parameter: Parameter, value: np.ndarray) -> np.ndarray | None:
+    """Turn an array of torch's axes to Flax's; the inverse of ``to_torch_axes``.
+
+    The weight (out, n) of a linear layer fits a convolution's kernel (k, k, in, out) where n = in k k: torch flattens
+    maps (in, k, k) in the order channel, row, column (``torch.flatten`` in torchvision's ``models/vgg.py``).
+
+    Returns:
+        The turned array, or None where the shape does not fit.
+    """
+    if value.ndim == 2 and len(parameter.shape) == 4 and not parameter.transposed:
+        o, i, h, w = torch_shape(parameter)
+        if value.shape != (o, i * h * w):
+            return None
+        value = value.reshape(o, i, h, w)
+    if value.shape != torch_shape(parameter):
+        return None
+    if value.ndim == 4:
+        # (in, out, k, k) and (out, in, k, k) to (k, k, in, out)
+        value = value.transpose((2, 3, 0, 1) if parameter.transposed else (2, 3, 1, 0))
+    return np.ascontiguousarray(value)

@@ -1,0 +1,232 @@
+"""Weights from a source to variables: strict, shape-checked, and accounting for every tensor on both sides."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from flax import traverse_util
+
+from fcn_jax.errors import InputError
+from fcn_jax.models.fcn import FCN
+from fcn_jax.weights.layouts import LAYOUTS, Layout, encoder_name, pair_up, recognise
+from fcn_jax.weights.names import COUNTER, Parameter, from_torch, list_parameters, torch_shape
+from fcn_jax.weights.source import Source, TensorInfo, Tensors, open_source
+
+__all__ = ["Info", "Report", "inspect", "load", "load_with_report"]
+
+
+@dataclass(frozen=True)
+class Info:
+    """What a source holds."""
+
+    layout: str | None
+    """A key of ``LAYOUTS``, or None where no layout has such names."""
+    variant: str | None
+    """The encoder, as far as names and shapes tell: ``vgg16``, ``vgg16_bn`` ..."""
+    preprocessing: str | None
+    """What images the weights were trained on, "imagenet" or "caffe"; None: the source does not say."""
+    tensors: dict[str, TensorInfo]
+
+
+@dataclass(frozen=True)
+class Report:
+    """What became of every parameter of the network and of every tensor of the source."""
+
+    layout: str
+    preprocessing: str | None
+    filled: dict[str, str]
+    """Parameter -> the tensor it was filled from, in the layout's order."""
+    left: dict[str, str]
+    """Parameter that keeps its value -> why."""
+    ignored: dict[str, str]
+    """Tensor that is not used -> why."""
+
+
+def inspect(source: Source) -> Info:
+    """Tell what a source holds, without a network.
+
+    Raises:
+        InputError: the source cannot be opened.
+    """
+    return _info(open_source(source))
+
+
+def _info(tensors: Tensors) -> Info:
+    name = recognise(tensors.shapes)
+    preprocessing = tensors.metadata.get("preprocessing")
+    if name is None:
+        return Info(None, None, preprocessing, tensors.infos)
+    layout = LAYOUTS[name]
+    return Info(name, layout.variant(tensors.shapes), layout.preprocessing or preprocessing, tensors.infos)
+
+
+def load(
+    source: Source,
+    model: FCN,
+    variables: Mapping[str, Any],
+    allow_missing: Iterable[str] = (),
+    allow_unexpected: Iterable[str] = (),
+) -> dict[str, Any]:
+    """Return variables filled from a source; the ones given are not changed. See ``load_with_report``."""
+    return load_with_report(source, model, variables, allow_missing, allow_unexpected)[0]
+
+
+def load_with_report(
+    source: Source,
+    model: FCN,
+    variables: Mapping[str, Any],
+    allow_missing: Iterable[str] = (),
+    allow_unexpected: Iterable[str] = (),
+) -> tuple[dict[str, Any], Report]:
+    """Fill a network's variables from a source and tell what became of everything.
+
+    Args:
+        source: a path (.safetensors, .pth, .pt) or a dict of arrays, in any layout of ``LAYOUTS``.
+        model: the network that the variables belong to.
+        variables: {"params": ...[, "batch_stats": ...]}, from ``init_variables``.
+        allow_missing: glob patterns of parameters (``score_*``, ``head.fc6.weight``) that may keep their values.
+        allow_unexpected: glob patterns of the source's tensors that may go unused. A tensor whose shape does not fit is
+            passed over where its parameter may be missing and the tensor itself unexpected.
+
+    Returns:
+        New variables in the dtypes of the given ones, and the report.
+
+    Raises:
+        InputError: the source cannot be opened, its layout is unknown, it is another encoder's, or a tensor is missing,
+            unexpected, of the wrong shape or not finite.
+    """
+    tensors = open_source(source)
+    info = _info(tensors)
+    if info.layout is None:
+        sample = ", ".join(list(tensors.infos)[:3])
+        raise InputError(f"{tensors.origin}: no known layout has names like {sample}; known: {', '.join(LAYOUTS)}")
+    _check_encoder(tensors.origin, info.variant, model)
+    job = _Job(tensors, LAYOUTS[info.layout], _patterns(allow_missing), _patterns(allow_unexpected))
+    job.run(model, list_parameters(variables))
+    flat = traverse_util.flatten_dict(dict(variables))
+    flat.update(job.values)
+    report = Report(info.layout, info.preprocessing, job.filled, job.left, job.ignored)
+    return traverse_util.unflatten_dict(flat), report
+
+
+def _check_encoder(origin: str, variant: str | None, model: FCN) -> None:
+    wanted = encoder_name(model.encoder, model.encoder_norm)
+    if variant is not None and variant != wanted:
+        encoder, _, norm = variant.partition("_")
+        options = f"encoder={encoder!r}, encoder_norm={'batch' if norm else None!r}"
+        raise InputError(f"{origin}: holds {variant}, the model has {wanted}; create the model with {options}")
+
+
+@dataclass
+class _Job:
+    """One loading: walks the layout's name map and keeps the books."""
+
+    tensors: Tensors
+    layout: Layout
+    allow_missing: tuple[str, ...]
+    allow_unexpected: tuple[str, ...]
+    filled: dict[str, str] = field(default_factory=dict)
+    left: dict[str, str] = field(default_factory=dict)
+    ignored: dict[str, str] = field(default_factory=dict)
+    values: dict[tuple[str, ...], Any] = field(default_factory=dict)
+
+    def run(self, model: FCN, parameters: list[Parameter]) -> None:
+        """Fill ``values`` by path."""
+        misfits: list[str] = []
+        sought: dict[str, str] = {}
+        for parameter, row in pair_up(self.layout, model, parameters):
+            theirs = f"{row.theirs}.{parameter.leaf}"
+            sought.setdefault(parameter.name, theirs)
+            if theirs in self.tensors.infos:
+                misfit = self._fill(parameter, theirs, row.if_fits)
+                misfits += [misfit] if misfit else []
+        if misfits:
+            hint = "build the model to match, or name them in both allow_missing and allow_unexpected"
+            raise self._error("do not fit", misfits, hint)
+        missing = self._leave(parameters, sought)
+        if missing:
+            raise self._error("are missing", missing, "where that is meant, name them in allow_missing")
+        unexpected = [name for name in self.tensors.infos if not self._explain(name)]
+        if unexpected:
+            raise self._error("are unexpected", unexpected, "where that is meant, name them in allow_unexpected")
+
+    def _fill(self, parameter: Parameter, theirs: str, if_fits: bool) -> str | None:
+        """Take one tensor; return what is wrong with its shape."""
+        name = parameter.name
+        raw = self.tensors.read(theirs)
+        value = from_torch(parameter, raw)
+        if value is None:
+            misfit = f"{theirs} is {_times(raw.shape)}, {name} needs {_times(torch_shape(parameter))}"
+            if if_fits or (_any(name, self.allow_missing) and _any(theirs, self.allow_unexpected)):
+                self.left[name] = self.ignored[theirs] = misfit
+                return None
+            return misfit
+        value = self._checked(theirs, value, parameter.dtype)
+        if parameter.path in self.values:
+            if not np.array_equal(self.values[parameter.path], value):
+                raise InputError(f"{self.tensors.origin}: {theirs} and {self.filled[name]} should be equal and differ")
+            self.ignored[theirs] = f"a copy of {self.filled[name]}"
+        else:
+            self.values[parameter.path], self.filled[name] = jnp.asarray(value), theirs
+        return None
+
+    def _checked(self, theirs: str, value: np.ndarray, dtype: Any) -> np.ndarray:
+        if not jnp.issubdtype(value.dtype, jnp.floating):
+            raise InputError(
+                f"{self.tensors.origin}: {theirs} holds {value.dtype}, expected floats; use the original file"
+            )
+        with np.errstate(over="ignore", invalid="ignore"):  # refused in the next line
+            value = value.astype(dtype)
+        if not np.isfinite(value).all():
+            raise InputError(f"{self.tensors.origin}: {theirs} holds NaN or infinity; use another file")
+        return value
+
+    def _leave(self, parameters: list[Parameter], sought: dict[str, str]) -> list[str]:
+        """Explain the parameters that were not filled; return those that should have been."""
+        missing = []
+        for name in dict.fromkeys([*sought, *(parameter.name for parameter in parameters)]):
+            if name in self.filled or name in self.left:
+                continue
+            if name not in sought and self.layout.encoder_only:
+                self.left[name] = "the layout has no place for it"
+            elif _any(name, self.allow_missing):
+                self.left[name] = "missing, allowed"
+            else:
+                theirs = sought.get(name, name)
+                missing.append(name if theirs == name else f"{name} ({theirs})")
+        return missing
+
+    def _explain(self, theirs: str) -> bool:
+        """Explain a tensor that was not used; return whether it is accounted for."""
+        if theirs in self.ignored or theirs in self.filled.values():
+            return True
+        if theirs.endswith(f".{COUNTER}"):
+            self.ignored[theirs] = "a counter of torch's batch norm, not used"
+        elif _any(theirs, self.layout.unused):
+            self.ignored[theirs] = "the network has no place for it"
+        elif _any(theirs, self.allow_unexpected):
+            self.ignored[theirs] = "unexpected, allowed"
+        return theirs in self.ignored
+
+    def _error(self, what: str, names: list[str], hint: str) -> InputError:
+        more = f" and {len(names) - 8} more" if len(names) > 8 else ""
+        listed = ", ".join(names[:8])
+        return InputError(f"{self.tensors.origin}: {len(names)} tensor(s) {what}: {listed}{more}; {hint}")
+
+
+def _patterns(given: Iterable[str]) -> tuple[str, ...]:
+    # A single pattern given as a string would otherwise be read letter by letter.
+    return (given,) if isinstance(given, str) else tuple(given)
+
+
+def _any(name: str, patterns: tuple[str, ...]) -> bool:
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def _times(shape: tuple[int, ...]) -> str:
+    return "x".join(map(str, shape)) or "scalar"

@@ -1,0 +1,61 @@
+"""Imports go one way, and what a bare accelerator image lacks is not imported by the rooms that have to run there."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[1] / "fcn_jax"
+# A room imports only rooms above it.
+ORDER = [
+    "errors", "config", "recipes", "runs", "preprocessing", "models", "metrics", "weights", "data", "evaluation",
+    "training", "numerics", "cli",
+]  # fmt: skip
+
+
+def _room(module):
+    parts = module.split(".")
+    return parts[1] if len(parts) > 1 else "__init__"
+
+
+def _imports(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "fcn_jax":
+            if node.module == "fcn_jax":
+                yield from (f"fcn_jax.{alias.name}" for alias in node.names)
+            else:
+                yield node.module
+        elif isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names if alias.name.split(".")[0] == "fcn_jax")
+
+
+def test_rooms_import_only_rooms_above_them():
+    wrong = []
+    for path in PACKAGE.rglob("*.py"):
+        room = _room("fcn_jax." + ".".join(path.relative_to(PACKAGE).with_suffix("").parts))
+        if room == "__init__":
+            continue
+        for module in _imports(path):
+            if ORDER.index(_room(module)) > ORDER.index(room):
+                wrong.append(f"{path.relative_to(PACKAGE)} imports {module}")
+    assert not wrong
+
+
+@pytest.mark.parametrize(
+    ("modules", "absent"),
+    [
+        ("fcn_jax", "grain tensorflow_datasets orbax tyro torch tensorflow"),
+        (
+            "fcn_jax.models, fcn_jax.metrics, fcn_jax.weights, fcn_jax.data.transforms, fcn_jax.training.losses, "
+            "fcn_jax.training.optim, fcn_jax.training.step, fcn_jax.training.parallel",
+            "grain tensorflow_datasets orbax tyro torch tensorflow",
+        ),
+        ("fcn_jax.numerics, fcn_jax.cli", "torch tensorflow"),
+    ],
+)
+def test_importing_does_not_pull_in(modules, absent):
+    code = f"import sys, {modules}; print([name for name in {absent.split()} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

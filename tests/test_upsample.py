@@ -1,0 +1,130 @@
+"""Transposed convolution and bilinear resizing against their definitions and against torch."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from fcn_jax.models.layers import Compute
+from fcn_jax.models.upsample import TransposedConv, bilinear_kernel, resize_bilinear, transposed_conv
+
+# (kernel, stride, padding, output_padding): the families' own (k = 2s; 3, 2, 1, 1), and others that torch has; where
+# output padding reaches past the last input pixel's kernel, zeros follow.
+GEOMETRIES = [
+    (4, 2, 0, 0),
+    (4, 2, 1, 0),
+    (16, 8, 0, 0),
+    (16, 8, 4, 0),
+    (32, 16, 8, 0),
+    (64, 32, 16, 0),
+    (3, 2, 1, 1),
+    (3, 2, 0, 0),
+    (5, 3, 1, 2),
+    (7, 2, 3, 1),
+    (3, 1, 1, 0),
+    (1, 1, 0, 0),
+    (2, 2, 0, 1),
+    (2, 3, 0, 0),
+    (2, 3, 0, 2),
+]
+
+
+def relative(ours, theirs):
+    return np.linalg.norm(np.asarray(ours) - theirs) / max(np.linalg.norm(theirs), 1e-300)
+
+
+def by_definition(x, w, s, p, op):
+    """Write x[i] w at i s, add up, and cut: the sum of the docstring, pixel by pixel."""
+    b, h, width, _ = x.shape
+    k = w.shape[0]
+    full = np.zeros((b, (h - 1) * s + k + op, (width - 1) * s + k + op, w.shape[3]))
+    for i, j in itertools.product(range(h), range(width)):
+        full[:, i * s : i * s + k, j * s : j * s + k] += np.einsum("bc,rqcd->brqd", x[:, i, j], w)
+    return full[:, p : full.shape[1] - p, p : full.shape[2] - p]
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 4), (3, 2)])
+@pytest.mark.parametrize(("k", "s", "p", "op"), GEOMETRIES)
+def test_transposed_conv_equals_torch_and_its_definition(k, s, p, op, size):
+    if any((n - 1) * s - 2 * p + k + op < 1 for n in size):
+        pytest.skip("nothing is left of the output")
+    rng = np.random.default_rng(0)
+    x, w = rng.normal(size=(2, *size, 3)), rng.normal(size=(k, k, 3, 5))
+    tx = torch.from_numpy(x).permute(0, 3, 1, 2).requires_grad_()
+    tw = torch.from_numpy(w).permute(2, 3, 0, 1).requires_grad_()
+    ty = F.conv_transpose2d(tx, tw, stride=s, padding=p, output_padding=op)
+    cotangent = rng.normal(size=tuple(ty.permute(0, 2, 3, 1).shape))
+    ty.backward(torch.from_numpy(cotangent).permute(0, 3, 1, 2))
+
+    @jax.jit
+    def run(x, w, cotangent):
+        y, pullback = jax.vjp(lambda x, w: transposed_conv(x, w, s, p, op), x, w)
+        return y, *pullback(cotangent)
+
+    y, dx, dw = run(x, w, cotangent)
+    # The same few hundred products in another order, at 2e-16 each.
+    assert y.shape == cotangent.shape
+    assert relative(y, by_definition(x, w, s, p, op)) <= 1e-12
+    assert relative(y, ty.detach().permute(0, 2, 3, 1).numpy()) <= 1e-12
+    assert relative(dx, tx.grad.permute(0, 2, 3, 1).numpy()) <= 1e-12
+    assert relative(dw, tw.grad.permute(2, 3, 0, 1).numpy()) <= 1e-12
+
+
+def test_transposed_conv_equals_a_convolution_of_the_dilated_input():
+    rng = np.random.default_rng(1)
+    x, w = jnp.asarray(rng.normal(size=(2, 5, 4, 3))), jnp.asarray(rng.normal(size=(16, 16, 3, 2)))
+    margin = (15 - 4, 15 - 4)
+    dilated = jax.lax.conv_general_dilated(
+        x, w[::-1, ::-1], (1, 1), (margin, margin), lhs_dilation=(8, 8), dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
+    assert relative(transposed_conv(x, w, 8, 4), np.asarray(dilated)) <= 1e-12  # rounding only
+
+
+def test_bilinear_kernel_by_hand():
+    line = np.array([0.25, 0.75, 0.75, 0.25])
+    np.testing.assert_array_equal(bilinear_kernel(4), np.outer(line, line))
+    np.testing.assert_array_equal(bilinear_kernel(3), np.outer([0.5, 1, 0.5], [0.5, 1, 0.5]))
+    np.testing.assert_array_equal(bilinear_kernel(1), [[1]])
+
+
+@pytest.mark.parametrize("k", [4, 16, 32, 64])
+def test_bilinear_weights_that_meet_in_a_pixel_sum_to_one(k):
+    s = k // 2
+    phases = bilinear_kernel(k).reshape(2, s, 2, s).sum(axis=(0, 2))
+    np.testing.assert_allclose(phases, 1, rtol=1e-15)  # a sum of four products
+
+
+def test_a_new_upsampling_layer_interpolates_each_channel_on_its_own():
+    layer = TransposedConv(2, 4, 2, Compute(jnp.float64, jnp.float64), padding=1)
+    x = jnp.stack(jnp.meshgrid(jnp.arange(5.0), jnp.arange(6.0), indexing="ij"), -1)[None]
+    y, variables = layer.init_with_output(jax.random.key(0), x)
+    assert set(variables["params"]) == {"kernel"}
+    # Output pixel o lies at input (o + 0.5) / 2 - 0.5; a linear ramp stays one away from the border.
+    rows = (np.arange(10) + 0.5) / 2 - 0.5
+    columns = (np.arange(12) + 0.5) / 2 - 0.5
+    np.testing.assert_allclose(y[0, 1:-1, 1:-1, 0], np.broadcast_to(rows[1:-1, None], (8, 10)), atol=1e-14)
+    np.testing.assert_allclose(y[0, 1:-1, 1:-1, 1], np.broadcast_to(columns[None, 1:-1], (8, 10)), atol=1e-14)
+
+
+@pytest.mark.parametrize("new", [(1, 1), (1, 7), (5, 3), (8, 9), (33, 50)])
+@pytest.mark.parametrize("old", [(1, 1), (1, 3), (2, 2), (5, 3), (9, 4)])
+def test_resize_equals_torch_interpolate(old, new):
+    rng = np.random.default_rng(2)
+    x = rng.normal(size=(2, *old, 3))
+    tx = torch.from_numpy(x).permute(0, 3, 1, 2).requires_grad_()
+    ty = F.interpolate(tx, new, mode="bilinear", align_corners=True)
+    cotangent = rng.normal(size=(2, *new, 3))
+    ty.backward(torch.from_numpy(cotangent).permute(0, 3, 1, 2))
+    y, pullback = jax.vjp(lambda x: resize_bilinear(x, new), jnp.asarray(x))
+    # Weights are differences of positions up to 50: 1e-14 each.
+    assert relative(y, ty.detach().permute(0, 2, 3, 1).numpy()) <= 1e-12
+    assert relative(pullback(jnp.asarray(cotangent))[0], tx.grad.permute(0, 2, 3, 1).numpy()) <= 1e-12
+
+
+def test_resize_keeps_corners_and_is_linear_between():
+    x = jnp.asarray([[0.0, 3.0], [6.0, 9.0]])[None, :, :, None]
+    np.testing.assert_allclose(resize_bilinear(x, (3, 4))[0, :, :, 0], [[0, 1, 2, 3], [3, 4, 5, 6], [6, 7, 8, 9]])
