@@ -62,16 +62,16 @@ def _tree(recipe, root):
 SHRUNK = {
     "shapes": [*SCORE_NET, "--train.batch-size", "8"],
     "camvid": [*SCORE_NET, "--data.crop-size", "16", "16", "--data.workers", "0", "--train.batch-size", "4"],
-    "voc-paper-32s": [*SCORE_NET, "--optim.lr", "1e-6"],
-    "voc-paper-16s": [*SCORE_NET, "--optim.lr", "1e-6"],
-    "voc-paper-8s": [*SCORE_NET, "--optim.lr", "1e-6"],
-    "voc-paper-8s-atonce": [*SCORE_NET, "--optim.lr", "1e-6"],
-    "voc-cvpr": [*SCORE_NET, "--optim.lr", "1e-2", "--data.crop-size", "16", "16", "--train.batch-size", "4"],
+    "voc-paper-32s": [*SCORE_NET, "--optim.lr", "1e-7"],
+    "voc-paper-16s": [*SCORE_NET, "--optim.lr", "1e-7"],
+    "voc-paper-8s": [*SCORE_NET, "--optim.lr", "1e-7"],
+    "voc-paper-8s-atonce": [*SCORE_NET, "--optim.lr", "1e-7"],
+    "voc-cvpr": [*SCORE_NET, "--optim.lr", "1e-3", "--data.crop-size", "16", "16", "--train.batch-size", "4"],
     "voc-tramac": [
         *OTHER_NET, "--optim.lr", "1e-2", "--data.base-size", "20", "--data.crop-size", "16", "16",
         "--data.workers", "0", "--train.batch-size", "4",
     ],
-    "binary-bce": [*OTHER_NET, "--data.input-size", "32", "32", "--train.pictures-every", "4"],
+    "binary-bce": [*OTHER_NET, "--data.input-size", "32", "32", "--train.pictures-every", "4", "--train.keep-every", "6"],
     "scratch-fcn1": [*OTHER_NET, "--data.input-size", "32", "32", "--train.batch-size", "4"],
 }  # fmt: skip
 
