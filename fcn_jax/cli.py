@@ -133,7 +133,9 @@ def run_eval(arguments: Arguments) -> int:
     name = given.split or data.val
     split = load(name, data)
     if split.class_names != trained.dataset.class_names:
-        raise InputError(f"{name} has other classes than {given.run} was trained on; choose a split of {trained.dataset.name}")
+        raise InputError(
+            f"{name} has other classes than {given.run} was trained on; choose a split of {trained.dataset.name}"
+        )
     mesh = make_mesh(jax.devices()[: trained.config.devices])
     batches = make_eval_batches(split, data, given.batch_size or trained.config.train.eval_batch_size)
     predict = make_predictor(trained.model, data.preprocessing, mesh)
@@ -157,7 +159,9 @@ def run_eval(arguments: Arguments) -> int:
 
 def run_predict(arguments: Arguments) -> int:
     """Predict images with a run's model."""
-    given: PredictArguments = _parse(lambda args: tyro.cli(PredictArguments, prog="fcn-jax predict", args=args), arguments)
+    given: PredictArguments = _parse(
+        lambda args: tyro.cli(PredictArguments, prog="fcn-jax predict", args=args), arguments
+    )
     if not given.images:
         raise InputError("no image given; name one or more image files")
     outputs = [given.out / f"{image.stem}.png" for image in given.images]
@@ -190,7 +194,9 @@ def _read(path: Path) -> bytes:
 
 def run_summary(arguments: Arguments) -> int:
     """Print a network's layers: output shapes, parameters, FLOPs."""
-    given: SummaryArguments = _parse(lambda args: tyro.cli(SummaryArguments, prog="fcn-jax summary", args=args), arguments)
+    given: SummaryArguments = _parse(
+        lambda args: tyro.cli(SummaryArguments, prog="fcn-jax summary", args=args), arguments
+    )
     model = create_model(
         given.model, given.num_classes, encoder=given.encoder, encoder_norm=given.encoder_norm, width=given.width
     )

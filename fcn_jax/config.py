@@ -1,7 +1,7 @@
 """Frozen dataclasses that describe a run: one per room, no logic, no arrays.
 
-A recipe (``recipes.py``) is a value of ``Config``; the command line overrides single fields of it; the resolved value is
-written to ``RUN/config.json`` and read back by evaluation and prediction.
+A recipe (``recipes.py``) is a value of ``Config``; the command line overrides single fields of it; the resolved value
+is written to ``RUN/config.json`` and read back by evaluation and prediction.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ class DataConfig:
     input_size: tuple[int, int] | None = None
     """Height and width every image is resized to before the network; scores stay at the labels' own size."""
     crop_size: tuple[int, int] | None = None
-    """Height and width of a training crop, padded with the ignore label where the image is smaller; None: whole images."""
+    """Height and width of a training crop, padded with ignored pixels where the image is smaller; None: no crop."""
     base_size: int | None = None
     """Training images are first resized so that their shorter side has this many pixels; None: they keep their size."""
     scale: tuple[float, float] = (1.0, 1.0)

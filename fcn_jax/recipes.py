@@ -31,7 +31,7 @@ class Recipe:
 
 
 _PAPER_DATA = DataConfig(train="sbd/train", val="voc/seg11valid", preprocessing="caffe", flip=False)
-# Caffe solver.prototxt of voc-fcn32s: the loss is summed over the pixels of one image, the deconvolutions stay bilinear.
+# solver.prototxt and net.py of voc-fcn32s: the loss is summed over one image's pixels, deconvolutions stay bilinear.
 _PAPER_OPTIM = OptimConfig(
     lr=1e-10, momentum=0.99, weight_decay=5e-4, bias_lr=2.0, bias_decay=False, freeze_upsampling=True
 )
@@ -54,7 +54,9 @@ def _paper(suffix: str, model: str, lr: float, steps: int, score: str, start: st
         train=replace(_PAPER.train, steps=steps),
     )
     source = "Shelhamer, Long & Darrell 2017, 'heavy' learning; solver.prototxt of the reference"
-    return Recipe(name, config, source, f"{score} on seg11valid (pixel/mean acc/mean IU/f.w. IU)", _PAPER_NEEDS.format(start))
+    return Recipe(
+        name, config, source, f"{score} on seg11valid (pixel/mean acc/mean IU/f.w. IU)", _PAPER_NEEDS.format(start)
+    )
 
 
 _RECIPES = (
@@ -107,7 +109,8 @@ _RECIPES = (
             optim=replace(_PAPER_OPTIM, lr=1e-4, momentum=0.9),
             train=TrainConfig(batch_size=20, epochs=175, eval_every=5, eval_batch_size=1),
         ),
-        source="Long, Shelhamer & Darrell 2015, section 4.3; images are padded to 500x500 with ignored pixels to share a batch",
+        source="Long, Shelhamer & Darrell 2015, section 4.3; here images are padded to 500x500 with ignored pixels, to "
+        "share a batch",
         score="89.1/73.3/59.4/81.4 for 32s, 90.3/75.9/62.7/83.2 for 8s (Table 2)",
         needs="--data.dir ROOT --model.init VGG16_FILE",
     ),
@@ -122,8 +125,8 @@ _RECIPES = (
             optim=OptimConfig(lr=1e-4, weight_decay=1e-4, head_lr=10.0, schedule="poly", poly_power=0.9),
             train=TrainConfig(batch_size=4, epochs=60, eval_batch_size=1),
         ),
-        source="seed 004, awesome-semantic-segmentation-pytorch; scores here are of whole images over the whole set, there "
-        "of centre crops averaged by image",
+        source="seed 004, awesome-semantic-segmentation-pytorch; scores here are of whole images over the whole set, "
+        "there of centre crops averaged by image",
         score="47.38 mean IU, 87.12 pixel accuracy (seed 004's run; 48.87 and 85.02 in the repository's table)",
         needs="--data.dir ROOT --model.init VGG16_FILE",
     ),
@@ -137,8 +140,8 @@ _RECIPES = (
             optim=OptimConfig(lr=1e-2, momentum=0.7, weight_decay=0.0),
             train=TrainConfig(batch_size=4, epochs=100, keep_every=5, pictures_every=20),
         ),
-        source="seed 000: sigmoid BCE averaged over pixels and classes, a checkpoint every 5 epochs, pictures every 20 steps; "
-        "argmax, where its text has argmin; batch and image size, which it does not give, are ours",
+        source="seed 000: sigmoid BCE averaged over pixels and classes, a checkpoint every 5 epochs, pictures every 20 "
+        "steps; argmax, where its text has argmin; batch and image size, which it does not give, are ours",
         score="none reported",
         needs="--data.dir FOLDER --model.init VGG16_FILE",
     ),

@@ -45,7 +45,9 @@ class DatasetInfo:
 
 def environment() -> dict[str, Any]:
     """Return versions of what computes, and the project's commit where it is known."""
-    versions = {name: metadata.version(name) for name in ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")}
+    versions = {
+        name: metadata.version(name) for name in ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+    }
     try:
         here = Path(__file__).resolve().parent
         commit = subprocess.run(
@@ -60,7 +62,9 @@ def _build(cls: Any, values: dict[str, Any], where: str) -> Any:
     hints = typing.get_type_hints(cls)
     unknown = sorted(set(values) - set(hints))
     if unknown:
-        raise InputError(f"{where} has unknown fields {', '.join(unknown)}; it was written by another version of fcn_jax")
+        raise InputError(
+            f"{where} has unknown fields {', '.join(unknown)}; it was written by another version of fcn_jax"
+        )
 
     def value(name: str, raw: Any) -> Any:
         if dataclasses.is_dataclass(hints[name]):
@@ -80,7 +84,7 @@ def config_from_json(values: dict[str, Any], where: str = "config.json") -> Conf
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat = {}
+    flat: dict[str, Any] = {}
     for name, value in values.items():
         flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
     return flat
@@ -111,7 +115,9 @@ class RunFolder:
             changed = [name for name in new if name not in _FREE_FIELDS and old.get(name) != new[name]]
             if changed:
                 what = ", ".join(f"{name} {old.get(name)} (now {new[name]})" for name in changed[:4])
-                raise InputError(f"{self.path} was started with {what}; give another --run, or the same settings to resume it")
+                raise InputError(
+                    f"{self.path} was started with {what}; give another --run, or the same settings to resume it"
+                )
         content = {"config": now, "dataset": dataclasses.asdict(dataset), "environment": environment()}
         try:
             self.figures.mkdir(parents=True, exist_ok=True)
@@ -130,7 +136,9 @@ class RunFolder:
             dataset = _build(DatasetInfo, content["dataset"], str(self.config_file))
             return config_from_json(content["config"], str(self.config_file)), dataset
         except FileNotFoundError:
-            raise InputError(f"{self.path} is not a run: it has no config.json; give the folder that training wrote") from None
+            raise InputError(
+                f"{self.path} is not a run: it has no config.json; give the folder that training wrote"
+            ) from None
         except InputError:
             raise
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:

@@ -7,6 +7,6 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 _FLAGS = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_FLAGS}"
 
-import jax
+import jax  # noqa: E402  (the flags are read at import)
 
 jax.config.update("jax_enable_x64", True)

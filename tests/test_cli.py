@@ -1,4 +1,4 @@
-"""A user's mistake gives one line that names the thing and the way out, and exit code 2; what he asks for is printed."""
+"""A user's mistake gives one line that names the thing and the way out, and exit code 2."""
 
 import json
 import subprocess

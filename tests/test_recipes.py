@@ -1,4 +1,4 @@
-"""Every recipe end to end, shrunk, on tiny trees in the sets' own formats: train, stop, resume, evaluate, look at figures."""
+"""Every recipe end to end, shrunk, on tiny trees in the sets' own formats: train, stop, resume, evaluate, draw."""
 
 import json
 
@@ -71,7 +71,9 @@ SHRUNK = {
         *OTHER_NET, "--optim.lr", "1e-2", "--data.base-size", "20", "--data.crop-size", "16", "16",
         "--data.workers", "0", "--train.batch-size", "4",
     ],
-    "binary-bce": [*OTHER_NET, "--data.input-size", "32", "32", "--train.pictures-every", "4", "--train.keep-every", "6"],
+    "binary-bce": [
+        *OTHER_NET, "--data.input-size", "32", "32", "--train.pictures-every", "4", "--train.keep-every", "6",
+    ],
     "scratch-fcn1": [*OTHER_NET, "--data.input-size", "32", "32", "--train.batch-size", "4"],
 }  # fmt: skip
 

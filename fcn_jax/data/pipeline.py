@@ -79,7 +79,8 @@ class TrainIterator(Iterator[TrainBatch]):
     def __init__(self, batches: Any, identity: dict[str, int], workers: int, step: int):
         """Iterate over ``batches``, a grain dataset without end, from batch ``step``; use ``make_train_iterator``."""
         self._batches, self._identity, self._workers = batches, identity, workers
-        self._step, self._stream = step, None
+        self._step = step
+        self._stream: Any = None
 
     def __next__(self) -> TrainBatch:
         """Return the next batch; an InputError where its images differ in size."""

@@ -83,14 +83,15 @@ def _texture(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
         pattern = np.sign(np.sin(u * (2 * np.pi / period)) * np.sin(v * (2 * np.pi / period)))
     else:
         coarse = rng.uniform(-1, 1, (max(2, height // 8), max(2, width // 8))).astype(np.float32)
-        pattern = cv2.resize(coarse, (width, height), interpolation=cv2.INTER_CUBIC)
+        pattern = np.asarray(cv2.resize(coarse, (width, height), interpolation=cv2.INTER_CUBIC), np.float32)
     light = (np.cos(slope) * (x / width - 0.5) + np.sin(slope) * (y / height - 0.5)) * rng.uniform(0, 18)
     return (strength * pattern + light).astype(np.float32)
 
 
 def _places(rng: np.random.Generator, height: int, width: int) -> list[tuple[float, float, float]]:
     """Return (x, y, radius) in pixels of two to five objects that overlap a little, never over another's middle."""
-    side, placed = min(height, width), []
+    side = min(height, width)
+    placed: list[tuple[float, float, float]] = []
     wanted = int(rng.integers(2, 6))
     for _ in range(40):
         if len(placed) == wanted:

@@ -58,8 +58,7 @@ def make_predictor(model: FCN, preprocessing: str, mesh: Mesh | None = None) -> 
     """
 
     def forward(variables: Mapping[str, Any], images: jax.Array, size: tuple[int, int]) -> jax.Array:
-        logits = model.apply(variables, normalize(images, preprocessing, model.param_dtype), train=False)
-        assert isinstance(logits, jax.Array)  # an auxiliary head speaks in training only
+        logits: Any = model.apply(variables, normalize(images, preprocessing, model.param_dtype), train=False)
         if logits.shape[1:3] != size:
             logits = jax.image.resize(logits, (logits.shape[0], *size, logits.shape[3]), "bilinear")
         return jnp.argmax(logits, axis=-1).astype(jnp.uint8)

@@ -38,7 +38,7 @@ def overlay(image: np.ndarray, labels: np.ndarray, palette: Palette, strength: f
 
 
 def save_palette_png(path: Path, labels: np.ndarray, palette: Palette) -> None:
-    """Write labels (h, w) as a PNG whose indices are the class ids and whose palette shows their colours, as VOC's masks."""
+    """Write labels (h, w) as a palette PNG whose indices are the class ids, as VOC's masks are."""
     picture = Image.fromarray(labels.astype(np.uint8))
     picture.putpalette(_table(palette).ravel().tolist())
     picture.save(path)
@@ -63,7 +63,9 @@ def save_curves(path: Path, rows: Iterable[dict[str, Any]]) -> None:
         left.set_yscale("log")
     for name in ("pixel_accuracy", "mean_accuracy", "mean_iu", "frequency_weighted_iu"):
         points = [(row["step"], row["scores"][name]) for row in val if row["scores"][name] is not None]
-        right.plot(*zip(*points, strict=True) if points else ((), ()), marker="o", markersize=3, label=name.replace("_", " "))
+        right.plot(
+            *zip(*points, strict=True) if points else ((), ()), marker="o", markersize=3, label=name.replace("_", " ")
+        )
     right.set(xlabel="step", ylabel="validation score", ylim=(0, 1))
     right.legend(fontsize=8)
     for axes in (left, right):
@@ -107,7 +109,8 @@ def save_panel(path: Path, samples: Sequence[Sample], palette: Palette, class_na
     seen = np.unique(np.concatenate([np.unique((s.label, s.prediction)) for s in samples]))
     table = _table(palette) / 255
     patches = [
-        Patch(facecolor=table[i], edgecolor="grey", label=class_names[i] if i < len(class_names) else "void") for i in seen
+        Patch(facecolor=tuple(table[i]), edgecolor="grey", label=class_names[i] if i < len(class_names) else "void")
+        for i in seen
     ]
     figure.subplots_adjust(left=0, right=1, bottom=0, top=1, wspace=0.02, hspace=0.03)
     figure.legend(handles=patches, loc="upper center", ncol=min(7, len(patches)), fontsize=8, bbox_to_anchor=(0.5, 0))

@@ -16,7 +16,7 @@ from fcn_jax.preprocessing import normalize
 __all__ = ["TILE", "WHOLE_PIXELS", "context", "make_image_predictor"]
 
 WHOLE_PIXELS = 1_500_000
-"""Images of more pixels are cut into tiles: at width 1 the first stage alone keeps 256 bytes a pixel, several times over."""
+"""Images of more pixels are cut into tiles: at width 1 each map of the first stage takes 256 bytes a pixel."""
 TILE = 1024
 """Side of a tile's own pixels; a multiple of 32, so that pooling windows fall as in the whole image."""
 
@@ -35,8 +35,8 @@ class _Window(NamedTuple):
 def context(model: FCN) -> int:
     """Return how many pixels around a tile can change its logits, rounded up to a multiple of 32.
 
-    A 3x3 convolution at stride s reaches s pixels further, a pooling as well, fc6 half its kernel at stride 32, and the way
-    back up at most two cells of stride 32 on either side.
+    A 3x3 convolution at stride s reaches s pixels further, a pooling as well, fc6 half its kernel at stride 32, and
+    the way back up at most two cells of stride 32 on either side.
     """
     reach = sum((convs + 1) * 2**stage for stage, convs in enumerate(ENCODERS[model.encoder]))
     if isinstance(model, ScoreFCN):
@@ -47,8 +47,8 @@ def context(model: FCN) -> int:
 def _windows(size: int, tile: int, margin: int) -> Iterator[_Window]:
     """Cut an axis into tiles, each with its margin, that start at multiples of 32.
 
-    All windows but those at the end have one length, and these are at most 31 pixels longer, so that few shapes are compiled:
-    where a margin would stick out of the image, the window moves inwards.
+    All windows but those at the end have one length, and these are at most 31 pixels longer, so that few shapes are
+    compiled: where a margin would stick out of the image, the window moves inwards.
     """
     length = tile + 2 * margin
     if size <= length:
@@ -67,7 +67,7 @@ def _tiles(image: np.ndarray, tile: int, margin: int) -> Iterator[tuple[_Window,
 
 
 def _inner(window: _Window, stride: int = 1) -> tuple[slice, slice]:
-    """Return where a window's kept part lies in its own output and in the whole one, at a stride; the last cell may be partial."""
+    """Return where a window's kept part lies in its own output and in the whole one, in cells of a stride."""
     whole = slice(window.first // stride, -(-window.last // stride))
     offset = window.start // stride
     return slice(whole.start - offset, whole.stop - offset), whole
@@ -78,8 +78,8 @@ def make_image_predictor(
 ) -> ImagePredictor:
     """Make the function from one image to its class map.
 
-    Tiles see enough around them that their logits are the whole image's up to rounding. The `resize` family interpolates over
-    the whole image, so there the score maps are computed by tiles and merged whole.
+    Tiles see enough around them that their logits are the whole image's up to rounding. The `resize` family
+    interpolates over the whole image, so there the score maps are computed by tiles and merged whole.
 
     Args:
         model: the network.
@@ -96,7 +96,8 @@ def make_image_predictor(
 
     @jax.jit
     def classes(variables: Mapping[str, Any], images: jax.Array) -> jax.Array:
-        return jnp.argmax(model.apply(variables, prepared(images), train=False), axis=-1).astype(jnp.uint8)  # pyright: ignore
+        logits: Any = model.apply(variables, prepared(images), train=False)
+        return jnp.argmax(logits, axis=-1).astype(jnp.uint8)
 
     @jax.jit
     def scores(variables: Mapping[str, Any], images: jax.Array) -> Any:

@@ -79,9 +79,9 @@ def create_model(name: str, num_classes: int, **options: Any) -> FCN:
     Args:
         name: a key of ``MODELS``: ``fcn8s``, ``fcn8s_pad100``, ``fcn8s_ladder``, ``fcn8s_resize`` ...
         num_classes: classes to tell apart, at least 1.
-        options: of the family, e.g. ``encoder="vgg19"``, ``encoder_norm="batch"``, ``width=0.25``, ``dtype=jnp.bfloat16``.
-            Channel counts that are not given follow the width: ``fc_features`` is 4096 x width, ``head_features`` a quarter
-            of pool5's channels.
+        options: of the family, e.g. ``encoder="vgg19"``, ``encoder_norm="batch"``, ``width=0.25``,
+            ``dtype=jnp.bfloat16``. Channel counts that are not given follow the width: ``fc_features`` is 4096 x
+            width, ``head_features`` a quarter of pool5's channels.
 
     Returns:
         A ``flax.linen`` module: images (b, h, w, 3) -> logits (b, h, w, num_classes).
@@ -137,8 +137,8 @@ def _check_numbers(settings: dict[str, Any]) -> None:
 def init_variables(model: FCN, key: jax.Array, image_size: tuple[int, int] = (64, 64)) -> dict[str, Any]:
     """Make a network's variables: {"params": ...} and, where it has batch norm, {"batch_stats": ...}.
 
-    Convolutions start from He's normal distribution, score layers at zero, transposed convolutions of k = 2s bilinear. No
-    shape depends on ``image_size`` (height, width); it must only be a size that the model serves.
+    Convolutions start from He's normal distribution, score layers at zero, transposed convolutions of k = 2s
+    bilinear. No shape depends on ``image_size`` (height, width); it must only be a size that the model serves.
     """
     images = jnp.zeros((1, *image_size, 3), model.dtype)
     return dict(jax.jit(model.init)(key, images))

@@ -1,7 +1,8 @@
 """The four families of fully convolutional networks, from images to logits of the images' own size.
 
-All take normalised float images (b, h, w, 3) and return logits (b, h, w, num_classes). They share the VGG encoder and part in
-padding, in what stands on pool5, and in how the coarse scores are brought back to full size and fused with finer ones.
+All take normalised float images (b, h, w, 3) and return logits (b, h, w, num_classes). They share the VGG encoder and
+part in padding, in what stands on pool5, and in how the coarse scores are brought back to full size and fused with
+finer ones.
 """
 
 from __future__ import annotations
@@ -85,7 +86,8 @@ class ScoreFCN(FCN):
         Raises:
             InputError: an option does not serve this size.
         """
-        size = images.shape[1:3]
+        _, h, w, _ = images.shape
+        size = (h, w)
         self.check_size(size)
         _, _, pool3, pool4, x = self.encode(self._vgg(), images, train)
         x = self._head()(x, train, _ids(images, example_ids))
@@ -168,8 +170,8 @@ class SameFCN(ScoreFCN):
 class Pad100FCN(ScoreFCN):
     """Family `pad100`: the Caffe reference. conv1_1 pads by 100, the rest is VALID, and offsets line the maps up again.
 
-    Sources: ``voc-fcn8s/net.py`` of the reference (ceil pooling) and pytorch-fcn; with ``pool="floor"`` the torch networks
-    of the document "FCN (2015)" (seed 002), whose 32s crops at 6.
+    Sources: ``voc-fcn8s/net.py`` of the reference (ceil pooling) and pytorch-fcn; with ``pool="floor"`` the torch
+    networks of the document "FCN (2015)" (seed 002), whose 32s crops at 6.
     """
 
     crop: tuple[int, int, int] = (5, 9, 31)
@@ -235,10 +237,10 @@ def _pad_to(images: jax.Array, height: int, width: int) -> jax.Array:
 
 
 class LadderFCN(FCN):
-    """Family `ladder`: five learned 3x3 stride-2 rungs from pool5 back to full size, each ReLU and BN, then a 1x1 classifier.
+    """Family `ladder`: five learned 3x3 stride-2 rungs from pool5 to full size, each ReLU and BN, and a 1x1 classifier.
 
-    In 32s, 16s and 8s a skip is added between ReLU and BN of its rung; in FCNs (stride 2: pool4 ... pool1) after the BN.
-    Images are zero-padded at the bottom and right to multiples of 32 and the logits cut back.
+    In 32s, 16s and 8s a skip is added between ReLU and BN of its rung; in FCNs (stride 2: pool4 ... pool1) after the
+    BN. Images are zero-padded at the bottom and right to multiples of 32 and the logits cut back.
     Sources: the torch networks of seeds 000 and 001 (pochih's FCN-pytorch), which run at multiples of 32.
     """
 
@@ -269,9 +271,9 @@ class LadderFCN(FCN):
 
 
 class ResizeFCN(FCN):
-    """Family `resize`: a small head on pool5 and bilinear interpolation, corners aligned, to the exact size of each finer map.
+    """Family `resize`: a small head on pool5, interpolated bilinearly to the exact size of each finer map.
 
-    Images with a side below 32 are zero-padded to 32 and the logits cut back.
+    Corners are aligned. Images with a side below 32 are zero-padded to 32 and the logits cut back.
     Source: ``core/models/fcn.py`` of awesome-semantic-segmentation-pytorch (Tramac), described by seed 004.
     """
 
@@ -296,11 +298,10 @@ class ResizeFCN(FCN):
         With ``aux_head``, training returns (logits, auxiliary logits), both of the image's size.
         """
         _, h, w, _ = images.shape
-        padded = _pad_to(images, max(h, 32), max(w, 32))
-        size = padded.shape[1:3]
-        maps, aux = self.scores(padded, train, example_ids)
+        size = (max(h, 32), max(w, 32))
+        maps, aux = self.scores(_pad_to(images, *size), train, example_ids)
         logits = self.merge(maps, size)[:, :h, :w]
-        if self.aux_head and train:
+        if aux is not None and train:
             return logits, resize_bilinear(aux, size, self.precision)[:, :h, :w]
         return logits
 
@@ -322,5 +323,6 @@ class ResizeFCN(FCN):
         """Interpolate each score map to the next finer one, add, and interpolate to ``size``; it has no parameters."""
         x = maps[0]
         for skip in maps[1:]:
-            x = resize_bilinear(x, skip.shape[1:3], self.precision) + skip
+            _, h, w, _ = skip.shape
+            x = resize_bilinear(x, (h, w), self.precision) + skip
         return resize_bilinear(x, size, self.precision)

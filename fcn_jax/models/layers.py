@@ -1,7 +1,7 @@
 """The layers that every family is built from: convolution, max pooling, batch norm, dropout.
 
-Each matches PyTorch's rule where frameworks differ (ties in pooling, the running variance), because published FCN weights
-were trained there. Dimensions are b h w c throughout.
+Each matches PyTorch's rule where frameworks differ (ties in pooling, the running variance), because published FCN
+weights were trained there. Dimensions are b h w c throughout.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ __all__ = ["BatchNorm", "Compute", "Dropout", "conv", "max_pool", "scaled"]
 class Compute:
     """How layers compute: the dtype of activations, the dtype of parameters, the matmul precision, the device axis.
 
-    ``axis_name`` names the ``jax.pmap`` axis that batch-norm statistics are averaged over; under ``jit`` on a mesh the batch
-    is global already and it stays None.
+    ``axis_name`` names the ``jax.pmap`` axis that batch-norm statistics are averaged over; under ``jit`` on a mesh
+    the batch is global already and it stays None.
     """
 
     dtype: Any = jnp.float32
@@ -79,9 +79,9 @@ def _larger(a: jax.Array, b: jax.Array) -> jax.Array:
 def max_pool(x: jax.Array, mode: Literal["ceil", "floor"]) -> jax.Array:
     """Take the maximum of 2x2 windows at stride 2.
 
-    Written as the larger of four strided slices, so that its gradient is a few selections and not XLA's select-and-scatter
-    (several times slower on CPU). Of equal maxima the first in row-major order takes the gradient, as in PyTorch
-    (``aten/native/cpu/MaxPoolKernel.cpp``); ``jnp.maximum`` would split it.
+    Written as the larger of four strided slices, so that its gradient is a few selections and not XLA's
+    select-and-scatter (several times slower on CPU). Of equal maxima the first in row-major order takes the gradient,
+    as in PyTorch (``aten/native/cpu/MaxPoolKernel.cpp``); ``jnp.maximum`` would split it.
 
     Args:
         x: (b, h, w, c).
@@ -103,9 +103,10 @@ def max_pool(x: jax.Array, mode: Literal["ceil", "floor"]) -> jax.Array:
 class BatchNorm(nn.Module):
     """Batch normalisation over b, h, w, synchronised over all devices.
 
-    In training: y = (x - mean) / sqrt(var + 1e-5) * scale + bias with the mean and biased variance of the *global* batch, and
-    running <- 0.9 running + 0.1 batch, where the batch variance is the unbiased one (differs from ``flax.linen.BatchNorm``,
-    equals ``torch.nn.BatchNorm2d``). Otherwise the running statistics are used. Statistics are kept in float32 or better.
+    In training: y = (x - mean) / sqrt(var + 1e-5) * scale + bias with the mean and biased variance of the *global*
+    batch, and running <- 0.9 running + 0.1 batch, where the batch variance is the unbiased one (differs from
+    ``flax.linen.BatchNorm``, equals ``torch.nn.BatchNorm2d``). Otherwise the running statistics are used. Statistics
+    are kept in float32 or better.
     """
 
     compute: Compute
@@ -149,9 +150,9 @@ class BatchNorm(nn.Module):
 class Dropout(nn.Module):
     """Zero activations with probability ``rate`` and scale the rest by 1 / (1 - rate).
 
-    The mask of an example depends on the "dropout" key and the example's id alone, so that splitting a batch over devices, or
-    into accumulated parts, changes nothing. ``unit`` is what is dropped: an "element" (Caffe) or a whole "channel" of an
-    example (``torch.nn.Dropout2d``).
+    The mask of an example depends on the "dropout" key and the example's id alone, so that splitting a batch over
+    devices, or into accumulated parts, changes nothing. ``unit`` is what is dropped: an "element" (Caffe) or a whole
+    "channel" of an example (``torch.nn.Dropout2d``).
     """
 
     rate: float

@@ -19,10 +19,11 @@ def transposed_conv(
 ) -> jax.Array:
     """Convolve with the stride on the output side, exactly, as one matrix product.
 
-    out[o] = sum over i of x[i] kernel[o + padding - i stride], per axis. Output pixels that share their phase
-    (o + padding) mod stride meet the same ceil(k / stride) taps per axis, so the sum is a dense product of the shifted inputs
-    with the kernel cut into stride x stride phases: no zeros are inserted and multiplied, and the gradient is matrix products
-    too. Equal to ``torch.nn.functional.conv_transpose2d`` with the kernel's axes in the order (k, k, in, out).
+    out[o] = sum over i of x[i] kernel[o + padding - i stride], per axis. Output pixels that share their phase, the
+    remainder of o + padding by the stride, meet the same ceil(k / stride) taps per axis, so the sum is a dense product
+    of the shifted inputs with the kernel cut into stride x stride phases: no zeros are inserted and multiplied, and
+    the gradient is matrix products too. Equal to ``torch.nn.functional.conv_transpose2d`` with the kernel's axes in
+    the order k, k, in, out.
 
     Args:
         x: (b, h, w, c_in).
@@ -82,7 +83,7 @@ def bilinear_init(key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float
 
 
 class TransposedConv(nn.Module):
-    """A transposed convolution with PyTorch's geometry; bilinear at the start unless ``bilinear`` is off (He normal then)."""
+    """A transposed convolution with PyTorch's geometry, bilinear at the start or, without ``bilinear``, He normal."""
 
     features: int
     kernel_size: int

@@ -24,8 +24,9 @@ def _mean_iu(metrics: dict[str, Any]) -> float:
 class Checkpoints:
     """The checkpoints in one folder: the newest few, the best by mean IU, and those at a fixed interval for good.
 
-    Each holds three items: ``variables`` (params, batch_stats), ``training`` (optimiser state, step, key) and ``position``
-    (where the data stand), with the validation scores as its metrics. Saving goes on in the background; ``close`` waits for it.
+    Each holds three items: ``variables`` (params, batch_stats), ``training`` (optimiser state, step, key) and
+    ``position`` (where the data stand), with the validation scores as its metrics. Saving goes on in the background;
+    ``close`` waits for it.
     """
 
     def __init__(self, folder: Path, keep_last: int = 2, keep_steps: int | None = None):
@@ -43,7 +44,7 @@ class Checkpoints:
         self._manager = ocp.CheckpointManager(folder, options=options)
 
     def save(self, state: TrainState, position: bytes, mean_iu: float) -> None:
-        """Save the state at its step; the copy to the host is made before this returns. An undefined score ranks lowest."""
+        """Save the state at its step, copied to the host before this returns. An undefined score ranks lowest."""
         variables = {"params": state.params, "batch_stats": state.batch_stats}
         training = {"step": state.step, "opt_state": state.opt_state, "key": state.key}
         self._manager.save(
@@ -126,4 +127,6 @@ def load_variables(folder: Path, which: str, like: Any) -> tuple[dict[str, Any],
 
 def _unfit(path: Any, error: Exception) -> InputError:
     first = (str(error).strip() or repr(error)).splitlines()[0][:200]
-    return InputError(f"checkpoint {path} does not fit this model or is damaged ({first}); use the run's own config.json")
+    return InputError(
+        f"checkpoint {path} does not fit this model or is damaged ({first}); use the run's own config.json"
+    )

@@ -152,9 +152,9 @@ class _Logger:
             "kind": "train",
             "step": step,
             "epoch": step / self._trainer.length.epoch,
-            "loss": float(np.mean([float(sums.loss) for sums in fetched])),
-            "grad_norm": float(np.mean([float(sums.grad_norm) for sums in fetched])),
-            "lr": float(self._trainer.schedule(step - 1)),
+            "loss": float(np.mean([sums.loss for sums in fetched])),
+            "grad_norm": float(np.mean([sums.grad_norm for sums in fetched])),
+            "lr": float(np.asarray(self._trainer.schedule(step - 1))),
             "images_per_s": self._config.train.batch_size * count / max(now - self._since, 1e-9),
         }
         self._pending, self._since = [], now
@@ -189,10 +189,14 @@ def _progress(console: Console, total: int, done: int) -> Iterator[Callable[...,
         task = progress.add_task("train", total=total, completed=done, loss="-", speed="-")
 
         def advance(step: int, row: dict[str, Any] | None) -> None:
-            fields = {} if row is None else {"loss": f"{row['loss']:.4g}", "speed": f"{row['images_per_s']:.1f}"}
+            fields: dict[str, Any] = (
+                {} if row is None else {"loss": f"{row['loss']:.4g}", "speed": f"{row['images_per_s']:.1f}"}
+            )
             progress.update(task, completed=step, **fields)
             if row is not None and not console.is_terminal:
-                console.print(f"step {step}/{total}  loss {fields['loss']}  {fields['speed']} images/s", highlight=False)
+                console.print(
+                    f"step {step}/{total}  loss {fields['loss']}  {fields['speed']} images/s", highlight=False
+                )
 
         yield advance
 

@@ -35,7 +35,7 @@ def _softmax(logits: jax.Array, labels: jax.Array) -> jax.Array:
 
 
 def _sigmoid(logits: jax.Array, labels: jax.Array) -> jax.Array:
-    """Return the binary cross-entropy against the one-hot label, averaged over classes, of each pixel (seed 000's BCELoss)."""
+    """Return the binary cross-entropy against the one-hot label, averaged over classes, of each pixel (seed 000)."""
     one_hot = jax.nn.one_hot(labels, logits.shape[-1], dtype=logits.dtype)
     return optax.sigmoid_binary_cross_entropy(logits, one_hot).mean(-1)
 
@@ -44,7 +44,7 @@ LOSSES: dict[str, PixelLoss] = {"softmax": _softmax, "sigmoid": _sigmoid}
 
 
 def _hardest(pixel_loss: jax.Array, valid: jax.Array, fraction: float) -> jax.Array:
-    """Return the mask (b, h, w) of each image's ceil(fraction x valid) hardest pixels, and of those tied with the last."""
+    """Return the mask (b, h, w) of each image's ceil(fraction x valid) hardest pixels; ties with the last are in."""
     flat = jnp.where(valid, jax.lax.stop_gradient(pixel_loss), -jnp.inf).reshape(len(valid), -1)
     keep = jnp.ceil(fraction * valid.reshape(len(valid), -1).sum(1)).astype(jnp.int32)
     descending = jnp.sort(flat, axis=1, descending=True)
@@ -56,21 +56,22 @@ def sum_pixels(
     pixel_loss: PixelLoss,
     logits: jax.Array,
     labels: jax.Array,
-    class_weights: jax.Array | None = None,
+    class_weights: jax.Array | np.ndarray | None = None,
     hard_fraction: float = 1.0,
 ) -> LossSum:
     """Sum a pixel loss over the valid pixels.
 
-    total = sum of w[y] loss, weight = sum of w[y], over pixels whose label y is not 255. Ignored labels are replaced before
-    the loss is computed: optax gives NaN for 255, and NaN survives a mask.
+    total = sum of w[y] loss, weight = sum of w[y], over pixels whose label y is not 255. Ignored labels are replaced
+    before the loss is computed: optax gives NaN for 255, and NaN survives a mask.
 
     Args:
         pixel_loss: a value of ``LOSSES``.
         logits: (b, h, w, num_classes); the loss is computed in float32 or better.
         labels: (b, h, w) integers.
-        class_weights: (num_classes,), by default 1; total / weight is then the weighted mean of torch's CrossEntropyLoss.
-        hard_fraction: keep this fraction of each image's valid pixels, those of the largest loss. It goes by image, so that
-            the split of a batch over devices does not change what is kept.
+        class_weights: (num_classes,), by default 1; total / weight is then the weighted mean of torch's
+            CrossEntropyLoss.
+        hard_fraction: keep this fraction of each image's valid pixels, those of the largest loss. It goes by image,
+            so that the split of a batch over devices does not change what is kept.
     """
     valid = labels != IGNORE
     safe = jnp.where(valid, labels, 0).astype(jnp.int32)
@@ -86,7 +87,8 @@ def sum_pixels(
 def median_frequency_weights(pixels: np.ndarray, image_pixels: np.ndarray) -> np.ndarray:
     """Return each class's weight: the median class frequency over its own.
 
-    The frequency of a class is its pixels over all pixels of the images it occurs in; a class that never occurs weighs 0.
+    The frequency of a class is its pixels over all pixels of the images it occurs in; a class that never occurs
+    weighs 0.
     Source: Eigen & Fergus 2015, section 6.3.2; Badrinarayanan et al. 2017 (SegNet).
 
     Args:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from typing import Any
 
 import jax
@@ -19,8 +20,8 @@ _FROZEN = "frozen"
 def make_schedule(config: OptimConfig, steps: int) -> optax.Schedule:
     """Make the learning rate as a function of the step.
 
-    "fixed": lr; "poly": lr (1 - step / steps)^power; "step": lr / 10 after every ``step_every`` of the run. A warmup climbs
-    linearly from lr / warmup_steps over the first ``warmup_steps`` steps and then follows the schedule where it stands.
+    "fixed": lr; "poly": lr (1 - step / steps)^power; "step": lr / 10 after every ``step_every`` of the run. A warmup
+    multiplies the schedule by a factor that climbs from 1 / warmup_steps to 1 over the first ``warmup_steps`` steps.
 
     Raises:
         InputError: an unknown schedule.
@@ -74,8 +75,8 @@ def make_optimizer(
 ) -> optax.GradientTransformation:
     """Make the optimiser: v <- momentum v + g + decay w; w <- w - lr v, with the factors of each parameter's group.
 
-    This is ``torch.optim.SGD``: the decay is added to the gradient, the learning rate stands outside the momentum (Caffe has
-    it inside; they part where the rate changes).
+    This is ``torch.optim.SGD``: the decay is added to the gradient, the learning rate stands outside the momentum
+    (Caffe has it inside; they part where the rate changes).
 
     Args:
         params: the parameters, for their names.
@@ -89,7 +90,7 @@ def make_optimizer(
     _check(config)
     schedule = make_schedule(config, steps)
     groups = parameter_groups(params, config, freeze_encoder)
-    transforms: dict[str, optax.GradientTransformation] = {}
+    transforms: dict[Hashable, optax.GradientTransformation] = {}
     for group in sorted(set(jax.tree.leaves(groups))):
         if group == _FROZEN:
             transforms[group] = optax.set_to_zero()

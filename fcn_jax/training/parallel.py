@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,8 @@ from fcn_jax.training.step import Batch, StepSums, TrainState, TrainStep
 __all__ = ["AXIS", "PARALLEL", "Parallel", "make_mesh", "make_parallel", "pick_devices"]
 
 AXIS = "batch"
+Devices = Sequence[Any]
+"""Of ``jax.Device``, which type checkers take for a variable."""
 MakeStep = Callable[[str | None], TrainStep]
 
 
@@ -28,11 +30,11 @@ class Parallel:
     """Takes a placed state (which it consumes) and a placed global batch."""
     place_state: Callable[[TrainState], TrainState]
     """Copies the state to every device."""
-    place_batch: Callable[[Mapping[str, np.ndarray]], Batch]
+    place_batch: Callable[[Mapping[str, Any]], Batch]
     """Spreads a global batch (b, ...) over the devices, b / devices examples each."""
 
 
-def pick_devices(count: int | None) -> list[jax.Device]:
+def pick_devices(count: int | None) -> Devices:
     """Return the first ``count`` devices, all by default.
 
     Raises:
@@ -46,7 +48,7 @@ def pick_devices(count: int | None) -> list[jax.Device]:
     return devices[:count]
 
 
-def make_mesh(devices: list[jax.Device]) -> Mesh:
+def make_mesh(devices: Devices) -> Mesh:
     """Line devices up along the batch axis."""
     return jax.make_mesh((len(devices),), (AXIS,), devices=devices, axis_types=(AxisType.Auto,))
 
@@ -63,7 +65,7 @@ def _pmap(make_step: MakeStep, mesh: Mesh) -> tuple[Any, Any]:
         donate_argnums=(0,),
     )
 
-    def place_batch(batch: Mapping[str, np.ndarray]) -> Batch:
+    def place_batch(batch: Mapping[str, Any]) -> Batch:
         def spread(x: np.ndarray) -> jax.Array:
             stacked = np.reshape(x, (len(devices), -1, *x.shape[1:]))
             return jax.device_put(stacked, NamedSharding(mesh, PartitionSpec(AXIS)))
@@ -85,7 +87,7 @@ def _mesh(make_step: MakeStep, mesh: Mesh) -> tuple[Any, Any]:
 PARALLEL: dict[str, Callable[[MakeStep, Mesh], tuple[Any, Any]]] = {"pmap": _pmap, "mesh": _mesh}
 
 
-def make_parallel(mode: str, make_step: MakeStep, devices: list[jax.Device]) -> Parallel:
+def make_parallel(mode: str, make_step: MakeStep, devices: Devices) -> Parallel:
     """Set a step up on some devices.
 
     Args:

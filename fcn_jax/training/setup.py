@@ -93,7 +93,8 @@ def _loss(config: Config, train: Split) -> Loss:
         class_weights = np.asarray(given)
     else:
         raise InputError(
-            f"expected {train.num_classes} class weights for {train.dataset}, got {len(given)}; give one per class, or 'median'"
+            f"expected {train.num_classes} class weights for {train.dataset}, got {len(given)}; "
+            "give one per class, or 'median'"
         )
     return make_loss(config.loss.kind, class_weights, config.loss.hard_fraction)
 
@@ -104,7 +105,8 @@ def carry_over(variables: Mapping[str, Any], source: Mapping[str, Any]) -> tuple
     Returns:
         The variables, and the names of what stays as it was.
     """
-    own, other = (traverse_util.flatten_dict(dict(tree), sep="/") for tree in (variables, source))
+    own: dict[str, Any] = traverse_util.flatten_dict(dict(variables), sep="/")
+    other: dict[str, Any] = traverse_util.flatten_dict(dict(source), sep="/")
     new = tuple(name for name, value in own.items() if name not in other or other[name].shape != value.shape)
     merged = {name: value if name in new else other[name] for name, value in own.items()}
     return traverse_util.unflatten_dict(merged, sep="/"), new
@@ -116,7 +118,9 @@ def _start(config: Config, model: FCN) -> tuple[dict[str, Any], tuple[str, ...]]
     variables = init_variables(model, jax.random.key(config.train.seed), size)
     init = config.model.init
     if init is None:
-        frozen = ("the encoder is frozen at its random start: give --model.init",) if config.model.freeze_encoder else ()
+        frozen = (
+            ("the encoder is frozen at its random start: give --model.init",) if config.model.freeze_encoder else ()
+        )
         return variables, frozen
     if Path(init).is_dir():
         source = open_trained(init, "best")
@@ -174,13 +178,15 @@ def make_trainer(config: Config) -> Trainer:
     """
     train, val = load(config.data.train, config.data), load(config.data.val, config.data)
     if train.class_names != val.class_names:
-        raise InputError(f"{config.data.train} and {config.data.val} have different classes; choose splits that share them")
+        raise InputError(
+            f"{config.data.train} and {config.data.val} have different classes; choose splits that share them"
+        )
     devices = pick_devices(config.devices)
     share = config.train.accumulate * len(devices)
     if config.train.batch_size % share:
         raise InputError(
-            f"expected a batch size that is a multiple of {share} ({len(devices)} devices x {config.train.accumulate} parts), "
-            f"got {config.train.batch_size}; set --train.batch-size or --devices"
+            f"expected a batch size that is a multiple of {share}, of {len(devices)} devices x "
+            f"{config.train.accumulate} parts, got {config.train.batch_size}; set --train.batch-size or --devices"
         )
     length = run_length(config, len(train))
     model = model_from_config(config.model, train.num_classes, config.train.remat)

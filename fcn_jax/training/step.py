@@ -69,8 +69,8 @@ def make_train_step(
 ) -> TrainStep:
     """Make the step.
 
-    The gradient of the *sum* of the loss is added up over accumulated parts and devices and divided by the weight of the
-    global batch once, so that devices with unequal numbers of ignored pixels count by pixels and not by device.
+    The gradient of the *sum* of the loss is added up over accumulated parts and devices and divided by the weight of
+    the global batch once, so that devices with unequal numbers of ignored pixels count by pixels and not by device.
 
     Args:
         model: the network.
@@ -79,12 +79,14 @@ def make_train_step(
         preprocessing: what the network's weights expect, see ``preprocessing.normalize``.
         reduction: "mean" over valid pixels of the global batch, or "sum" (the paper).
         aux_weight: weight of the auxiliary head's loss, where the model has one.
-        accumulate: compute the batch in this many parts, one after the other. With batch norm each part is normalised by
-            its own statistics (the running ones move once per part), so that only a model without it equals the whole batch.
+        accumulate: compute the batch in this many parts, one after the other. With batch norm each part is normalised
+            by its own statistics (the running ones move once per part), so that only a model without it equals the
+            whole batch.
         axis_name: the ``jax.pmap`` axis over which the batch is split; None where the batch is global.
 
     Returns:
-        ``train_step(state, batch) -> (state, sums)``; ``batch`` is the device's part under pmap, the global batch otherwise.
+        ``train_step(state, batch) -> (state, sums)``; ``batch`` is the device's part under pmap, the global batch
+        otherwise.
     """
     model = model.clone(axis_name=axis_name)
 
