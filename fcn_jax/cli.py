@@ -25,7 +25,7 @@ from fcn_jax.data.labels import decode_image
 from fcn_jax.data.pipeline import make_eval_batches
 from fcn_jax.data.transforms import resize_image
 from fcn_jax.errors import InputError, unknown
-from fcn_jax.evaluation.evaluate import evaluate, make_predictor
+from fcn_jax.evaluation.evaluate import evaluate, make_predictor, spread
 from fcn_jax.evaluation.figures import overlay, save_confusion, save_palette_png, save_panel
 from fcn_jax.evaluation.inference import make_image_predictor
 from fcn_jax.models import create_model, summarize
@@ -139,7 +139,7 @@ def run_eval(arguments: Arguments) -> int:
     mesh = make_mesh(jax.devices()[: trained.config.devices])
     batches = make_eval_batches(split, data, given.batch_size or trained.config.train.eval_batch_size)
     predict = make_predictor(trained.model, data.preprocessing, mesh)
-    result = evaluate(predict, trained.variables, batches, split.num_classes, keep=6)
+    result = evaluate(predict, trained.variables, batches, split.num_classes, spread(len(split)))
     Console().print(score_table(result.scores, split.class_names, f"step {trained.step}, {name}"))
     folder = RunFolder(given.run)
     content = {

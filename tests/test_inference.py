@@ -73,7 +73,7 @@ def test_scores_are_counted_at_the_labels_size_and_padding_rows_do_not_count():
             "valid": np.array([True, False]),
         }
     ]
-    result = evaluate(predict, {}, batches, 2, keep=5)
+    result = evaluate(predict, {}, batches, 2, samples_at={0})
     np.testing.assert_array_equal(result.confusion, [[0, 1], [0, 1]])
     assert calls == [((2, 8, 8, 3), (1, 3))] and result.images == 1
     assert [sample.name for sample in result.samples] == ["a"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,7 @@ from fcn_jax import metrics
 from fcn_jax.models.fcn import FCN
 from fcn_jax.preprocessing import normalize
 
-__all__ = ["Evaluation", "Predictor", "Sample", "evaluate", "make_predictor"]
+__all__ = ["Evaluation", "Predictor", "Sample", "evaluate", "make_predictor", "spread"]
 
 Predictor = Callable[[Mapping[str, Any], np.ndarray, tuple[int, int]], np.ndarray]
 """(variables, RGB images uint8 (b, h, w, 3), label size (H, W)) -> classes uint8 (b, H, W)."""
@@ -33,7 +33,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The counts over a split, and its first few images."""
+    """The counts over a split, and a few of its images."""
 
     confusion: np.ndarray
     samples: tuple[Sample, ...]
@@ -43,6 +43,11 @@ class Evaluation:
     def scores(self) -> metrics.Scores:
         """The paper's four scores and the IU of each class."""
         return metrics.scores(self.confusion)
+
+
+def spread(total: int, count: int = 6) -> frozenset[int]:
+    """Return ``count`` positions spread evenly over ``total`` images; neighbours in a video would all look alike."""
+    return frozenset(np.linspace(0, total - 1, min(count, total)).astype(int).tolist())
 
 
 def make_predictor(model: FCN, preprocessing: str, mesh: Mesh | None = None) -> Predictor:
@@ -80,8 +85,7 @@ def evaluate(
     variables: Mapping[str, Any],
     batches: Iterable[Mapping[str, Any]],
     num_classes: int,
-    keep: int = 0,
-    on_batch: Callable[[int], None] | None = None,
+    samples_at: Container[int] = (),
 ) -> Evaluation:
     """Score a split.
 
@@ -90,8 +94,7 @@ def evaluate(
         variables: the model's.
         batches: ``{"image", "label", "name", "valid"}``, see ``data.pipeline.make_eval_batches``.
         num_classes: number of classes.
-        keep: how many of the first images to keep for a picture.
-        on_batch: called with the number of images so far.
+        samples_at: positions, in the order of the batches, of the images to keep for a picture.
     """
     confusion = np.zeros((num_classes, num_classes), np.int64)
     samples: list[Sample] = []
@@ -101,9 +104,8 @@ def evaluate(
         predictions = predict(variables, batch["image"], labels.shape[1:3])
         valid = np.asarray(batch["valid"])
         confusion += metrics.confusion_matrix(labels[valid], predictions[valid], num_classes)
-        for row in np.flatnonzero(valid)[: keep - len(samples)]:
-            samples.append(Sample(batch["name"][row], batch["image"][row], labels[row], predictions[row]))
-        images += int(valid.sum())
-        if on_batch is not None:
-            on_batch(images)
+        for row in np.flatnonzero(valid):
+            if images in samples_at:
+                samples.append(Sample(batch["name"][row], batch["image"][row], labels[row], predictions[row]))
+            images += 1
     return Evaluation(confusion, tuple(samples), images)

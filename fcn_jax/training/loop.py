@@ -20,7 +20,7 @@ from rich.table import Table
 from fcn_jax.config import Config
 from fcn_jax.data.datasets import Split
 from fcn_jax.data.pipeline import make_eval_batches, make_train_iterator
-from fcn_jax.evaluation.evaluate import Evaluation, Sample, evaluate
+from fcn_jax.evaluation.evaluate import Evaluation, Sample, evaluate, spread
 from fcn_jax.evaluation.figures import save_confusion, save_curves, save_panel
 from fcn_jax.metrics import Scores
 from fcn_jax.runs import DatasetInfo, RunFolder
@@ -29,8 +29,6 @@ from fcn_jax.training.setup import Trainer, make_trainer
 from fcn_jax.training.step import StepSums, TrainState
 
 __all__ = ["score_table", "train", "validate"]
-
-_PANEL_IMAGES = 6
 
 
 def score_table(scores: Scores, class_names: tuple[str, ...], title: str) -> Table:
@@ -50,13 +48,11 @@ def _number(value: float) -> str:
     return "-" if math.isnan(value) else repr(float(value))
 
 
-def validate(
-    trainer: Trainer, config: Config, state: TrainState, on_batch: Callable[[int], None] | None = None
-) -> Evaluation:
+def validate(trainer: Trainer, config: Config, state: TrainState) -> Evaluation:
     """Score the validation split with the current weights."""
     variables = {"params": state.params, "batch_stats": state.batch_stats}
     batches = make_eval_batches(trainer.val, config.data, config.train.eval_batch_size)
-    return evaluate(trainer.predict, variables, batches, trainer.val.num_classes, _PANEL_IMAGES, on_batch)
+    return evaluate(trainer.predict, variables, batches, trainer.val.num_classes, spread(len(trainer.val)))
 
 
 def train(config: Config, console: Console) -> Scores:
@@ -212,5 +208,5 @@ def _save_training_picture(folder: RunFolder, trainer: Trainer, state: TrainStat
     variables = {"params": state.params, "batch_stats": state.batch_stats}
     predictions = trainer.predict(variables, batch["image"], batch["label"].shape[1:3])
     rows = zip(batch["image"], batch["label"], predictions, strict=True)
-    samples = [Sample("", *row) for row in list(rows)[:_PANEL_IMAGES]]
+    samples = [Sample("", *row) for row in list(rows)[:6]]
     save_panel(folder.figures / "train" / f"{step:07d}.png", samples, trainer.train.palette, trainer.train.class_names)
