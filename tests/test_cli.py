@@ -15,7 +15,19 @@ from fcn_jax import cli
 
 ROOT = Path(__file__).parents[1]
 TINY = ["--model.width", "0.05", "--model.encoder", "vgg11", "--model.fc-features", "8", "--train.steps", "1"]
-TINY += ["--train.batch-size", "4", "--devices", "1", "--data.shapes-size", "32", "32", "--data.shapes-count", "4"]
+TINY += [
+    "--optim.lr",
+    "0.1",
+    "--train.batch-size",
+    "4",
+    "--devices",
+    "1",
+    "--data.shapes-size",
+    "32",
+    "32",
+    "--data.shapes-count",
+    "4",
+]
 
 
 @pytest.fixture(scope="module")
@@ -96,8 +108,8 @@ def test_data_that_cannot_be_used(capsys, tmp_path, damage):
 
 def test_a_run_folder_of_another_run_is_not_touched(capsys, run):
     before = (run / "config.json").read_bytes()
-    arguments = ["shapes", *TINY, "--run", run, "--data.cache-dir", run.parent / "cache", "--optim.lr", "0.5"]
-    _fails(capsys, cli.run_train, arguments, "optim.lr 0.1 (now 0.5)", "--run")
+    arguments = ["shapes", *TINY, "--run", run, "--data.cache-dir", run.parent / "cache"]
+    _fails(capsys, cli.run_train, [*arguments, "--optim.lr", "0.5"], "optim.lr 0.1 (now 0.5)", "--run")
     assert (run / "config.json").read_bytes() == before
 
 

@@ -91,7 +91,7 @@ def train(config: Config, console: Console) -> Scores:
     logger = _Logger(folder, events, trainer, config, began)
     evaluation = validate(trainer, config, state) if step == trainer.length.steps else None
     try:
-        with _progress(console, trainer.length.steps, step) as advance:
+        with _progress(console, trainer.length.steps, step, config.train.log_every) as advance:
             while step < trainer.length.steps:
                 batch = next(batches)
                 state, sums = trainer.parallel.step(state, trainer.parallel.place_batch(batch))
@@ -173,7 +173,7 @@ class _Logger:
 
 
 @contextmanager
-def _progress(console: Console, total: int, done: int) -> Iterator[Callable[..., None]]:
+def _progress(console: Console, total: int, done: int, every: int) -> Iterator[Callable[..., None]]:
     columns = (
         TextColumn("step"),
         MofNCompleteColumn(),
@@ -189,7 +189,8 @@ def _progress(console: Console, total: int, done: int) -> Iterator[Callable[...,
                 {} if row is None else {"loss": f"{row['loss']:.4g}", "speed": f"{row['images_per_s']:.1f}"}
             )
             progress.update(task, completed=step, **fields)
-            if row is not None and not console.is_terminal:
+            # where no bar can be drawn, twenty lines say how far it is
+            if fields and not console.is_terminal and step * 20 // total > (step - every) * 20 // total:
                 console.print(
                     f"step {step}/{total}  loss {fields['loss']}  {fields['speed']} images/s", highlight=False
                 )
