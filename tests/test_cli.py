@@ -159,10 +159,10 @@ def test_predict_writes_label_map_and_overlay_of_the_images_size(run, tmp_path):
     paths = [str(path) for path in sorted((tmp_path / "in").iterdir())]
     assert cli.guarded(cli.run_predict, [*paths, "--run", str(run), "--out", str(tmp_path / "out")]) == 0
     for name, (h, w) in sizes.items():
-        labels = Image.open(tmp_path / "out" / f"{name}.png")
-        assert labels.mode == "P" and np.asarray(labels).shape == (h, w) and np.asarray(labels).max() < 6
-        assert labels.getpalette()[:6] == [0, 0, 0, 128, 0, 0]
-        assert np.asarray(Image.open(tmp_path / "out" / f"{name}_overlay.png")).shape == (h, w, 3)
+        with Image.open(tmp_path / "out" / f"{name}.png") as labels:
+            assert labels.mode == "P" and np.asarray(labels).shape == (h, w) and np.asarray(labels).max() < 6
+            assert labels.getpalette()[:6] == [0, 0, 0, 128, 0, 0]
+        assert cv2.imread(str(tmp_path / "out" / f"{name}_overlay.png")).shape == (h, w, 3)
 
 
 def test_predict_names_what_it_cannot_read(capsys, run, tmp_path):

@@ -112,7 +112,8 @@ def test_a_palette_mask_gives_its_indices(tmp_path):
     label = trees.mask(0, 21)
     trees.write_palette_mask(tmp_path / "a.png", label)
     data = (tmp_path / "a.png").read_bytes()
-    assert Image.open(tmp_path / "a.png").mode == "P"
+    with Image.open(tmp_path / "a.png") as image:
+        assert image.mode == "P"
     assert np.array_equal(decode_label(data, "a"), label)
     assert not np.array_equal(decode_image(data, "a")[..., 0], label)  # what OpenCV alone would give
 
