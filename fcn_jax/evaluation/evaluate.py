@@ -47,7 +47,7 @@ class Evaluation:
 
 def spread(total: int, count: int = 6) -> frozenset[int]:
     """Return ``count`` positions spread evenly over ``total`` images; neighbours in a video would all look alike."""
-    return frozenset(np.linspace(0, total - 1, min(count, total)).astype(int).tolist())
+    return frozenset(np.linspace(0, total - 1, min(count, total), dtype=int).tolist())
 
 
 def make_predictor(model: FCN, preprocessing: str, mesh: Mesh | None = None) -> Predictor:

@@ -93,25 +93,30 @@ def save_confusion(path: Path, confusion: np.ndarray, class_names: Sequence[str]
 
 
 def save_panel(path: Path, samples: Sequence[Sample], palette: Palette, class_names: Sequence[str]) -> None:
-    """Draw image, truth and prediction side by side, a row for each sample, with the classes that occur as a legend."""
+    """Draw image, truth and prediction of each sample below one another, with the classes that occur as a legend."""
     if not samples:
         return
     h, w = samples[0].label.shape
-    figure = Figure(figsize=(9, 3 * len(samples) * h / w + 0.6))
-    grid = figure.subplots(len(samples), 3, squeeze=False)
-    for row, sample in zip(grid, samples, strict=True):
+    column = max(1.5, 12 / max(6, len(samples)))
+    figure = Figure(figsize=(column * len(samples), 3 * column * h / w))
+    grid = figure.subplots(3, len(samples), squeeze=False)
+    for axes_of, sample in zip(grid.T, samples, strict=True):
         truth, guess = (colour_labels(labels, palette) for labels in (sample.label, sample.prediction))
-        for axes, picture in zip(row, (sample.image, truth, guess), strict=True):
-            axes.imshow(picture, interpolation="nearest")
-            axes.set_axis_off()
-    for axes, title in zip(grid[0], ("image", "truth", "prediction"), strict=True):
-        axes.set_title(title, fontsize=10)
+        for axes, picture in zip(axes_of, (sample.image, truth, guess), strict=True):
+            # An image that the network saw at another size than its label's fills the same cell.
+            axes.imshow(picture, interpolation="nearest", extent=(0, w, h, 0))
+            axes.set(xticks=(), yticks=())
+            axes.spines[:].set_visible(False)
+    for axes, title in zip(grid[:, 0], ("image", "truth", "prediction"), strict=True):
+        axes.set_ylabel(title, fontsize=9)
     seen = np.unique(np.concatenate([np.unique((s.label, s.prediction)) for s in samples]))
     table = _table(palette) / 255
     patches = [
         Patch(facecolor=tuple(table[i]), edgecolor="grey", label=class_names[i] if i < len(class_names) else "void")
         for i in seen
     ]
-    figure.subplots_adjust(left=0, right=1, bottom=0, top=1, wspace=0.02, hspace=0.03)
-    figure.legend(handles=patches, loc="upper center", ncol=min(7, len(patches)), fontsize=8, bbox_to_anchor=(0.5, 0))
+    figure.subplots_adjust(left=0, right=1, bottom=0, top=1, wspace=0.02, hspace=0.02)
+    figure.legend(
+        handles=patches, loc="upper center", ncol=min(12, len(patches)), fontsize=8, bbox_to_anchor=(0.5, -0.01)
+    )
     _save(figure, path)
