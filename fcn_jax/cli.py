@@ -38,6 +38,7 @@ from fcn_jax.training.setup import open_trained
 __all__ = ["guarded", "main", "run_eval", "run_train"]
 
 Arguments = Sequence[str]
+_ABOUT = f"Train a recipe; without one, {DEFAULT_RECIPE}. Any field of it can be overridden."
 
 
 @dataclass(frozen=True)
@@ -116,7 +117,8 @@ def run_train(arguments: Arguments) -> int:
         raise unknown("recipe", arguments[0], RECIPES)
     recipes = {name: (f"{recipe.source}. Score: {recipe.score}", recipe.config) for name, recipe in RECIPES.items()}
     config: Config = _parse(
-        lambda args: tyro.extras.overridable_config_cli(recipes, prog="train.py", args=args), arguments
+        lambda args: tyro.extras.overridable_config_cli(recipes, prog="train.py", description=_ABOUT, args=args),
+        arguments,
     )
     console = Console()
     recipe = RECIPES[arguments[0]]

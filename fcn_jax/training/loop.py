@@ -5,7 +5,6 @@ resume > given weights > scratch; then step, log, validate, save, draw; the best
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -32,20 +31,16 @@ __all__ = ["score_table", "train", "validate"]
 
 
 def score_table(scores: Scores, class_names: tuple[str, ...], title: str) -> Table:
-    """Lay the four scores and the IU of each class out as a table; a class that is nowhere shows a dash."""
+    """Lay the four scores and each class's IU out as a table, to the last digit; a class that is nowhere has nan."""
     table = Table(title=title)
     table.add_column("score")
     table.add_column("value", justify="right")
     for name in ("pixel_accuracy", "mean_accuracy", "mean_iu", "frequency_weighted_iu"):
-        table.add_row(name.replace("_", " "), _number(getattr(scores, name)))
+        table.add_row(name.replace("_", " "), repr(getattr(scores, name)))
     table.add_section()
     for name, iu in zip(class_names, scores.per_class_iu, strict=True):
-        table.add_row(f"IU {name}", _number(iu))
+        table.add_row(f"IU {name}", repr(float(iu)))
     return table
-
-
-def _number(value: float) -> str:
-    return "-" if math.isnan(value) else repr(float(value))
 
 
 def validate(trainer: Trainer, config: Config, state: TrainState) -> Evaluation:
