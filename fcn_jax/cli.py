@@ -130,6 +130,8 @@ def run_train(arguments: Arguments) -> int:
 def run_eval(arguments: Arguments) -> int:
     """Evaluate a run; prints the scores and writes them to RUN/eval.json."""
     given: EvalArguments = _parse(lambda args: tyro.cli(EvalArguments, prog="eval.py", args=args), arguments)
+    if given.batch_size is not None and given.batch_size < 1:
+        raise InputError(f"expected --batch-size >= 1, got {given.batch_size}; leave it out for training's")
     trained = open_trained(given.run, given.checkpoint)
     data = trained.config.data if given.dir is None else replace(trained.config.data, dir=given.dir)
     name = given.split or data.val
@@ -166,15 +168,17 @@ def run_predict(arguments: Arguments) -> int:
     )
     if not given.images:
         raise InputError("no image given; name one or more image files")
-    outputs = [given.out / f"{image.stem}.png" for image in given.images]
-    if len(set(outputs)) < len(outputs):
-        raise InputError("two of the images share a name and would overwrite each other; predict them into two folders")
+    outputs = [(given.out / f"{image.stem}.png", given.out / f"{image.stem}_overlay.png") for image in given.images]
+    _check_outputs(given.images, [path for pair in outputs for path in pair])
     trained = open_trained(given.run, given.checkpoint)
     data = trained.config.data
     by_size = make_predictor(trained.model, data.preprocessing)
     any_size = make_image_predictor(trained.model, data.preprocessing)
-    given.out.mkdir(parents=True, exist_ok=True)
-    for path, out in zip(given.images, outputs, strict=True):
+    try:
+        given.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"--out {given.out}: {error.strerror}; name a folder that can be written to") from error
+    for path, (out, overlay_out) in zip(given.images, outputs, strict=True):
         image = decode_image(_read(path), str(path))
         if data.input_size is None:
             labels = any_size(trained.variables, image)
@@ -182,9 +186,20 @@ def run_predict(arguments: Arguments) -> int:
             labels = by_size(trained.variables, resize_image(image, data.input_size)[None], image.shape[:2])[0]
         save_palette_png(out, labels, trained.dataset.palette)
         blended = overlay(image, labels, trained.dataset.palette)
-        cv2.imwrite(str(out.with_name(f"{path.stem}_overlay.png")), cv2.cvtColor(blended, cv2.COLOR_RGB2BGR))
+        if not cv2.imwrite(str(overlay_out), cv2.cvtColor(blended, cv2.COLOR_RGB2BGR)):
+            raise InputError(f"{overlay_out} could not be written; check the disk")
         print(f"{path}: {image.shape[0]}x{image.shape[1]} -> {out}")
     return 0
+
+
+def _check_outputs(images: Sequence[Path], outputs: Sequence[Path]) -> None:
+    """Raise InputError where an output would overwrite another one or an input."""
+    if len(set(outputs)) < len(outputs):
+        raise InputError("two of the images share a name and would overwrite each other; predict them into two folders")
+    inputs = {image.resolve() for image in images}
+    for path in outputs:
+        if path.resolve() in inputs:
+            raise InputError(f"{path} is one of the images and would be overwritten; choose another --out")
 
 
 def _read(path: Path) -> bytes:
@@ -202,6 +217,8 @@ def run_summary(arguments: Arguments) -> int:
     model = create_model(
         given.model, given.num_classes, encoder=given.encoder, encoder_norm=given.encoder_norm, width=given.width
     )
+    if min(given.image_size) < 1:
+        raise InputError(f"expected --image-size of at least 1 1, got {given.image_size[0]} {given.image_size[1]}")
     rows = summarize(model, given.image_size)
     table = Table(title=f"{given.model}, {given.encoder}, image {given.image_size[0]}x{given.image_size[1]}")
     for column in ("layer", "kind", "output b h w c"):
@@ -234,6 +251,9 @@ def guarded(command: Callable[[Arguments], int], arguments: Arguments) -> int:
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on from the last checkpoint", file=sys.stderr)
+        return 130  # 128 + SIGINT, as shells have it
 
 
 def _dispatch(arguments: Arguments) -> int:

@@ -118,7 +118,7 @@ class OptimConfig:
     """Keep the k = 2s transposed convolutions at their bilinear start."""
     schedule: Literal["fixed", "poly", "step"] = "fixed"
     poly_power: float = 0.9
-    step_every: float = 0.33
+    step_every: float = 0.4
     """`step`: fraction of the run after which the rate is divided by ten, again and again."""
     warmup_steps: int = 0
     clip_norm: float | None = None

@@ -54,6 +54,9 @@ def confusion_matrix(labels: Any, predictions: Any, num_classes: int, ignore: in
     labels, predictions = np.asarray(labels), np.asarray(predictions)
     if labels.shape != predictions.shape:
         raise ValueError(f"expected labels and predictions of one shape, got {labels.shape} and {predictions.shape}")
+    for what, values in (("labels", labels), ("predictions", predictions)):
+        if values.size and not np.issubdtype(values.dtype, np.integer):
+            raise ValueError(f"expected {what} to be integers, got {values.dtype}; take the argmax over classes first")
     valid = labels != ignore
     truth, guess = labels[valid].astype(np.int64), predictions[valid].astype(np.int64)
     for what, values in (("label", truth), ("prediction", guess)):

@@ -42,6 +42,8 @@ _PAPER = Config(
     train=TrainConfig(batch_size=1, steps=100_000, eval_batch_size=1),
 )
 _PAPER_NEEDS = "--data.dir ROOT --model.init {}"
+# The reference's VGG weights want Caffe's preprocessing, torchvision's, which are the ones that are read, ImageNet's.
+_TORCHVISION = "VGG16_FILE --data.preprocessing imagenet"
 
 
 def _paper(suffix: str, model: str, lr: float, steps: int, score: str, start: str) -> Recipe:
@@ -96,10 +98,10 @@ _RECIPES = (
         score="57.0 mean IU on test for FCN-8s from ImageNet weights (Jegou et al. 2017)",
         needs="--data.dir CAMVID",
     ),
-    _paper("32s", "fcn32s_pad100", 1e-10, 100_000, "90.48/76.48/63.63/83.46", "VGG16_FILE"),
+    _paper("32s", "fcn32s_pad100", 1e-10, 100_000, "90.48/76.48/63.63/83.46", _TORCHVISION),
     _paper("16s", "fcn16s_pad100", 1e-12, 100_000, "91.00/78.07/65.01/84.26", "runs/voc-paper-32s"),
     _paper("8s", "fcn8s_pad100", 1e-14, 100_000, "91.22/77.61/65.51/84.54", "runs/voc-paper-16s"),
-    _paper("8s-atonce", "fcn8s_pad100_atonce", 1e-10, 300_000, "91.13/78.50/65.40/84.43", "VGG16_FILE"),
+    _paper("8s-atonce", "fcn8s_pad100_atonce", 1e-10, 300_000, "91.13/78.50/65.40/84.43", _TORCHVISION),
     Recipe(
         "voc-cvpr",
         Config(
@@ -112,7 +114,7 @@ _RECIPES = (
         source="Long, Shelhamer & Darrell 2015, section 4.3; here images are padded to 500x500 with ignored pixels, to "
         "share a batch",
         score="89.1/73.3/59.4/81.4 for 32s, 90.3/75.9/62.7/83.2 for 8s (Table 2)",
-        needs="--data.dir ROOT --model.init VGG16_FILE",
+        needs="--data.dir ROOT --model.init VGG16_FILE --data.preprocessing imagenet",
     ),
     Recipe(
         "voc-tramac",

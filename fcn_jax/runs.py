@@ -90,6 +90,13 @@ def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
+def _write_whole(path: Path, text: str) -> None:
+    """Write a file so that whoever reads it, after whatever happens, finds the old or the new one whole."""
+    partial = path.with_suffix(".partial")
+    partial.write_text(text)
+    partial.replace(path)
+
+
 class RunFolder:
     """The files of one run."""
 
@@ -105,25 +112,38 @@ class RunFolder:
     def start(self, config: Config, dataset: DatasetInfo) -> None:
         """Write config.json, or check that the one that is there describes the same run.
 
+        A resumed run may have moved or got other devices: those fields are brought up to date, the versions and
+        commit that it was started with stay.
+
         Raises:
-            InputError: the folder belongs to a run with other settings, or cannot be written.
+            InputError: the folder belongs to a run with other settings or classes, or cannot be written.
         """
         now = json.loads(json.dumps(dataclasses.asdict(config)))
-        if self.config_file.exists():
-            before = dataclasses.asdict(self.read_config()[0])
-            old, new = _flat(json.loads(json.dumps(before))), _flat(now)
-            changed = [name for name in new if name not in _FREE_FIELDS and old.get(name) != new[name]]
-            if changed:
-                what = ", ".join(f"{name} {old.get(name)} (now {new[name]})" for name in changed[:4])
-                raise InputError(
-                    f"{self.path} was started with {what}; give another --run, or the same settings to resume it"
-                )
         content = {"config": now, "dataset": dataclasses.asdict(dataset), "environment": environment()}
+        if self.config_file.exists():
+            before, before_dataset = self.read_config()
+            self._check_same(_flat(json.loads(json.dumps(dataclasses.asdict(before)))), _flat(now))
+            if before_dataset != dataset:
+                raise InputError(
+                    f"{self.path} was started on {before_dataset.name} with other classes; "
+                    "restore its class list, or give another --run"
+                )
+            if before == config:
+                return
+            content["environment"] = json.loads(self.config_file.read_text())["environment"]
         try:
             self.figures.mkdir(parents=True, exist_ok=True)
-            self.config_file.write_text(json.dumps(content, indent=2) + "\n")
+            _write_whole(self.config_file, json.dumps(content, indent=2) + "\n")
         except OSError as error:
             raise InputError(f"cannot write to {self.path}: {error.strerror}; give another --run") from error
+
+    def _check_same(self, old: dict[str, Any], new: dict[str, Any]) -> None:
+        changed = [name for name in new if name not in _FREE_FIELDS and old.get(name) != new[name]]
+        if changed:
+            what = ", ".join(f"{name} {old.get(name)} (now {new[name]})" for name in changed[:4])
+            raise InputError(
+                f"{self.path} was started with {what}; give another --run, or the same settings to resume it"
+            )
 
     def read_config(self) -> tuple[Config, DatasetInfo]:
         """Read back what ``start`` wrote.
@@ -153,7 +173,7 @@ class RunFolder:
         """Yield the rows of metrics.jsonl; a last one that was cut short is left out."""
         if not self.metrics_file.exists():
             return
-        for line in self.metrics_file.read_text().splitlines():
+        for line in self.metrics_file.read_text(errors="replace").splitlines():
             try:
                 yield json.loads(line)
             except json.JSONDecodeError:
@@ -163,6 +183,4 @@ class RunFolder:
         """Forget rows of steps after this one: a resumed run writes them again."""
         kept = [row for row in self.rows() if row["step"] <= step]
         if self.metrics_file.exists():
-            partial = self.metrics_file.with_suffix(".partial")
-            partial.write_text("".join(json.dumps(row) + "\n" for row in kept))
-            partial.replace(self.metrics_file)
+            _write_whole(self.metrics_file, "".join(json.dumps(row) + "\n" for row in kept))

@@ -1,3 +1,5 @@
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -70,6 +72,28 @@ def test_a_config_comes_back_as_it_was_and_other_settings_are_refused(tmp_path):
     folder.start(Config(data=DataConfig(crop_size=(3, 4), classes="list.txt", workers=2), devices=1), info)
     with pytest.raises(InputError, match=r"data.crop_size \[3, 4\] \(now None\)"):
         folder.start(Config(data=DataConfig(classes="list.txt")), info)
+
+
+def test_other_classes_are_refused_and_the_file_is_left_alone(tmp_path):
+    folder = RunFolder(tmp_path / "run")
+    folder.start(Config(), DatasetInfo("folder", ("a", "b"), ((0, 0, 0), (1, 2, 3))))
+    before = folder.config_file.read_bytes()
+    for names in (("a", "c"), ("a", "b", "c")):
+        with pytest.raises(InputError, match="other classes"):
+            folder.start(Config(), DatasetInfo("folder", names, ((0, 0, 0), (1, 2, 3), (4, 5, 6))[: len(names)]))
+    assert folder.config_file.read_bytes() == before
+
+
+def test_the_environment_of_the_start_stays(tmp_path):
+    info = DatasetInfo("folder", ("a", "b"), ((0, 0, 0), (1, 2, 3)))
+    folder = RunFolder(tmp_path / "run")
+    folder.start(Config(), info)
+    content = json.loads(folder.config_file.read_text())
+    content["environment"]["jax"] = "0.0.1"
+    folder.config_file.write_text(json.dumps(content))
+    folder.start(Config(devices=3), info)
+    content = json.loads(folder.config_file.read_text())
+    assert content["environment"]["jax"] == "0.0.1" and content["config"]["devices"] == 3
 
 
 def test_rows_after_a_step_are_forgotten_and_a_torn_one_is_left_out(tmp_path):

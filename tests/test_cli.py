@@ -62,6 +62,17 @@ def _fails(capsys, command, arguments, *named):
         (["shapes", "--devices", "99"], ["99", "JAX sees 8"]),
         (["shapes", "--loss.class-weights", "1", "2"], ["6 class weights", "median"]),
         (["shapes", "--train.epochs", "None"], ["--train.epochs"]),
+        (["shapes", "--train.batch-size", "0"], ["--train.batch-size >= 1", "0"]),
+        (["shapes", "--train.log-every", "0"], ["--train.log-every"]),
+        (["shapes", "--train.accumulate", "-2"], ["--train.accumulate"]),
+        (["shapes", "--train.eval-batch-size", "0"], ["--train.eval-batch-size"]),
+        (["shapes", "--train.eval-every", "nan"], ["--train.eval-every > 0", "nan"]),
+        (["shapes", "--train.seed", "-1"], ["--train.seed"]),
+        (["shapes", "--data.workers", "-1"], ["--data.workers"]),
+        (["shapes", "--data.crop-size", "-5", "32"], ["--data.crop-size", "-5"]),
+        (["shapes", "--data.input-size", "0", "32"], ["--data.input-size"]),
+        (["shapes", "--optim.warmup-steps", "-1"], ["--optim.warmup-steps"]),
+        (["shapes", "--loss.class-weights", "nan", "1", "1", "1", "1", "1"], ["--loss.class-weights"]),
         (["camvid"], ["--data.dir"]),
         (["camvid", "--data.dir", "/nonexistent"], ["/nonexistent"]),
         (["shapes", "--model.init", "/nonexistent.pth"], ["/nonexistent.pth"]),
@@ -173,6 +184,30 @@ def test_predict_names_what_it_cannot_read(capsys, run, tmp_path):
     _fails(capsys, cli.run_predict, [tmp_path / "none.png", *out], "none.png")
     _fails(capsys, cli.run_predict, out, "image")
     _fails(capsys, cli.run_predict, ["a/x.png", "b/x.jpg", *out], "two of the images")
+    _fails(capsys, cli.run_predict, ["x.png", "x_overlay.png", *out], "two of the images")
+    _fails(capsys, cli.run_predict, [bad, "--run", run, "--out", bad], "--out", "bad.jpg")
+
+
+def test_predict_never_overwrites_an_image_it_is_given(capsys, run, tmp_path):
+    image = tmp_path / "a.png"
+    Image.fromarray(np.zeros((4, 4, 3), np.uint8)).save(image)
+    before = image.read_bytes()
+    _fails(capsys, cli.run_predict, [image, "--run", run, "--out", tmp_path], "a.png", "--out")
+    assert image.read_bytes() == before
+
+
+def test_an_interrupted_command_says_how_to_go_on(capsys):
+    def interrupted(arguments):
+        raise KeyboardInterrupt
+
+    assert cli.guarded(interrupted, []) == 130
+    assert "goes on from the last checkpoint" in capsys.readouterr().err
+
+
+def test_a_loss_that_is_no_number_ends_the_run_with_advice(capsys, tmp_path):
+    arguments = ["shapes", *TINY, "--run", tmp_path / "run", "--data.cache-dir", tmp_path / "cache"]
+    arguments += ["--optim.lr", "1e30", "--train.steps", "6", "--train.log-every", "1", "--optim.warmup-steps", "0"]
+    _fails(capsys, cli.run_train, arguments, "loss is", "--optim.lr")
 
 
 def test_summary_prints_the_layer_table(capsys):
@@ -180,6 +215,7 @@ def test_summary_prints_the_layer_table(capsys):
     out = capsys.readouterr().out
     assert "134,489,759" in out and "vgg/conv1_1" in out and "1 568 568 21" in out
     _fails(capsys, cli.run_summary, ["fcn8"], "fcn8", "fcn8s")
+    _fails(capsys, cli.run_summary, ["fcn8s", "--image-size", "-3", "5"], "--image-size")
 
 
 def test_commands_end_with_exit_code_2_and_no_traceback():

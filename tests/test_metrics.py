@@ -57,9 +57,14 @@ def test_labels_outside_the_classes_are_refused_by_value(bad):
         metrics.confusion_matrix(np.array([0, 0]), np.array([0, bad]), 3)
 
 
+def test_scores_in_place_of_classes_are_refused():
+    with pytest.raises(ValueError, match="argmax"):
+        metrics.confusion_matrix(np.array([0, 1]), np.array([0.9, 0.1]), 2)
+
+
 def test_shapes_must_agree():
     with pytest.raises(ValueError, match="one shape"):
-        metrics.confusion_matrix(np.zeros((2, 2)), np.zeros(4), 3)
+        metrics.confusion_matrix(np.zeros((2, 2), int), np.zeros(4, int), 3)
 
 
 @pytest.fixture(params=[0, 1, 2])

@@ -55,7 +55,7 @@ def test_an_option_that_does_not_apply_is_an_error(name, options, message):
 
 
 def test_no_classes_is_an_error():
-    with pytest.raises(InputError, match="num_classes >= 1, got 0"):
+    with pytest.raises(InputError, match="num_classes in 1 ... 255, got 0"):
         fcn_jax.create_model("fcn8s", 0)
 
 
@@ -201,3 +201,24 @@ def test_layer_table_by_hand():
     # VGG-16 convolutions 14 714 688, fc6 102 764 544, fc7 16 781 312, scores 86 037 + 10 773 + 5 397, upsampling
     # 2 * 7 056 + 112 896.
     assert sum(row.parameters for row in rows) == 134_489_759
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"num_classes": "21"}, "num_classes"),
+        ({"num_classes": 2.5}, "num_classes"),
+        ({"num_classes": True}, "num_classes"),
+        ({"num_classes": 300}, "num_classes"),
+        ({"width": "a"}, "width"),
+        ({"width": float("nan")}, "width"),
+        ({"skip_scales": 0.1}, "skip_scales"),
+        ({"crop": (5, 9)}, "crop"),
+        ({"crop": (5, 9, -40)}, "crop"),
+        ({"fc_features": 1.5}, "fc_features"),
+        ({"dropout_rate": 1.0}, "dropout_rate"),
+    ],
+)
+def test_values_that_make_no_network_are_named(options, named):
+    with pytest.raises(ValueError, match=named):
+        fcn_jax.create_model("fcn8s_pad100", **{"num_classes": 3, **options})

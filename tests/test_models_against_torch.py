@@ -32,6 +32,7 @@ CASES = {
     "pad100-32s": ("fcn32s_pad100", {"encoder": "vgg13"}, (33, 47)),
     "pad100-32s-seed002": ("fcn32s_pad100", {"pool": "floor", "crop": (5, 9, 6)}, (52, 40)),
     "pad100-16s-seed002": ("fcn16s_pad100", {"pool": "floor", "skip_bias": False}, (52, 58)),
+    "pad100-16s": ("fcn16s_pad100", {"encoder": "vgg11"}, (41, 34)),
     "pad100-8s": ("fcn8s_pad100", {"encoder": "vgg16"}, (37, 61)),
     "pad100-8s-atonce-bn": ("fcn8s_pad100_atonce", {"encoder": "vgg11", "encoder_norm": "batch"}, (35, 64)),
     "ladder-32s": ("fcn32s_ladder", {"encoder": "vgg16"}, (64, 96)),

@@ -71,6 +71,12 @@ def test_clipping_is_by_the_global_norm():
     assert float(optax.tree.norm(moved)) == pytest.approx(0.01, rel=1e-6)
 
 
+def test_frozen_gradients_do_not_count_in_the_norm():
+    config = OptimConfig(lr=1.0, momentum=0.0, weight_decay=0.0, clip_norm=0.01, freeze_upsampling=True)
+    moved = jax.tree.map(lambda a, b: a - b, _run(config, steps=1, freeze=True), PARAMS)
+    assert float(optax.tree.norm(moved)) == pytest.approx(0.01, rel=1e-6)
+
+
 def test_schedules_by_hand():
     base = OptimConfig(lr=1.0)
     poly = make_schedule(replace(base, schedule="poly", poly_power=0.9), 100)

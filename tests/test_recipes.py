@@ -143,6 +143,9 @@ def test_a_stopped_run_ends_with_the_bits_of_one_that_was_not(tmp_path, monkeypa
         cli.run_train([*common, "--run", str(tmp_path / "stopped")])
     monkeypatch.setattr(loop, "validate", validate)
     assert cli.run_train([*common, "--run", str(tmp_path / "stopped")]) == 0
+    assert cli.run_eval(["--run", str(tmp_path / "stopped"), "--checkpoint", "last"]) == 0
+    saved = json.loads((tmp_path / "stopped/eval.json").read_text())
+    assert saved["scores"] == list(RunFolder(tmp_path / "whole").rows())[-1]["scores"]
     whole, stopped = (open_trained(tmp_path / name, "last").variables for name in ("whole", "stopped"))
     jax.tree.map(np.testing.assert_array_equal, whole, stopped)
 
@@ -174,7 +177,22 @@ def test_a_longer_stride_starts_a_shorter_one_by_name(tmp_path, easy, capsys):
     new = "params/score_pool4/bias, params/score_pool4/kernel, params/upscore16/kernel, params/upscore2/kernel"
     assert f"new: {new}" in out
     with pytest.raises(InputError, match="--data.preprocessing caffe"):
-        cli.run_train(["voc-paper-16s", *common, *start, "--data.preprocessing", "imagenet"])
+        elsewhere = [*start[:-1], str(tmp_path / "imagenet"), "--data.preprocessing", "imagenet"]
+        cli.run_train(["voc-paper-16s", *common, *elsewhere])
+    with pytest.raises(InputError, match="fc6/kernel is 7x7x51x8 here and 7x7x31x8"):
+        other = ["--model.init", str(tmp_path / "32s"), "--run", str(tmp_path / "wide"), "--model.width", "0.1"]
+        cli.run_train(["voc-paper-16s", *common, *other])
+
+
+def test_resuming_does_not_need_the_weights_it_started_from(tmp_path, capsys):
+    common = ["shapes", *SMALL, *SHRUNK["shapes"], "--train.steps", "1", *_tree("shapes", tmp_path)]
+    common += ["--data.cache-dir", str(tmp_path / "cache"), "--devices", "1"]
+    assert cli.run_train([*common, "--run", str(tmp_path / "first")]) == 0
+    command = [*common, "--run", str(tmp_path / "second"), "--model.init", str(tmp_path / "first")]
+    assert cli.run_train(command) == 0
+    (tmp_path / "first").rename(tmp_path / "moved")
+    assert cli.run_train(command) == 0
+    assert "resuming" in capsys.readouterr().out
 
 
 def test_recipes_state_source_command_and_score():

@@ -26,7 +26,7 @@ _MASKS = (".png", ".bmp", ".gif", ".tif", ".tiff")
 
 
 def read_classes(path: Path) -> tuple[str, ...]:
-    """Read class names, one per line, the first for id 0; an InputError for an unusable list."""
+    """Read class names, one per line, the first for id 0, blank lines left out; an InputError for an unusable list."""
     if not path.is_file():
         raise InputError(
             f"{path}: not there; write one class name per line (the first is class 0), or give --data.classes"

@@ -90,6 +90,11 @@ with registered.skip_registration():  # it is built here from a listing, never b
         def summary(self) -> dict[str, Any]:
             """Return what is known of the set once prepared; an InputError where its labels can teach nothing."""
             seen = set(np.flatnonzero(self._ids).tolist())
+            if seen == {IGNORE}:
+                raise InputError(
+                    f"{self._listing.dataset}/{self._listing.split}: every pixel of every mask is 255, "
+                    "which means ignore; label some"
+                )
             if seen <= {0, IGNORE} and IGNORE in seen:
                 raise InputError(
                     f"{self._listing.dataset}/{self._listing.split}: the masks hold only 0 and 255, "

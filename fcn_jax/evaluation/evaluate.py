@@ -75,6 +75,7 @@ def make_predictor(model: FCN, preprocessing: str, mesh: Mesh | None = None) -> 
         if mesh is not None:
             whole = len(images) % mesh.size == 0
             placed = jax.device_put(images, NamedSharding(mesh, PartitionSpec("batch" if whole else None)))
+            variables = jax.device_put(variables, NamedSharding(mesh, PartitionSpec()))
         return np.asarray(compiled(variables, placed, size))
 
     return predict

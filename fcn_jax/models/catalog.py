@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -98,9 +99,9 @@ def create_model(name: str, num_classes: int, **options: Any) -> FCN:
             raise unknown(f"option of {name}", option, sorted(allowed))
         if option in _CHOICES and value not in _CHOICES[option]:
             raise unknown(option, value, map(str, _CHOICES[option]))
-    if num_classes < 1:
+    if not _is_count(num_classes) or num_classes > 255:
         raise InputError(
-            f"expected num_classes >= 1, got {num_classes}; give the number of classes without the void label"
+            f"expected num_classes in 1 ... 255, got {num_classes!r}; give the number of classes without the void label"
         )
     settings: dict[str, Any] = {**spec.fixed, **options}
     _check_numbers(settings)
@@ -124,14 +125,28 @@ def model_from_config(config: ModelConfig, num_classes: int, remat: bool = False
     return create_model(name, num_classes, dtype=_DTYPES[dtype], remat=remat, **given)
 
 
+def _is_count(value: Any, least: int = 1) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
 def _check_numbers(settings: dict[str, Any]) -> None:
-    if not settings.get("width", 1.0) > 0:
-        raise InputError(f"expected width > 0, got {settings['width']}; 1.0 is the published network")
-    if not 0 <= settings.get("dropout_rate", 0.0) < 1:
-        raise InputError(f"expected 0 <= dropout_rate < 1, got {settings['dropout_rate']}; 0 turns dropout off")
+    width, rate = settings.get("width", 1.0), settings.get("dropout_rate", 0.0)
+    if not _is_number(width) or width <= 0:
+        raise InputError(f"expected width > 0, got {width!r}; 1.0 is the published network")
+    if not _is_number(rate) or not 0 <= rate < 1:
+        raise InputError(f"expected 0 <= dropout_rate < 1, got {rate!r}; 0 turns dropout off")
     for option in ("fc_features", "fc6_kernel", "head_features"):
-        if not settings.get(option, 1) >= 1:
-            raise InputError(f"expected {option} >= 1, got {settings[option]}; leave it out for the default")
+        if not _is_count(settings.get(option, 1)):
+            raise InputError(f"expected {option} >= 1, got {settings[option]!r}; leave it out for the default")
+    crop, scales = settings.get("crop", (0, 0, 0)), settings.get("skip_scales", (1.0, 1.0))
+    if not isinstance(crop, tuple | list) or len(crop) != 3 or not all(_is_count(offset, 0) for offset in crop):
+        raise InputError(f"expected crop to be three offsets >= 0 (pool4, pool3, output), got {crop!r}")
+    if not isinstance(scales, tuple | list) or len(scales) != 2 or not all(map(_is_number, scales)):
+        raise InputError(f"expected skip_scales to be two factors (pool4, pool3), got {scales!r}")
 
 
 def init_variables(model: FCN, key: jax.Array, image_size: tuple[int, int] = (64, 64)) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from orbax.checkpoint.checkpoint_managers import preservation_policy
 from fcn_jax.errors import InputError
 from fcn_jax.training.step import TrainState
 
-__all__ = ["Checkpoints", "load_variables"]
+__all__ = ["Checkpoints", "has_checkpoint", "load_variables"]
 
 
 def _mean_iu(metrics: dict[str, Any]) -> float:
@@ -41,7 +41,7 @@ class Checkpoints:
             best_mode="max",
             cleanup_tmp_directories=True,
         )
-        self._manager = ocp.CheckpointManager(folder, options=options)
+        self._manager = _open(folder, options)
 
     def save(self, state: TrainState, position: bytes, mean_iu: float) -> None:
         """Save the state at its step, copied to the host before this returns. An undefined score ranks lowest."""
@@ -63,7 +63,7 @@ class Checkpoints:
 
     def best_step(self) -> int | None:
         """Return the saved step of the best mean IU, or None."""
-        return self._manager.best_step()
+        return _best(self._manager)
 
     def restore(self, step: int, like: TrainState) -> tuple[TrainState, bytes]:
         """Read a state back, with the shapes and placement of ``like``, and the position of the data.
@@ -110,9 +110,9 @@ def load_variables(folder: Path, which: str, like: Any) -> tuple[dict[str, Any],
     if not folder.is_dir():
         raise InputError(f"{folder} does not exist; the run has not saved a checkpoint yet")
     options = ocp.CheckpointManagerOptions(best_fn=_mean_iu, read_only=True)
-    with ocp.CheckpointManager(folder, options=options) as manager:
+    with _open(folder, options) as manager:
         steps = list(manager.all_steps())
-        named = {"best": manager.best_step(), "last": manager.latest_step(), **{str(step): step for step in steps}}
+        named = {"best": _best(manager), "last": manager.latest_step(), **{str(step): step for step in steps}}
         step = named.get(which)
         if step is None:
             known = ", ".join(str(step) for step in steps) or "none"
@@ -125,8 +125,28 @@ def load_variables(folder: Path, which: str, like: Any) -> tuple[dict[str, Any],
     return dict(saved["variables"]), step
 
 
+def has_checkpoint(folder: Path) -> bool:
+    """Tell whether a run's folder holds a checkpoint to resume from."""
+    return folder.is_dir() and any(path.name.isdigit() for path in folder.iterdir())
+
+
+def _open(folder: Path, options: ocp.CheckpointManagerOptions) -> ocp.CheckpointManager:
+    try:
+        return ocp.CheckpointManager(folder, options=options)
+    except (ValueError, KeyError, OSError) as error:
+        raise _unfit(folder, error) from error
+
+
+def _best(manager: ocp.CheckpointManager) -> int | None:
+    try:
+        return manager.best_step()
+    except (ValueError, KeyError, OSError) as error:
+        raise _unfit(manager.directory, error) from error
+
+
 def _unfit(path: Any, error: Exception) -> InputError:
     first = (str(error).strip() or repr(error)).splitlines()[0][:200]
     return InputError(
-        f"checkpoint {path} does not fit this model or is damaged ({first}); use the run's own config.json"
+        f"checkpoint {path} does not fit this model or is damaged ({first}); "
+        "remove it to go on from an older one, or use the run's own config.json"
     )

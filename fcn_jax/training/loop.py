@@ -19,11 +19,12 @@ from rich.table import Table
 from fcn_jax.config import Config
 from fcn_jax.data.datasets import Split
 from fcn_jax.data.pipeline import make_eval_batches, make_train_iterator
+from fcn_jax.errors import InputError
 from fcn_jax.evaluation.evaluate import Evaluation, Sample, evaluate, spread
 from fcn_jax.evaluation.figures import save_confusion, save_curves, save_panel
 from fcn_jax.metrics import Scores
 from fcn_jax.runs import DatasetInfo, RunFolder
-from fcn_jax.training.checkpoint import Checkpoints
+from fcn_jax.training.checkpoint import Checkpoints, has_checkpoint
 from fcn_jax.training.setup import Trainer, make_trainer
 from fcn_jax.training.step import StepSums, TrainState
 
@@ -66,9 +67,9 @@ def train(config: Config, console: Console) -> Scores:
     from tensorboardX import SummaryWriter  # imports torch where that is installed, which only training should pay for
 
     began = time.perf_counter()
-    trainer = make_trainer(config)
-    info = DatasetInfo(trainer.train.dataset, trainer.train.class_names, trainer.train.palette)
     folder = RunFolder(config.run)
+    trainer = make_trainer(config, resuming=has_checkpoint(folder.checkpoints))
+    info = DatasetInfo(trainer.train.dataset, trainer.train.class_names, trainer.train.palette)
     folder.start(config, info)
     for note in trainer.notes:
         console.print(f"note: {note}", highlight=False)
@@ -94,6 +95,7 @@ def train(config: Config, console: Console) -> Scores:
                 logger.step(step, sums, advance)
                 if config.train.pictures_every and step % config.train.pictures_every == 0:
                     _save_training_picture(folder, trainer, state, batch, step)
+                    logger.restart_clock()
                 if trainer.length.is_milestone(step):
                     logger.flush(step)
                     evaluation = validate(trainer, config, state)
@@ -101,6 +103,7 @@ def train(config: Config, console: Console) -> Scores:
                     checkpoints.save(state, batches.get_state(), evaluation.scores.mean_iu)
                     console.print(score_table(evaluation.scores, info.class_names, f"step {step}, {config.data.val}"))
                     _save_figures(folder, evaluation, trainer.val)
+                    logger.restart_clock()
     finally:
         checkpoints.close()
         batches.close()
@@ -117,6 +120,7 @@ class _Logger:
     def __init__(self, folder: RunFolder, events: Any, trainer: Trainer, config: Config, began: float):
         self._folder, self._events, self._trainer, self._config, self._began = folder, events, trainer, config, began
         self._pending: list[StepSums] = []
+        self._timed = 0
         self._since: float | None = None
 
     def step(self, step: int, sums: StepSums, advance: Callable[..., None]) -> None:
@@ -125,6 +129,8 @@ class _Logger:
             jax.block_until_ready(sums)
             self._since = time.perf_counter()
             self._events.add_scalar("time/first_step_s", self._since - self._began, step)
+        else:
+            self._timed += 1
         self._pending.append(sums)
         if step % self._config.train.log_every == 0:
             row = self.flush(step)
@@ -132,26 +138,39 @@ class _Logger:
         else:
             advance(step, None)
 
+    def restart_clock(self) -> None:
+        """Leave out of the speed what was not training."""
+        self._since, self._timed = time.perf_counter(), 0
+
     def flush(self, step: int) -> dict[str, Any] | None:
         """Write the mean of the losses since the last row."""
         if not self._pending:
             return None
         fetched = jax.device_get(self._pending)
-        now, count = time.perf_counter(), len(fetched)
         assert self._since is not None
+        images = self._timed * self._config.train.batch_size
+        speed = images / (time.perf_counter() - self._since) if images else None
+        loss = float(np.mean([sums.loss for sums in fetched]))
+        if not np.isfinite(loss):
+            raise InputError(
+                f"the loss is {loss} by step {step}; what was saved before stays in {self._folder.path}: "
+                "try a lower --optim.lr, --optim.clip-norm or --optim.warmup-steps with another --run"
+            )
         row = {
             "kind": "train",
             "step": step,
             "epoch": step / self._trainer.length.epoch,
-            "loss": float(np.mean([sums.loss for sums in fetched])),
+            "loss": loss,
             "grad_norm": float(np.mean([sums.grad_norm for sums in fetched])),
             "lr": float(np.asarray(self._trainer.schedule(step - 1))),
-            "images_per_s": self._config.train.batch_size * count / max(now - self._since, 1e-9),
+            "images_per_s": speed,
         }
-        self._pending, self._since = [], now
+        self._pending = []
+        self.restart_clock()
         self._folder.append(row)
         for name in ("loss", "grad_norm", "lr", "images_per_s"):
-            self._events.add_scalar(f"train/{name}", row[name], step)
+            if row[name] is not None:
+                self._events.add_scalar(f"train/{name}", row[name], step)
         return row
 
     def validation(self, step: int, evaluation: Evaluation) -> None:
@@ -164,7 +183,6 @@ class _Logger:
         for name, iu in zip(self._trainer.val.class_names, scores["per_class_iu"], strict=True):
             if iu is not None:
                 self._events.add_scalar(f"val_iu/{name}", iu, step)
-        self._since = time.perf_counter()
 
 
 @contextmanager
@@ -180,9 +198,10 @@ def _progress(console: Console, total: int, done: int, every: int) -> Iterator[C
         task = progress.add_task("train", total=total, completed=done, loss="-", speed="-")
 
         def advance(step: int, row: dict[str, Any] | None) -> None:
-            fields: dict[str, Any] = (
-                {} if row is None else {"loss": f"{row['loss']:.4g}", "speed": f"{row['images_per_s']:.1f}"}
-            )
+            fields: dict[str, Any] = {}
+            if row is not None:
+                speed = row["images_per_s"]
+                fields = {"loss": f"{row['loss']:.4g}", "speed": "-" if speed is None else f"{speed:.1f}"}
             progress.update(task, completed=step, **fields)
             # where no bar can be drawn, twenty lines say how far it is
             if fields and not console.is_terminal and step * 20 // total > (step - every) * 20 // total:

@@ -100,7 +100,9 @@ def make_optimizer(
     optimizer = optax.partition(transforms, groups)
     if config.clip_norm is None:
         return optimizer
-    return optax.chain(optax.clip_by_global_norm(config.clip_norm), optimizer)
+    frozen = jax.tree.map(lambda group: group == _FROZEN, groups)
+    clip = optax.clip_by_global_norm(config.clip_norm)
+    return optax.chain(optax.masked(optax.set_to_zero(), frozen), clip, optimizer)
 
 
 def _check(config: OptimConfig) -> None:

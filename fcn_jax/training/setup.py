@@ -21,6 +21,7 @@ from fcn_jax.evaluation.evaluate import Predictor, make_predictor
 from fcn_jax.models import init_variables, model_from_config
 from fcn_jax.models.fcn import FCN
 from fcn_jax.runs import DatasetInfo, RunFolder
+from fcn_jax.training.check import check_config
 from fcn_jax.training.checkpoint import load_variables
 from fcn_jax.training.losses import Loss, make_loss, median_frequency_weights
 from fcn_jax.training.optim import make_optimizer, make_schedule
@@ -100,23 +101,44 @@ def _loss(config: Config, train: Split) -> Loss:
 
 
 def carry_over(variables: Mapping[str, Any], source: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """Take every parameter and statistic that another network of the family has under the same name and shape.
+    """Take every parameter and statistic that another network of the family has under the same name.
+
+    What depends on the number of classes may have another shape and then stays as it was.
 
     Returns:
         The variables, and the names of what stays as it was.
+
+    Raises:
+        InputError: a feature layer has another shape, or nothing is shared: it is another network.
     """
     own: dict[str, Any] = traverse_util.flatten_dict(dict(variables), sep="/")
     other: dict[str, Any] = traverse_util.flatten_dict(dict(source), sep="/")
-    new = tuple(name for name, value in own.items() if name not in other or other[name].shape != value.shape)
+    new = []
+    for name, value in own.items():
+        if name in other and other[name].shape != value.shape and "score" not in name and "classifier" not in name:
+            raise InputError(
+                f"{name} is {_times(value.shape)} here and {_times(other[name].shape)} in the weights to start from; "
+                "give both networks the same encoder, width and features"
+            )
+        if name not in other or other[name].shape != value.shape:
+            new.append(name)
+    if len(new) == len(own):
+        raise InputError("the weights to start from share no name with this network; choose a network of its family")
     merged = {name: value if name in new else other[name] for name, value in own.items()}
-    return traverse_util.unflatten_dict(merged, sep="/"), new
+    return traverse_util.unflatten_dict(merged, sep="/"), tuple(new)
 
 
-def _start(config: Config, model: FCN) -> tuple[dict[str, Any], tuple[str, ...]]:
+def _times(shape: tuple[int, ...]) -> str:
+    return "x".join(map(str, shape))
+
+
+def _start(config: Config, model: FCN, resuming: bool) -> tuple[dict[str, Any], tuple[str, ...]]:
     """Initialise the network, from other weights where the config names them; return notes on what was not in those."""
     size = config.data.crop_size or config.data.input_size or (64, 64)
     variables = init_variables(model, jax.random.key(config.train.seed), size)
     init = config.model.init
+    if resuming:
+        return variables, ()  # the checkpoint replaces them
     if init is None:
         frozen = (
             ("the encoder is frozen at its random start: give --model.init",) if config.model.freeze_encoder else ()
@@ -170,12 +192,19 @@ def open_trained(run: str | Path, which: str = "best") -> Trained:
     return Trained(config, dataset, model, variables, step)
 
 
-def make_trainer(config: Config) -> Trainer:
+def make_trainer(config: Config, resuming: bool = False) -> Trainer:
     """Prepare a run; nothing is written but the prepared copy of the data.
+
+    Args:
+        config: the whole run.
+        resuming: a checkpoint will replace the starting weights, so ``model.init`` is not read.
 
     Raises:
         InputError: the config asks for something that cannot be.
     """
+    check_config(config)
+    if jax.process_count() > 1:
+        raise InputError("training in several processes is not there yet; start one, with all its devices")
     train, val = load(config.data.train, config.data), load(config.data.val, config.data)
     if train.class_names != val.class_names:
         raise InputError(
@@ -190,7 +219,7 @@ def make_trainer(config: Config) -> Trainer:
         )
     length = run_length(config, len(train))
     model = model_from_config(config.model, train.num_classes, config.train.remat)
-    variables, notes = _start(config, model)
+    variables, notes = _start(config, model, resuming)
     optimizer = make_optimizer(variables["params"], config.optim, length.steps, config.model.freeze_encoder)
     loss = _loss(config, train)
     if config.train.accumulate > 1 and "batch_stats" in variables:

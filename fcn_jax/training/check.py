@@ -1,0 +1,59 @@
+"""The ranges of a run's numbers, checked before anything is read or written."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+from fcn_jax.config import Config
+from fcn_jax.errors import InputError
+
+__all__ = ["check_config"]
+
+# Least value of each number, and of each entry of a pair; None in the config is not checked.
+_AT_LEAST: dict[str, float] = {
+    "devices": 1,
+    "data.base_size": 1,
+    "data.crop_size": 1,
+    "data.input_size": 1,
+    "data.jitter": 0,
+    "data.shapes_count": 1,
+    "data.shapes_size": 16,
+    "data.workers": 0,
+    "loss.aux_weight": 0,
+    "optim.bias_lr": 0,
+    "optim.head_lr": 0,
+    "optim.poly_power": 0,
+    "optim.warmup_steps": 0,
+    "train.accumulate": 1,
+    "train.batch_size": 1,
+    "train.eval_batch_size": 1,
+    "train.keep_last": 1,
+    "train.log_every": 1,
+    "train.pictures_every": 1,
+    "train.seed": 0,
+    "train.steps": 1,
+}
+_ABOVE_ZERO = ("data.scale", "optim.step_every", "train.epochs", "train.eval_every", "train.keep_every")
+
+
+def check_config(config: Config) -> None:
+    """Raise InputError for the first number that is out of its range, naming its flag."""
+    for name, least in _AT_LEAST.items():
+        _check(config, name, lambda number, least=least: number >= least, f">= {least:g}")
+    for name in _ABOVE_ZERO:
+        _check(config, name, lambda number: number > 0, "> 0")
+    weights = config.loss.class_weights
+    if not isinstance(weights, str) and not (all(0 <= w < math.inf for w in weights) and sum(weights) > 0):
+        raise InputError(f"expected --loss.class-weights >= 0 and not all zero, got {weights}; or give 'median'")
+
+
+def _check(config: Config, name: str, holds: Any, wanted: str) -> None:
+    value: Any = config
+    for part in name.split("."):
+        value = {item.name: getattr(value, item.name) for item in dataclasses.fields(value)}[part]
+    numbers = value if isinstance(value, tuple) else () if value is None else (value,)
+    if not all(math.isfinite(number) and holds(number) for number in numbers):
+        flag = "--" + name.replace("_", "-")
+        raise InputError(f"expected {flag} {wanted}, got {value}; `train.py RECIPE --help` shows its default")
