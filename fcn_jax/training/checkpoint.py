@@ -74,6 +74,7 @@ class Checkpoints:
         target = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
         variables = {"params": target.params, "batch_stats": target.batch_stats}
         training = {"step": target.step, "opt_state": target.opt_state, "key": target.key}
+        _check_shapes(Path(str(self._manager.directory)) / str(step), variables)
         try:
             saved = self._manager.restore(
                 step,
@@ -118,6 +119,7 @@ def load_variables(folder: Path, which: str, like: Any) -> tuple[dict[str, Any],
             known = ", ".join(str(step) for step in steps) or "none"
             raise InputError(f"{folder} has no checkpoint {which!r}; choose best, last or one of: {known}")
         target = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
+        _check_shapes(folder / str(step), target)
         try:
             saved = manager.restore(step, args=ocp.args.Composite(variables=ocp.args.StandardRestore(target)))
         except (ValueError, KeyError, OSError) as error:
@@ -142,6 +144,27 @@ def _best(manager: ocp.CheckpointManager) -> int | None:
         return manager.best_step()
     except (ValueError, KeyError, OSError) as error:
         raise _unfit(manager.directory, error) from error
+
+
+def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {"/".join(str(entry.key) for entry in path): leaf.shape for path, leaf in leaves if hasattr(leaf, "shape")}
+
+
+def _check_shapes(path: Path, wanted: Any) -> None:
+    """Compare names and shapes before anything is read: orbax finds a difference halfway and leaves readers behind."""
+    try:
+        saved = _shapes(ocp.StandardCheckpointer().metadata(path / "variables").item_metadata.tree)
+    except (ValueError, KeyError, OSError, AttributeError) as error:
+        raise _unfit(path, error) from error
+    own = _shapes(wanted)
+    for name in sorted(set(saved) | set(own)):
+        if saved.get(name) != own.get(name):
+            there, here = (str(shapes.get(name, "missing")) for shapes in (saved, own))
+            raise InputError(
+                f"checkpoint {path} does not fit this model: {name} is {there} there and {here} here; "
+                "use the run's own config.json"
+            )
 
 
 def _unfit(path: Any, error: Exception) -> InputError:
