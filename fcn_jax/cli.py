@@ -19,6 +19,7 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
+from fcn_jax.cli_port import PortArguments, port
 from fcn_jax.config import Config
 from fcn_jax.data.datasets import load
 from fcn_jax.data.labels import decode_image
@@ -35,7 +36,7 @@ from fcn_jax.training.loop import score_table, train
 from fcn_jax.training.parallel import make_mesh
 from fcn_jax.training.setup import open_trained
 
-__all__ = ["guarded", "main", "run_eval", "run_train"]
+__all__ = ["guarded", "main", "run_eval", "run_port", "run_train"]
 
 Arguments = Sequence[str]
 _ABOUT = f"Train a recipe; without one, {DEFAULT_RECIPE}. Any field of it can be overridden."
@@ -235,11 +236,19 @@ def run_summary(arguments: Arguments) -> int:
     return 0
 
 
+def run_port(arguments: Arguments) -> int:
+    """Convert weights of torch projects to a file of ours, or back."""
+    given: PortArguments = _parse(lambda args: tyro.cli(PortArguments, prog="fcn-jax port", args=args), arguments)
+    port(given)
+    return 0
+
+
 COMMANDS: dict[str, Callable[[Arguments], int]] = {
     "train": run_train,
     "eval": run_eval,
     "predict": run_predict,
     "summary": run_summary,
+    "port": run_port,
 }
 
 

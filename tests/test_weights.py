@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import shlex
 import subprocess
 import sys
 
@@ -269,6 +270,42 @@ def test_staged_networks_hand_their_weights_on_by_name():
     assert_same(loaded["params"]["upscore16"], variables["params"]["upscore16"])
 
 
+def test_a_renamed_tensor_is_told_from_a_missing_one():
+    model, variables = build("fcn32s")
+    source = weights.to_torch(model, variables)
+    source["vgg.convolution5_1.weight"] = source.pop("vgg.conv5_1.weight")
+    with pytest.raises(InputError, match=r"missing: vgg.conv5_1.weight; .*rename vgg.convolution5_1.weight to vgg.co"):
+        weights.load(source, model, variables)
+    # Another shape is no renaming.
+    source["vgg.convolution5_1.weight"] = np.zeros(3)
+    with pytest.raises(InputError, match=r"missing: vgg.conv5_1.weight; where that is meant"):
+        weights.load(source, model, variables)
+
+
+def test_a_transposed_tensor_is_told_from_one_of_another_network():
+    model, variables = build("fcn32s_pad100")
+    source = weights.to_torch(model, variables)
+    source["score_fr.weight"] = source["score_fr.weight"].swapaxes(0, 1)
+    with pytest.raises(InputError, match=r"score_fr.weight is 256x3x1x1, .* needs 3x256x1x1 \(transposed\?\)"):
+        weights.load(source, model, variables)
+    # fc6 of another size is passed over in an encoder's file; transposed it is not.
+    _, state = torchvision_state()
+    state["classifier.0.weight"] = state["classifier.0.weight"].T
+    with pytest.raises(InputError, match=r"classifier.0.weight is 1568x256, .* needs 256x32x7x7 \(transposed\?\)"):
+        weights.load(state, model, variables)
+
+
+def test_the_command_for_a_whole_model_converts_it(tmp_path):
+    model, variables = build("fcn32s")
+    twin = torch.nn.Sequential(make_twin(model).vgg.conv1_1)
+    torch.save(twin, tmp_path / "net.pth")
+    with pytest.raises(InputError) as caught:
+        weights.inspect(tmp_path / "net.pth")
+    command = shlex.split(str(caught.value).partition("imported: ")[2])
+    subprocess.run([sys.executable, *command[1:]], check=True, capture_output=True)
+    assert list(weights.inspect(tmp_path / "net.state.pth").tensors) == ["0.weight", "0.bias"]
+
+
 @pytest.mark.parametrize("bad", [np.nan, np.inf, 1e300])
 def test_numbers_that_are_not_finite_are_refused_by_name(bad):
     model, variables = build("fcn32s")
@@ -289,7 +326,9 @@ def test_integers_are_refused_by_name():
 def test_an_unknown_layout_is_named_by_its_tensors():
     model, variables = build("fcn32s")
     source = {"backbone.stem.weight": np.zeros((3, 3))}
-    with pytest.raises(InputError, match="no known layout has names like backbone.stem.weight; known: fcn_jax, torchv"):
+    with pytest.raises(
+        InputError, match="no known layout has names like backbone.stem.weight; known: fcn_jax, timm-vgg, torchv"
+    ):
         weights.load(source, model, variables)
     assert weights.inspect(source).layout is None
     with pytest.raises(InputError, match="unknown layout 'caffe'"):
@@ -310,8 +349,17 @@ def _write(path, kind):
         path.write_bytes(bytes(range(256)))
     elif kind == "code":
         path.write_bytes(pickle.dumps(_Code()))
+    elif kind == "code in a state dict":
+        torch.save({"a": torch.zeros(2), "b": _Code()}, path)
+    elif kind == "old code":
+        torch.save({"a": torch.zeros(2), "b": _Code()}, path, _use_new_zipfile_serialization=False)
     elif kind == "whole model":
         torch.save(torch.nn.Linear(2, 2), path)
+    elif kind == "old whole model":
+        torch.save(torch.nn.Linear(2, 2), path, _use_new_zipfile_serialization=False)
+    elif kind == "truncated old":
+        torch.save({"a": torch.zeros(2000)}, path, _use_new_zipfile_serialization=False)
+        path.write_bytes(path.read_bytes()[:-1000])
     elif kind == "truncated":
         model, variables = build("fcn32s")
         arrays = weights.to_torch(model, variables)
@@ -341,8 +389,12 @@ def _write(path, kind):
         ("w.safetensors", "noise", "not a whole safetensors file"),
         ("w.pth", "truncated", "not a whole torch file"),
         ("w.safetensors", "truncated", "not a whole safetensors file"),
-        ("w.pth", "code", "could run code"),
-        ("w.pth", "whole model", "could run code"),
+        ("w.pth", "code", r"would run code when it is read \(posix.system\); do not open it"),
+        ("w.pth", "code in a state dict", r"would run code when it is read \(posix.system\); do not open it"),
+        ("w.pth", "old code", r"would run code when it is read \(posix.system\); do not open it"),
+        ("w.pth", "whole model", r"a whole pickled model \(torch.nn.modules.linear.Linear\).*python -c \"import torch"),
+        ("w.pth", "old whole model", r"a whole pickled model \(torch.nn.modules.linear.Linear\).*python -c \"import"),
+        ("w.pth", "truncated old", "not a whole torch file"),
         ("w.pth", "list", "expected a dict of tensors, got list"),
         ("w.pth", "no tensors", "holds no tensors"),
         ("w.pth", "text", "expected arrays by name, got str under 'names'"),

@@ -1,6 +1,15 @@
 """The networks: pure modules, no file access."""
 
 from fcn_jax.models.catalog import MODELS, create_model, init_variables, model_from_config
+from fcn_jax.models.classifier import VGGClassifier
 from fcn_jax.models.summary import LayerRow, summarize
 
-__all__ = ["MODELS", "LayerRow", "create_model", "init_variables", "model_from_config", "summarize"]
+__all__ = [
+    "MODELS",
+    "LayerRow",
+    "VGGClassifier",
+    "create_model",
+    "init_variables",
+    "model_from_config",
+    "summarize",
+]

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from fcn_jax.config import ModelConfig
 from fcn_jax.errors import InputError, unknown
+from fcn_jax.models.classifier import VGGClassifier
 from fcn_jax.models.fcn import FCN, LadderFCN, Pad100FCN, ResizeFCN, SameFCN
 from fcn_jax.models.layers import scaled
 from fcn_jax.models.vgg import ENCODERS, STAGE_CHANNELS
@@ -149,7 +150,9 @@ def _check_numbers(settings: dict[str, Any]) -> None:
         raise InputError(f"expected skip_scales to be two factors (pool4, pool3), got {scales!r}")
 
 
-def init_variables(model: FCN, key: jax.Array, image_size: tuple[int, int] = (64, 64)) -> dict[str, Any]:
+def init_variables(
+    model: FCN | VGGClassifier, key: jax.Array, image_size: tuple[int, int] = (64, 64)
+) -> dict[str, Any]:
     """Make a network's variables: {"params": ...} and, where it has batch norm, {"batch_stats": ...}.
 
     Convolutions start from He's normal distribution, score layers at zero, transposed convolutions of k = 2s

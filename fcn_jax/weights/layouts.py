@@ -1,24 +1,27 @@
-"""The layouts that weights are published in: an ordered name map for each, and how to recognise it.
+"""How a layout is described: an ordered name map, and which of our networks its files belong to.
 
-A layout is added by writing one function, network -> list of ``Module`` in the order of its files, and one entry of
-``LAYOUTS``. Leaf names (weight, bias, running_mean ...) and axes are the same in all of them and live in ``names.py``.
+The layouts themselves are in ``published.py``. Leaf names (weight, bias, running_mean ...) and axes are the same in all
+of them and live in ``names.py``.
 """
 
 from __future__ import annotations
 
-import re
+import dataclasses
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
-from fcn_jax.models.fcn import FCN, ScoreFCN
-from fcn_jax.models.vgg import ENCODERS
+from fcn_jax.errors import InputError
+from fcn_jax.models.catalog import MODELS, create_model
+from fcn_jax.models.classifier import VGGClassifier
+from fcn_jax.models.fcn import FCN
 from fcn_jax.weights.names import LEAVES, Parameter
 
-__all__ = ["LAYOUTS", "Layout", "Module", "Preprocessing", "Shapes", "encoder_name", "pair_up", "recognise"]
+__all__ = ["Fit", "Layout", "Module", "Network", "Preprocessing", "Shapes", "check_fit", "encoder_name", "pair_up"]
 
 Preprocessing = Literal["imagenet", "caffe"]
 Shapes = Mapping[str, tuple[int, ...]]
+Network = FCN | VGGClassifier
 
 
 @dataclass(frozen=True)
@@ -30,7 +33,29 @@ class Module:
     linear: bool = False
     """Stored as the weight of a linear layer."""
     if_fits: bool = False
-    """Left as it is, not refused, where the network has it in another shape."""
+    """Left as it is, not refused, where the network has it in another size."""
+
+
+@dataclass(frozen=True)
+class Fit:
+    """The networks of the catalogue that a source's weights belong to, told by its names and shapes."""
+
+    models: tuple[str, ...]
+    """Names of ``MODELS`` that share the layout's names and differ in computation only: the user has to know which."""
+    num_classes: int | None
+    options: dict[str, Any] = field(default_factory=dict)
+    """What must be as in the source for the network to compute the same."""
+
+    @property
+    def call(self) -> str:
+        """The calls of ``create_model`` that make such a network, without the options that are defaults anyway."""
+        classes = self.num_classes or "NUM_CLASSES"
+        calls = []
+        for name in self.models:
+            default = _fields(create_model(name, 1))
+            given = [f", {key}={value!r}" for key, value in self.options.items() if default[key] != value]
+            calls.append(f"create_model({name!r}, {classes}{''.join(given)})")
+        return " or ".join(calls)
 
 
 @dataclass(frozen=True)
@@ -38,12 +63,16 @@ class Layout:
     """How one source names the tensors of a network."""
 
     matches: Callable[[Shapes], bool]
-    modules: Callable[[FCN], list[Module]] | None
-    """The name map; None: the names are ours."""
+    modules: Callable[[Any], list[Module]] | None
+    """The name map of a network; None: the names are ours."""
     preprocessing: Preprocessing | None = None
-    """What images these weights were trained on; None: the file's metadata says it."""
+    """What images these weights were trained on; None: the file's metadata says it, or nothing does."""
     variant: Callable[[Shapes], str | None] = lambda shapes: None
     """Tell the encoder from names and shapes, e.g. ``vgg16_bn``."""
+    fit: Callable[[Shapes], Fit] | None = None
+    """Tell the network from names and shapes; None: an encoder or anything of ours."""
+    families: tuple[type[Network], ...] = ()
+    """The families that the layout has names for; empty: all."""
     encoder_only: bool = False
     """Whether it has an encoder's weights alone, so that score layers and upsampling are left as they are."""
     unused: tuple[str, ...] = ()
@@ -55,73 +84,40 @@ def encoder_name(encoder: str, norm: str | None) -> str:
     return encoder + ("_bn" if norm == "batch" else "")
 
 
-def _torchvision_features(encoder: str, norm: str | None) -> list[tuple[str, str]]:
-    """List (our module, theirs) of the encoder: ``make_layers`` numbers conv, BN, ReLU and pooling in one row."""
-    rows, index = [], 0
-    for stage, convs in enumerate(ENCODERS[encoder], start=1):
-        for layer in range(1, convs + 1):
-            rows.append((f"vgg.conv{stage}_{layer}", f"features.{index}"))
-            if norm == "batch":
-                rows.append((f"vgg.bn{stage}_{layer}", f"features.{index + 1}"))
-            index += 3 if norm == "batch" else 2
-        index += 1
-    return rows
+def check_fit(origin: str, fit: Fit, model: Network, partial: bool) -> None:
+    """Check that a source's network and the model compute the same.
+
+    Args:
+        origin: the source's name.
+        fit: what the source holds.
+        model: the network to fill.
+        partial: a network of the family with another stride will do, as in training by stages.
+
+    Raises:
+        InputError: they do not; the message has the call that makes a network that does.
+    """
+    has = _fields(model)
+    specs = [MODELS[name] for name in fit.models]
+    strides = [spec.stride for spec in specs]
+    differs = []
+    if type(model) is not specs[0].family:
+        differs = [f"family {type(model).__name__}"]
+    elif has["stride"] in strides:
+        differs = [f"{key}={has[key]!r}" for key, value in fit.options.items() if has[key] != value]
+    elif partial:
+        encoder = ("encoder", "encoder_norm")
+        differs = [f"{key}={has[key]!r}" for key in encoder if has[key] != fit.options.get(key, has[key])]
+    else:
+        differs = [f"stride={has['stride']}"]
+    if not differs:
+        return
+    way_out = f"use {fit.call}"
+    if type(model) is specs[0].family and has["stride"] not in strides:
+        way_out += ", or name what is new in allow_missing and what falls away in allow_unexpected"
+    raise InputError(f"{origin}: weights of another network than the model, which has {', '.join(differs)}; {way_out}")
 
 
-def _torchvision_vgg(model: FCN) -> list[Module]:
-    """``vgg11`` ... ``vgg19_bn`` of torchvision (``models/vgg.py``)."""
-    rows = [Module(ours, theirs) for ours, theirs in _torchvision_features(model.encoder, model.encoder_norm)]
-    if isinstance(model, ScoreFCN):
-        if model.fc6_kernel == 7:
-            rows.append(Module("head.fc6", "classifier.0", linear=True, if_fits=True))
-        rows.append(Module("head.fc7", "classifier.3", linear=True, if_fits=True))
-    return rows
-
-
-def _torchvision_variant(shapes: Shapes) -> str | None:
-    ranks = {name: len(shape) for name, shape in shapes.items() if re.fullmatch(r"features\.\d+\.weight", name)}
-    for encoder in ENCODERS:
-        for norm in (None, "batch"):
-            rows = _torchvision_features(encoder, norm)
-            if ranks == {f"{theirs}.weight": 1 if ".bn" in ours else 4 for ours, theirs in rows}:
-                return encoder_name(encoder, norm)
-    return None
-
-
-def _ours_variant(shapes: Shapes) -> str | None:
-    names = [name for name in shapes if re.fullmatch(r"vgg\.conv\d_\d\.weight", name)]
-    convs = tuple(sum(name.startswith(f"vgg.conv{stage}_") for name in names) for stage in range(1, 6))
-    for encoder, known in ENCODERS.items():
-        if convs == known:
-            return encoder_name(encoder, "batch" if "vgg.bn1_1.weight" in shapes else None)
-    return None
-
-
-LAYOUTS: dict[str, Layout] = {
-    "fcn_jax": Layout(
-        matches=lambda shapes: any(re.match(r"vgg\.(conv|bn)\d_\d\.", name) for name in shapes),
-        modules=None,
-        variant=_ours_variant,
-    ),
-    "torchvision-vgg": Layout(
-        matches=lambda shapes: any(re.fullmatch(r"features\.\d+\.weight", name) for name in shapes),
-        modules=_torchvision_vgg,
-        # The `transforms` of VGG16_Weights.IMAGENET1K_V1: RGB in [0, 1], ImageNet's mean and std.
-        preprocessing="imagenet",
-        variant=_torchvision_variant,
-        encoder_only=True,
-        # The layer of ImageNet's 1000 classes, and the others in networks without fc6 and fc7.
-        unused=("classifier.[036].weight", "classifier.[036].bias"),
-    ),
-}
-
-
-def recognise(shapes: Shapes) -> str | None:
-    """Return the layout's name in ``LAYOUTS``, or None where no layout has such names."""
-    return next((name for name, layout in LAYOUTS.items() if layout.matches(shapes)), None)
-
-
-def pair_up(layout: Layout, model: FCN, parameters: list[Parameter]) -> list[tuple[Parameter, Module]]:
+def pair_up(layout: Layout, model: Network, parameters: list[Parameter]) -> list[tuple[Parameter, Module]]:
     """Pair parameters with rows of the name map, in the layout's order and, within a module, in torch's."""
     by_module: dict[str, list[Parameter]] = {}
     for parameter in sorted(parameters, key=lambda parameter: LEAVES.index(parameter.leaf)):
@@ -131,3 +127,7 @@ def pair_up(layout: Layout, model: FCN, parameters: list[Parameter]) -> list[tup
     else:
         rows = layout.modules(model)
     return [(parameter, row) for row in rows for parameter in by_module.get(row.ours, [])]
+
+
+def _fields(model: Network) -> dict[str, Any]:
+    return {item.name: getattr(model, item.name) for item in dataclasses.fields(model)}

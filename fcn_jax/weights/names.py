@@ -9,7 +9,16 @@ from typing import Any
 import numpy as np
 from flax import traverse_util
 
-__all__ = ["COUNTER", "LEAVES", "Parameter", "from_torch", "list_parameters", "to_torch_axes", "torch_shape"]
+__all__ = [
+    "COUNTER",
+    "LEAVES",
+    "Parameter",
+    "conversion",
+    "from_torch",
+    "list_parameters",
+    "to_torch_axes",
+    "torch_shape",
+]
 
 COUNTER = "num_batches_tracked"
 """What torch keeps beside the statistics of a batch norm; no network here uses it."""
@@ -106,3 +115,13 @@ def from_torch(parameter: Parameter, value: np.ndarray) -> np.ndarray | None:
         # (in, out, k, k) and (out, in, k, k) to (k, k, in, out)
         value = value.transpose((2, 3, 0, 1) if parameter.transposed else (2, 3, 1, 0))
     return np.ascontiguousarray(value)
+
+
+def conversion(parameter: Parameter, shape: tuple[int, ...]) -> str:
+    """Say how ``from_torch`` turns an array of torch's ``shape`` that fits."""
+    if len(parameter.shape) != 4:
+        return "as it is"
+    target = "x".join(map(str, parameter.shape))
+    if len(shape) == 2:
+        return f"linear {shape[0]}x{shape[1]} to h w in out, {target}"
+    return f"{'in out h w' if parameter.transposed else 'out in h w'} to h w in out, {target}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,62 +13,18 @@ import numpy as np
 from flax import traverse_util
 
 from fcn_jax.errors import InputError
-from fcn_jax.models.fcn import FCN
-from fcn_jax.weights.layouts import LAYOUTS, Layout, encoder_name, pair_up, recognise
-from fcn_jax.weights.names import COUNTER, Parameter, from_torch, list_parameters, torch_shape
-from fcn_jax.weights.source import Source, TensorInfo, Tensors, open_source
+from fcn_jax.weights.layouts import Layout, Network, check_fit, encoder_name, pair_up
+from fcn_jax.weights.names import COUNTER, Parameter, conversion, from_torch, list_parameters, torch_shape
+from fcn_jax.weights.published import LAYOUTS
+from fcn_jax.weights.report import Report, describe
+from fcn_jax.weights.source import Source, Tensors, open_source
 
-__all__ = ["Info", "Report", "inspect", "load", "load_with_report"]
-
-
-@dataclass(frozen=True)
-class Info:
-    """What a source holds."""
-
-    layout: str | None
-    """A key of ``LAYOUTS``, or None where no layout has such names."""
-    variant: str | None
-    """The encoder, as far as names and shapes tell: ``vgg16``, ``vgg16_bn`` ..."""
-    preprocessing: str | None
-    """What images the weights were trained on, "imagenet" or "caffe"; None: the source does not say."""
-    tensors: dict[str, TensorInfo]
-
-
-@dataclass(frozen=True)
-class Report:
-    """What became of every parameter of the network and of every tensor of the source."""
-
-    layout: str
-    preprocessing: str | None
-    filled: dict[str, str]
-    """Parameter -> the tensor it was filled from, in the layout's order."""
-    left: dict[str, str]
-    """Parameter that keeps its value -> why."""
-    ignored: dict[str, str]
-    """Tensor that is not used -> why."""
-
-
-def inspect(source: Source) -> Info:
-    """Tell what a source holds, without a network.
-
-    Raises:
-        InputError: the source cannot be opened.
-    """
-    return _info(open_source(source))
-
-
-def _info(tensors: Tensors) -> Info:
-    name = recognise(tensors.shapes)
-    preprocessing = tensors.metadata.get("preprocessing")
-    if name is None:
-        return Info(None, None, preprocessing, tensors.infos)
-    layout = LAYOUTS[name]
-    return Info(name, layout.variant(tensors.shapes), layout.preprocessing or preprocessing, tensors.infos)
+__all__ = ["load", "load_with_report"]
 
 
 def load(
     source: Source,
-    model: FCN,
+    model: Network,
     variables: Mapping[str, Any],
     allow_missing: Iterable[str] = (),
     allow_unexpected: Iterable[str] = (),
@@ -78,7 +35,7 @@ def load(
 
 def load_with_report(
     source: Source,
-    model: FCN,
+    model: Network,
     variables: Mapping[str, Any],
     allow_missing: Iterable[str] = (),
     allow_unexpected: Iterable[str] = (),
@@ -97,24 +54,30 @@ def load_with_report(
         New variables in the dtypes of the given ones, and the report.
 
     Raises:
-        InputError: the source cannot be opened, its layout is unknown, it is another encoder's, or a tensor is missing,
-            unexpected, of the wrong shape or not finite.
+        InputError: the source cannot be opened, its layout is unknown, it is of another network or encoder, or a tensor
+            is missing, unexpected, of the wrong shape, not finite, or differs from its own copy.
     """
     tensors = open_source(source)
-    info = _info(tensors)
+    info = describe(tensors)
     if info.layout is None:
         sample = ", ".join(list(tensors.infos)[:3])
         raise InputError(f"{tensors.origin}: no known layout has names like {sample}; known: {', '.join(LAYOUTS)}")
-    _check_encoder(tensors.origin, info.variant, model)
-    job = _Job(tensors, LAYOUTS[info.layout], _patterns(allow_missing), _patterns(allow_unexpected))
+    may_miss, may_stay = _patterns(allow_missing), _patterns(allow_unexpected)
+    if info.fit is not None:
+        check_fit(f"{tensors.origin} ({info.layout})", info.fit, model, partial=bool(may_miss or may_stay))
+    else:
+        _check_encoder(tensors.origin, info.variant, model)
+    job = _Job(tensors, LAYOUTS[info.layout], may_miss, may_stay)
     job.run(model, list_parameters(variables))
     flat = traverse_util.flatten_dict(dict(variables))
     flat.update(job.values)
-    report = Report(info.layout, info.preprocessing, job.filled, job.left, job.ignored)
+    report = Report(
+        info.layout, info.preprocessing, job.filled, job.left, job.ignored, job.converted, tensors.unwrapped
+    )
     return traverse_util.unflatten_dict(flat), report
 
 
-def _check_encoder(origin: str, variant: str | None, model: FCN) -> None:
+def _check_encoder(origin: str, variant: str | None, model: Network) -> None:
     wanted = encoder_name(model.encoder, model.encoder_norm)
     if variant is not None and variant != wanted:
         encoder, _, norm = variant.partition("_")
@@ -133,9 +96,10 @@ class _Job:
     filled: dict[str, str] = field(default_factory=dict)
     left: dict[str, str] = field(default_factory=dict)
     ignored: dict[str, str] = field(default_factory=dict)
+    converted: dict[str, str] = field(default_factory=dict)
     values: dict[tuple[str, ...], Any] = field(default_factory=dict)
 
-    def run(self, model: FCN, parameters: list[Parameter]) -> None:
+    def run(self, model: Network, parameters: list[Parameter]) -> None:
         """Fill ``values`` by path."""
         misfits: list[str] = []
         sought: dict[str, str] = {}
@@ -149,9 +113,13 @@ class _Job:
             hint = "build the model to match, or name them in both allow_missing and allow_unexpected"
             raise self._error("do not fit", misfits, hint)
         missing = self._leave(parameters, sought)
-        if missing:
-            raise self._error("are missing", missing, "where that is meant, name them in allow_missing")
         unexpected = [name for name in self.tensors.infos if not self._explain(name)]
+        if missing:
+            renamed = self._renamed(
+                [sought[name] for name in missing if name in sought], unexpected, parameters, sought
+            )
+            listed = [name if sought.get(name, name) == name else f"{name} ({sought[name]})" for name in missing]
+            raise self._error("are missing", listed, renamed or "where that is meant, name them in allow_missing")
         if unexpected:
             raise self._error("are unexpected", unexpected, "where that is meant, name them in allow_unexpected")
 
@@ -161,8 +129,14 @@ class _Job:
         raw = self.tensors.read(theirs)
         value = from_torch(parameter, raw)
         if value is None:
-            misfit = f"{theirs} is {_times(raw.shape)}, {name} needs {_times(torch_shape(parameter))}"
-            if if_fits or (_any(name, self.allow_missing) and _any(theirs, self.allow_unexpected)):
+            needed = torch_shape(parameter)
+            misfit = f"{theirs} is {_times(raw.shape)}, {name} needs {_times(needed)}"
+            if raw.size == math.prod(needed):  # the right numbers in another order are no other network's
+                misfit += " (transposed?)"
+            elif if_fits:
+                self.left[name] = self.ignored[theirs] = misfit
+                return None
+            if _any(name, self.allow_missing) and _any(theirs, self.allow_unexpected):
                 self.left[name] = self.ignored[theirs] = misfit
                 return None
             return misfit
@@ -173,6 +147,9 @@ class _Job:
             self.ignored[theirs] = f"a copy of {self.filled[name]}"
         else:
             self.values[parameter.path], self.filled[name] = jnp.asarray(value), theirs
+            self.converted[name] = conversion(parameter, raw.shape)
+            if raw.dtype != value.dtype:
+                self.converted[name] += f", {raw.dtype} to {value.dtype}"
         return None
 
     def _checked(self, theirs: str, value: np.ndarray, dtype: Any) -> np.ndarray:
@@ -197,9 +174,24 @@ class _Job:
             elif _any(name, self.allow_missing):
                 self.left[name] = "missing, allowed"
             else:
-                theirs = sought.get(name, name)
-                missing.append(name if theirs == name else f"{name} ({theirs})")
+                missing.append(name)
         return missing
+
+    def _renamed(
+        self, missing: list[str], unexpected: list[str], parameters: list[Parameter], sought: dict[str, str]
+    ) -> str | None:
+        """Return a hint where every missing tensor has one unexpected that it may have been renamed to."""
+        shapes = {sought.get(parameter.name): torch_shape(parameter) for parameter in parameters}
+        pairs: dict[str, str] = {}
+        for theirs in missing:
+            same = (name for name in unexpected if self.tensors.shapes[name] == shapes[theirs])
+            found = next((name for name in same if name not in pairs.values()), None)
+            if found is not None:
+                pairs[theirs] = found
+        if not pairs or len(pairs) < len(missing):
+            return None
+        renamed = ", ".join(f"{new} to {old}" for old, new in list(pairs.items())[:8])
+        return f"unexpected tensors have their shapes: rename {renamed}, if they are the same"
 
     def _explain(self, theirs: str) -> bool:
         """Explain a tensor that was not used; return whether it is accounted for."""

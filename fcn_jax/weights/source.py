@@ -11,12 +11,14 @@ from typing import Any
 import numpy as np
 
 from fcn_jax.errors import InputError
+from fcn_jax.weights.torch_file import first_line, read_torch
 
 __all__ = ["Source", "TensorInfo", "Tensors", "open_source"]
 
 Source = str | os.PathLike[str] | Mapping[str, Any]
 
-_TORCH_SUFFIXES = (".pth", ".pt")
+# The last: what pytorch-fcn's trainer writes.
+_TORCH_SUFFIXES = (".pth", ".pt", ".pth.tar")
 # The codes of safetensors' header.
 _DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64", "I32": "int32"}
 _WRAPPERS = ("state_dict", "model_state_dict", "model")
@@ -38,6 +40,8 @@ class Tensors:
     infos: dict[str, TensorInfo]
     read: Callable[[str], np.ndarray]
     metadata: dict[str, str] = field(default_factory=dict)
+    unwrapped: tuple[str, ...] = ()
+    """What was taken off around the state dict, from the outside in: ``model_state_dict``, ``module.`` ..."""
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -57,9 +61,8 @@ def open_source(source: Source) -> Tensors:
     if isinstance(source, Mapping):
         return _from_mapping(source, "the dict")
     path = Path(source)
-    suffix = path.suffix.lower()
-    if suffix != ".safetensors" and suffix not in _TORCH_SUFFIXES:
-        raise InputError(f"{path}: expected a .safetensors, .pth or .pt file, got {suffix or 'no suffix'!r}")
+    if not path.name.lower().endswith((".safetensors", *_TORCH_SUFFIXES)):
+        raise InputError(f"{path}: expected a .safetensors, .pth or .pt file, got {path.suffix or 'no suffix'!r}")
     if not path.is_file():
         raise InputError(f"{path}: no such file; check the path")
     try:
@@ -71,9 +74,9 @@ def open_source(source: Source) -> Tensors:
         raise InputError(f"{path}: the file is empty; fetch it again")
     if head.lstrip().startswith(b"<"):
         raise InputError(f"{path}: this is a web page, not weights; fetch the file itself")
-    if suffix == ".safetensors":
+    if path.suffix.lower() == ".safetensors":
         return _from_safetensors(path)
-    return _from_mapping(_read_torch(path, head), str(path))
+    return _from_mapping(read_torch(path, head), str(path))
 
 
 def _from_safetensors(path: Path) -> Tensors:
@@ -87,45 +90,19 @@ def _from_safetensors(path: Path) -> Tensors:
             code = str(part.get_dtype())
             infos[name] = TensorInfo(tuple(part.get_shape()), _DTYPES.get(code, code.lower()))
     except (safetensors.SafetensorError, OSError) as error:
-        raise InputError(f"{path}: not a whole safetensors file ({_line(error)}); fetch it again") from error
-    stripped = _strip(infos)
+        raise InputError(f"{path}: not a whole safetensors file ({first_line(error)}); fetch it again") from error
+    stripped, prefix = _strip(infos)
     stored = dict(zip(stripped, infos, strict=True))
-    return Tensors(str(path), stripped, lambda name: file.get_tensor(stored[name]), file.metadata() or {})
-
-
-def _read_torch(path: Path, head: bytes) -> Any:
-    try:
-        import torch
-    except ImportError as error:
-        raise InputError(
-            f"{path}: reading torch files needs torch: pip install fcn_jax[torch], or convert the file once to "
-            ".safetensors on a machine that has torch"
-        ) from error
-    import pickle
-    import warnings
-
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # on pickle protocols; whether it could be read is answered below
-            # Only the zip format (torch >= 1.6) can be mapped instead of read whole.
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=head.startswith(b"PK"))
-    except pickle.UnpicklingError as error:
-        if "GLOBAL" in str(error) or head.startswith(b"\x80"):
-            raise InputError(
-                f"{path}: a pickle of more than weights (a whole model?), which could run code; where you trust it, "
-                "store torch.save(model.state_dict(), ...) and load that"
-            ) from error
-        raise InputError(f"{path}: not a torch file; fetch it again") from error
-    except Exception as error:  # a damaged file fails anywhere in the unpickler, with any exception
-        raise InputError(f"{path}: not a whole torch file ({_line(error)}); fetch it again") from error
+    return Tensors(str(path), stripped, lambda name: file.get_tensor(stored[name]), file.metadata() or {}, prefix)
 
 
 def _from_mapping(source: Any, origin: str) -> Tensors:
+    unwrapped: tuple[str, ...] = ()
     while isinstance(source, Mapping):
-        inner = next((source[key] for key in _WRAPPERS if isinstance(source.get(key), Mapping)), None)
-        if inner is None:
+        key = next((key for key in _WRAPPERS if isinstance(source.get(key), Mapping)), None)
+        if key is None:
             break
-        source = inner
+        source, unwrapped = source[key], (*unwrapped, key)
     if not isinstance(source, Mapping):
         raise InputError(f"{origin}: expected a dict of tensors, got {type(source).__name__}; store model.state_dict()")
     if not source:
@@ -136,16 +113,16 @@ def _from_mapping(source: Any, origin: str) -> Tensors:
     infos = {
         name: TensorInfo(tuple(value.shape), str(value.dtype).removeprefix("torch.")) for name, value in source.items()
     }
-    stripped = _strip(infos)
+    stripped, prefix = _strip(infos)
     stored = dict(zip(stripped, source.values(), strict=True))
-    return Tensors(origin, stripped, lambda name: _to_numpy(stored[name]))
+    return Tensors(origin, stripped, lambda name: _to_numpy(stored[name]), unwrapped=(*unwrapped, *prefix))
 
 
-def _strip(infos: dict[str, TensorInfo]) -> dict[str, TensorInfo]:
-    """Take ``module.`` (``torch.nn.DataParallel``) off the names where all have it."""
-    if all(name.startswith("module.") for name in infos):
-        return {name.removeprefix("module."): info for name, info in infos.items()}
-    return infos
+def _strip(infos: dict[str, TensorInfo]) -> tuple[dict[str, TensorInfo], tuple[str, ...]]:
+    """Take ``module.`` (``torch.nn.DataParallel``) off the names where all have it; say whether it was there."""
+    if infos and all(name.startswith("module.") for name in infos):
+        return {name.removeprefix("module."): info for name, info in infos.items()}, ("module.",)
+    return infos, ()
 
 
 def _to_numpy(value: Any) -> np.ndarray:
@@ -154,9 +131,3 @@ def _to_numpy(value: Any) -> np.ndarray:
         # NumPy has no bfloat16; float32 holds it exactly.
         value = (value.float() if str(value.dtype) == "torch.bfloat16" else value).numpy()
     return np.asarray(value)
-
-
-def _line(error: BaseException) -> str:
-    """Return the first line of an error, shortened."""
-    text = (str(error).strip() or type(error).__name__).splitlines()[0]
-    return text if len(text) <= 120 else text[:117] + "..."

@@ -1,0 +1,67 @@
+"""What a source holds, and what became of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from fcn_jax.weights.layouts import Fit
+from fcn_jax.weights.published import LAYOUTS, recognise
+from fcn_jax.weights.source import Source, TensorInfo, Tensors, open_source
+
+__all__ = ["Info", "Report", "describe", "inspect"]
+
+
+@dataclass(frozen=True)
+class Info:
+    """What a source holds."""
+
+    layout: str | None
+    """A key of ``LAYOUTS``, or None where no layout has such names."""
+    variant: str | None
+    """The encoder, as far as names and shapes tell: ``vgg16``, ``vgg16_bn`` ..."""
+    preprocessing: str | None
+    """What images the weights were trained on, "imagenet" or "caffe"; None: the source does not say."""
+    tensors: dict[str, TensorInfo]
+    fit: Fit | None = None
+    """The network that the weights are of; None: an encoder, or the source does not say."""
+    unwrapped: tuple[str, ...] = ()
+    """What was taken off around the tensors: ``model_state_dict``, ``module.`` ..."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """What became of every parameter of the network and of every tensor of the source."""
+
+    layout: str
+    preprocessing: str | None
+    filled: dict[str, str]
+    """Parameter -> the tensor it was filled from, in the layout's order."""
+    left: dict[str, str]
+    """Parameter that keeps its value -> why."""
+    ignored: dict[str, str]
+    """Tensor that is not used -> why."""
+    converted: dict[str, str] = field(default_factory=dict)
+    """Parameter that was filled -> how its array was turned."""
+    unwrapped: tuple[str, ...] = ()
+    """What was taken off around the tensors: ``model_state_dict``, ``module.`` ..."""
+
+
+def inspect(source: Source) -> Info:
+    """Tell what a source holds, without a network.
+
+    Raises:
+        InputError: the source cannot be opened.
+    """
+    return describe(open_source(source))
+
+
+def describe(tensors: Tensors) -> Info:
+    """Tell what an opened source holds."""
+    name = recognise(tensors.shapes)
+    preprocessing = tensors.metadata.get("preprocessing")
+    if name is None:
+        return Info(None, None, preprocessing, tensors.infos, unwrapped=tensors.unwrapped)
+    layout, shapes = LAYOUTS[name], tensors.shapes
+    fit = layout.fit(shapes) if layout.fit else None
+    preprocessing = layout.preprocessing or preprocessing
+    return Info(name, layout.variant(shapes), preprocessing, tensors.infos, fit, tensors.unwrapped)

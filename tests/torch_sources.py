@@ -1,0 +1,377 @@
+"""The torch modules whose files are ported, at any width: names, order of registration and forward are the sources'.
+
+Repeated lines of the sources are loops here. ``w`` scales channel counts as the project's ``width`` does.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+# torchvision's models/vgg.py: A, B, D, E
+CFGS = {"vgg11": (1, 1, 2, 2, 2), "vgg13": (2, 2, 2, 2, 2), "vgg16": (2, 2, 3, 3, 3), "vgg19": (2, 2, 4, 4, 4)}
+CHANNELS = (64, 128, 256, 512, 512)
+
+
+def make_layers(encoder: str, batch_norm: bool, w: float) -> nn.Sequential:
+    layers: list[nn.Module] = []
+    c_in = 3
+    for convs, channels in zip(CFGS[encoder], CHANNELS, strict=True):
+        for _ in range(convs):
+            c_out = round(channels * w)
+            layers.append(nn.Conv2d(c_in, c_out, kernel_size=3, padding=1))
+            layers += [nn.BatchNorm2d(c_out)] if batch_norm else []
+            layers.append(nn.ReLU(inplace=True))
+            c_in = c_out
+        layers.append(nn.MaxPool2d(kernel_size=2, stride=2))
+    return nn.Sequential(*layers)
+
+
+class TorchvisionVGG(nn.Module):
+    """torchvision/models/vgg.py"""
+
+    def __init__(self, encoder: str, batch_norm: bool, w: float, num_classes: int) -> None:
+        super().__init__()
+        fc = round(4096 * w)
+        self.features = make_layers(encoder, batch_norm, w)
+        self.avgpool = nn.AdaptiveAvgPool2d((7, 7))
+        self.classifier = nn.Sequential(
+            nn.Linear(round(512 * w) * 7 * 7, fc),
+            nn.ReLU(True),
+            nn.Dropout(p=0.5),
+            nn.Linear(fc, fc),
+            nn.ReLU(True),
+            nn.Dropout(p=0.5),
+            nn.Linear(fc, num_classes),
+        )
+
+    def forward(self, x):
+        return self.classifier(torch.flatten(self.avgpool(self.features(x)), 1))
+
+
+class ConvMlp(nn.Module):
+    def __init__(self, c_in: int, fc: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Conv2d(c_in, fc, 7, bias=True)
+        self.act1 = nn.ReLU(inplace=True)
+        self.drop = nn.Dropout(0.0)
+        self.fc2 = nn.Conv2d(fc, fc, 1, bias=True)
+        self.act2 = nn.ReLU(inplace=True)
+
+    def forward(self, x):
+        return self.act2(self.fc2(self.drop(self.act1(self.fc1(x)))))
+
+
+class TimmVGG(nn.Module):
+    """timm/models/vgg.py; the head's pooling and dropout have no tensors."""
+
+    def __init__(self, encoder: str, batch_norm: bool, w: float, num_classes: int) -> None:
+        super().__init__()
+        self.features = make_layers(encoder, batch_norm, w)
+        self.pre_logits = ConvMlp(round(512 * w), round(4096 * w))
+        self.head = nn.Module()
+        self.head.fc = nn.Linear(round(4096 * w), num_classes)
+
+    def forward(self, x):
+        return self.head.fc(self.pre_logits(self.features(x)).mean((2, 3)))
+
+
+class PytorchFCN(nn.Module):
+    """torchfcn/models/fcn32s.py, fcn16s.py, fcn8s.py; ``at_once`` is FCN8sAtOnce"""
+
+    def __init__(self, stride: int, n: int, w: float, at_once: bool = False) -> None:
+        super().__init__()
+        self.stride, self.scales = stride, (0.01, 0.0001) if at_once else (1, 1)
+        c_in = 3
+        for stage, (convs, channels) in enumerate(zip(CFGS["vgg16"], CHANNELS, strict=True), start=1):
+            for layer in range(1, convs + 1):
+                c_out = round(channels * w)
+                padding = 100 if (stage, layer) == (1, 1) else 1
+                setattr(self, f"conv{stage}_{layer}", nn.Conv2d(c_in, c_out, 3, padding=padding))
+                c_in = c_out
+        fc = round(4096 * w)
+        self.fc6 = nn.Conv2d(c_in, fc, 7)
+        self.fc7 = nn.Conv2d(fc, fc, 1)
+        self.score_fr = nn.Conv2d(fc, n, 1)
+        if stride == 32:
+            self.upscore = nn.ConvTranspose2d(n, n, 64, stride=32, bias=False)
+        elif stride == 16:
+            self.score_pool4 = nn.Conv2d(c_in, n, 1)
+            self.upscore2 = nn.ConvTranspose2d(n, n, 4, stride=2, bias=False)
+            self.upscore16 = nn.ConvTranspose2d(n, n, 32, stride=16, bias=False)
+        else:
+            self.score_pool3 = nn.Conv2d(round(256 * w), n, 1)
+            self.score_pool4 = nn.Conv2d(c_in, n, 1)
+            self.upscore2 = nn.ConvTranspose2d(n, n, 4, stride=2, bias=False)
+            self.upscore8 = nn.ConvTranspose2d(n, n, 16, stride=8, bias=False)
+            self.upscore_pool4 = nn.ConvTranspose2d(n, n, 4, stride=2, bias=False)
+
+    def forward(self, x):
+        h, pools = x, []
+        for stage, convs in enumerate(CFGS["vgg16"], start=1):
+            for layer in range(1, convs + 1):
+                h = F.relu(getattr(self, f"conv{stage}_{layer}")(h))
+            h = F.max_pool2d(h, 2, stride=2, ceil_mode=True)
+            pools.append(h)
+        h = self.score_fr(F.relu(self.fc7(F.relu(self.fc6(h)))))
+        if self.stride == 32:
+            h = self.upscore(h)
+            return h[:, :, 19 : 19 + x.size(2), 19 : 19 + x.size(3)]
+        h = self.upscore2(h)
+        h = h + self.score_pool4(pools[3] * self.scales[0])[:, :, 5 : 5 + h.size(2), 5 : 5 + h.size(3)]
+        if self.stride == 16:
+            return self.upscore16(h)[:, :, 27 : 27 + x.size(2), 27 : 27 + x.size(3)]
+        h = self.upscore_pool4(h)
+        h = h + self.score_pool3(pools[2] * self.scales[1])[:, :, 9 : 9 + h.size(2), 9 : 9 + h.size(3)]
+        return self.upscore8(h)[:, :, 31 : 31 + x.size(2), 31 : 31 + x.size(3)]
+
+
+class TramacHead(nn.Module):
+    def __init__(self, c_in: int, n: int) -> None:
+        super().__init__()
+        c = c_in // 4
+        self.block = nn.Sequential(
+            nn.Conv2d(c_in, c, 3, padding=1, bias=False),
+            nn.BatchNorm2d(c),
+            nn.ReLU(inplace=True),
+            nn.Dropout(0.1),
+            nn.Conv2d(c, n, 1),
+        )
+
+    def forward(self, x):
+        return self.block(x)
+
+
+class Tramac(nn.Module):
+    """core/models/fcn.py of awesome-semantic-segmentation-pytorch: FCN32s, FCN16s, FCN8s"""
+
+    def __init__(self, stride: int, n: int, w: float, aux: bool = False) -> None:
+        super().__init__()
+        self.stride, self.aux, c = stride, aux, round(512 * w)
+        self.pretrained = make_layers("vgg16", False, w)
+        if stride == 16:
+            self.pool4 = nn.Sequential(*self.pretrained[:24])
+            self.pool5 = nn.Sequential(*self.pretrained[24:])
+        if stride == 8:
+            self.pool3 = nn.Sequential(*self.pretrained[:17])
+            self.pool4 = nn.Sequential(*self.pretrained[17:24])
+            self.pool5 = nn.Sequential(*self.pretrained[24:])
+        self.head = TramacHead(c, n)
+        if stride == 8:
+            self.score_pool3 = nn.Conv2d(round(256 * w), n, 1)
+        if stride <= 16:
+            self.score_pool4 = nn.Conv2d(c, n, 1)
+        if aux:
+            self.auxlayer = TramacHead(c, n)
+
+    def forward(self, x):
+        def resize(score, size):
+            return F.interpolate(score, size, mode="bilinear", align_corners=True)
+
+        if self.stride == 32:
+            return resize(self.head(self.pretrained(x)), x.size()[2:])
+        if self.stride == 16:
+            pool4 = self.pool4(x)
+            score_pool4 = self.score_pool4(pool4)
+            out = resize(self.head(self.pool5(pool4)), score_pool4.size()[2:]) + score_pool4
+            return resize(out, x.size()[2:])
+        pool3 = self.pool3(x)
+        pool4 = self.pool4(pool3)
+        score_pool4, score_pool3 = self.score_pool4(pool4), self.score_pool3(pool3)
+        out = resize(self.head(self.pool5(pool4)), score_pool4.size()[2:]) + score_pool4
+        out = resize(out, score_pool3.size()[2:]) + score_pool3
+        return resize(out, x.size()[2:])
+
+
+class PochihVGG(nn.Module):
+    def __init__(self, encoder: str, w: float) -> None:
+        super().__init__()
+        self.features = make_layers(encoder, False, w)
+
+    def forward(self, x):
+        pools = []
+        for layer in self.features:
+            x = layer(x)
+            if isinstance(layer, nn.MaxPool2d):
+                pools.append(x)
+        return pools
+
+
+def _add_rungs(module: nn.Module, n: int, w: float) -> None:
+    c_in = round(512 * w)
+    for rung, channels in enumerate((512, 256, 128, 64, 32), start=1):
+        c = round(channels * w)
+        deconv = nn.ConvTranspose2d(c_in, c, kernel_size=3, stride=2, padding=1, dilation=1, output_padding=1)
+        setattr(module, f"deconv{rung}", deconv)
+        setattr(module, f"bn{rung}", nn.BatchNorm2d(c))
+        c_in = c
+    module.classifier = nn.Conv2d(c_in, n, kernel_size=1)
+
+
+class Pochih(nn.Module):
+    """FCN32s, FCN16s, FCN8s, FCNs of seed 000; ``kind`` is 32, 16, 8 or "s" """
+
+    def __init__(self, kind: int | str, n: int, w: float, encoder: str = "vgg16") -> None:
+        super().__init__()
+        self.kind = kind
+        self.pretrained_net = PochihVGG(encoder, w)
+        _add_rungs(self, n, w)
+
+    def forward(self, x):
+        return _ladder(self, self.pretrained_net(x), self.kind)
+
+
+def _ladder(m, pools, kind):
+    x1, x2, x3, x4, score = pools
+    between = {32: {}, 16: {1: x4}, 8: {1: x4, 2: x3}, "s": {}}[kind]  # between ReLU and BN
+    after = {1: x4, 2: x3, 3: x2, 4: x1} if kind == "s" else {}
+    for rung in range(1, 6):
+        score = F.relu(getattr(m, f"deconv{rung}")(score)) + between.get(rung, 0)
+        score = getattr(m, f"bn{rung}")(score) + after.get(rung, 0)
+    return m.classifier(score)
+
+
+class Seed001(nn.Module):
+    """FCN1 of seed 001"""
+
+    def __init__(self, n: int, w: float) -> None:
+        super().__init__()
+        c_in = 3
+        for stage, channels in enumerate(CHANNELS, start=1):
+            c = round(channels * w)
+            block = nn.Sequential(
+                nn.Conv2d(c_in, c, kernel_size=3, padding=1),
+                nn.ReLU(),
+                nn.Conv2d(c, c, kernel_size=3, padding=1),
+                nn.ReLU(),
+                nn.MaxPool2d(kernel_size=2, stride=2),
+            )
+            setattr(self, f"block{stage}", block)
+            c_in = c
+        _add_rungs(self, n, w)
+
+    def forward(self, x):
+        pools = []
+        for stage in range(1, 6):
+            x = getattr(self, f"block{stage}")(x)
+            pools.append(x)
+        return _ladder(self, pools, "s")
+
+
+class Seed002(nn.Module):
+    """VGG16 of seed 002: FCN32s, FCN16s, FCN8s"""
+
+    def __init__(self, stride: int, n: int, w: float) -> None:
+        super().__init__()
+        self.stride = stride
+        c_in, index = 3, 1
+        for convs, channels in zip(CFGS["vgg16"], CHANNELS, strict=True):
+            for _ in range(convs):
+                c = round(channels * w)
+                setattr(self, f"conv{index}", nn.Conv2d(c_in, c, kernel_size=3, padding=100 if index == 1 else 1))
+                c_in, index = c, index + 1
+        fc = round(4096 * w)
+        self.conv14 = nn.Conv2d(c_in, fc, 7)
+        self.conv15 = nn.Conv2d(fc, fc, 1)
+        self.score_fr = nn.Conv2d(fc, n, 1)
+        if stride == 32:
+            self.upscore32 = nn.ConvTranspose2d(n, n, 64, stride=32, bias=False)
+        elif stride == 16:
+            self.upscore16 = nn.ConvTranspose2d(n, n, 32, stride=16, bias=False)
+            self.upscore2 = nn.ConvTranspose2d(n, n, 4, stride=2, bias=False)
+            self.score_pool4 = nn.Conv2d(c_in, n, kernel_size=1, stride=1, bias=False)
+        else:
+            self.score_pool3 = nn.Conv2d(round(256 * w), n, 1)
+            self.score_pool4 = nn.Conv2d(c_in, n, 1)
+            self.upscore2 = nn.ConvTranspose2d(n, n, 4, stride=2, bias=False)
+            self.upscore8 = nn.ConvTranspose2d(n, n, 16, stride=8, bias=False)
+            self.upscore2x2 = nn.ConvTranspose2d(n, n, 4, stride=2, bias=False)
+
+    def forward(self, h):
+        x, index, pools = h, 1, []
+        for convs in CFGS["vgg16"]:
+            for _ in range(convs):
+                x, index = F.relu(getattr(self, f"conv{index}")(x)), index + 1
+            x = F.max_pool2d(x, kernel_size=2, stride=2)
+            pools.append(x)
+        x = self.score_fr(F.relu(self.conv15(F.relu(self.conv14(x)))))
+        if self.stride == 32:
+            return self.upscore32(x)[:, :, 6 : 6 + h.size(2), 6 : 6 + h.size(3)]
+        x = self.upscore2(x)
+        x = x + self.score_pool4(pools[3])[:, :, 5 : 5 + x.size(2), 5 : 5 + x.size(3)]
+        if self.stride == 16:
+            return self.upscore16(x)[:, :, 27 : 27 + h.size(2), 27 : 27 + h.size(3)]
+        x = self.upscore2x2(x)
+        x = x + self.score_pool3(pools[2])[:, :, 9 : 9 + x.size(2), 9 : 9 + x.size(3)]
+        return self.upscore8(x)[:, :, 31 : 31 + h.size(2), 31 : 31 + h.size(3)]
+
+
+def _cbr(c_in: int, c_out: int, kernel: int = 3, padding: int = 1) -> nn.Sequential:
+    return nn.Sequential(nn.Conv2d(c_in, c_out, kernel, 1, padding), nn.ReLU(inplace=True))
+
+
+class Seed003(nn.Module):
+    """FCN32s, FCN16s, FCN8s of seed 003"""
+
+    def __init__(self, stride: int, n: int, w: float) -> None:
+        super().__init__()
+        self.stride = stride
+        c_in = 3
+        for stage, (convs, channels) in enumerate(zip(CFGS["vgg16"], CHANNELS, strict=True), start=1):
+            for layer in range(1, convs + 1):
+                c = round(channels * w)
+                setattr(self, f"conv{stage}_{layer}", _cbr(c_in, c))
+                c_in = c
+            if stage == 3 and stride == 8:
+                self.score_pool3_fr = nn.Conv2d(c_in, n, kernel_size=1)
+            if stage == 4 and stride <= 16:
+                self.score_pool4_fr = nn.Conv2d(c_in, n, kernel_size=1)
+        fc = round(4096 * w)
+        if stride == 32:
+            self.fc6 = _cbr(c_in, fc, 1, 0)
+            self.fc7 = _cbr(fc, fc, 1, 0)
+        else:
+            self.fc6 = nn.Conv2d(c_in, fc, 1)
+            self.fc7 = nn.Conv2d(fc, fc, 1)
+        self.score_fr = nn.Conv2d(fc, n, kernel_size=1)
+        if stride <= 16:
+            self.upscore2 = nn.ConvTranspose2d(n, n, kernel_size=4, stride=2, padding=1)
+        if stride == 8:
+            self.upscore2_pool4 = nn.ConvTranspose2d(n, n, kernel_size=4, stride=2, padding=1)
+        up = nn.ConvTranspose2d(n, n, kernel_size=2 * stride, stride=stride, padding=stride // 2)
+        setattr(self, f"upscore{stride}", up)
+
+    def forward(self, x):
+        h, pools = x, []
+        for stage, convs in enumerate(CFGS["vgg16"], start=1):
+            for layer in range(1, convs + 1):
+                h = getattr(self, f"conv{stage}_{layer}")(h)
+            h = F.max_pool2d(h, 2, stride=2, ceil_mode=True)
+            pools.append(h)
+        h = self.score_fr(F.relu(self.fc7(F.relu(self.fc6(h)))))
+        if self.stride <= 16:
+            h = self.upscore2(h) + self.score_pool4_fr(pools[3])
+        if self.stride == 8:
+            h = self.upscore2_pool4(h) + self.score_pool3_fr(pools[2])
+        return getattr(self, f"upscore{self.stride}")(h)
+
+
+def randomise(module: nn.Module, seed: int = 0) -> nn.Module:
+    """Give every tensor of a network its own values, of a size that keeps activations near 1, in float64."""
+    module = module.double().eval()
+    generator = torch.Generator().manual_seed(seed)
+    for name, value in module.state_dict().items():
+        if name.endswith("num_batches_tracked"):
+            continue
+        noise = torch.randn(value.shape, generator=generator, dtype=torch.float64)
+        if value.ndim >= 2:
+            fan_in = value[0].numel() / (4 if "upscore" in name or "deconv" in name else 1)
+            value.copy_(noise * (2 / fan_in) ** 0.5)
+        elif name.endswith("running_var"):
+            value.copy_(0.5 + noise.abs())
+        else:
+            value.copy_(0.1 * noise)
+            if ".bn" in name or ".block.1." in name or name.startswith("bn"):
+                value.add_(1.0 if name.endswith("weight") else 0.0)
+    return module
