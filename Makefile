@@ -6,7 +6,7 @@ VERSION := $(shell $(PYTHON) -c "import sys; print('%d.%d' % sys.version_info[:2
 VENV := .venv-$(VERSION)
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint format clean
+.PHONY: demo test parity lint format clean
 
 demo: $(VENV)/ready
 	$(BIN)/python train.py shapes --run runs/demo
@@ -14,7 +14,15 @@ demo: $(VENV)/ready
 	@echo "the same for your own data: python train.py --help; your own images: fcn-jax predict --run runs/demo IMAGE --out DIR"
 
 test: $(VENV)/ready-dev
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --dist worksteal
+
+# The table of docs/numerics.md: every network at full width against PyTorch in float64; slow, and wants 16 GB.
+PARITY := $(foreach s,32 16 8,fcn$(s)s fcn$(s)s_pad100 fcn$(s)s_ladder fcn$(s)s_resize) fcn8s_pad100_atonce fcns_ladder
+
+parity: $(PARITY:%=parity-%)
+
+parity-%: $(VENV)/ready-dev
+	$(BIN)/fcn-jax parity $* --dtype float64 --steps 10 --max-error 1e-9 --out runs/parity/$*
 
 lint: $(VENV)/ready-dev
 	$(BIN)/ruff check .

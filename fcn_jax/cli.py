@@ -19,6 +19,7 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
+from fcn_jax.cli_parity import ParityArguments, parity
 from fcn_jax.cli_port import PortArguments, port
 from fcn_jax.config import Config
 from fcn_jax.data.datasets import load
@@ -243,12 +244,18 @@ def run_port(arguments: Arguments) -> int:
     return 0
 
 
+def run_parity(arguments: Arguments) -> int:
+    """Compare a network with PyTorch or with itself, layer by layer and step by step."""
+    return parity(_parse(lambda args: tyro.cli(ParityArguments, prog="fcn-jax parity", args=args), arguments))
+
+
 COMMANDS: dict[str, Callable[[Arguments], int]] = {
     "train": run_train,
     "eval": run_eval,
     "predict": run_predict,
     "summary": run_summary,
     "port": run_port,
+    "parity": run_parity,
 }
 
 

@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).parents[1] / "fcn_jax"
 # A room imports only rooms above it.
 ORDER = [
     "errors", "config", "recipes", "runs", "preprocessing", "models", "metrics", "weights", "data", "evaluation",
-    "training", "numerics", "cli_port", "cli",
+    "training", "numerics", "cli_port", "cli_parity", "cli",
 ]  # fmt: skip
 
 

@@ -2,15 +2,34 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from fcn_jax.errors import InputError
 from fcn_jax.models.fcn import FCN
+from fcn_jax.numerics.compare import Report, compare, compare_arrays, compare_layers, first_over
+from fcn_jax.numerics.jax_side import make_jax_side
+from fcn_jax.numerics.measures import error_norm, measure, ulp_distance
+from fcn_jax.numerics.sides import Gradient, Side, TrainedStep
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["make_twin"]
+__all__ = [
+    "Gradient",
+    "Report",
+    "Side",
+    "TrainedStep",
+    "compare",
+    "compare_arrays",
+    "compare_layers",
+    "error_norm",
+    "first_over",
+    "make_jax_side",
+    "make_torch_side",
+    "make_twin",
+    "measure",
+    "ulp_distance",
+]
 
 
 def make_twin(model: FCN) -> torch.nn.Module:
@@ -19,10 +38,26 @@ def make_twin(model: FCN) -> torch.nn.Module:
     Raises:
         InputError: torch is not installed.
     """
-    try:
-        import torch  # noqa: F401  (named in the error before the twin's own import can fail)
-    except ImportError as error:
-        raise InputError("the PyTorch twin needs torch; pip install 'fcn_jax[torch]'") from error
+    _need_torch()
     from fcn_jax.numerics import torch_twin
 
     return torch_twin.make_twin(model)
+
+
+def make_torch_side(module: torch.nn.Module, *args: Any, **options: Any) -> Side:
+    """Make one side of a comparison of any PyTorch module, see ``torch_side.make_torch_side``.
+
+    Raises:
+        InputError: torch is not installed.
+    """
+    _need_torch()
+    from fcn_jax.numerics import torch_side
+
+    return torch_side.make_torch_side(module, *args, **options)
+
+
+def _need_torch() -> None:
+    try:
+        import torch  # noqa: F401  (named in the error before an import of ours can fail)
+    except ImportError as error:
+        raise InputError("comparing with PyTorch needs torch; pip install 'fcn_jax[torch]'") from error

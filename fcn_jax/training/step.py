@@ -60,7 +60,7 @@ def make_train_step(
     model: FCN,
     optimizer: optax.GradientTransformation,
     loss: Loss,
-    preprocessing: str,
+    preprocessing: str | None,
     *,
     reduction: str = "mean",
     aux_weight: float = 0.4,
@@ -76,7 +76,8 @@ def make_train_step(
         model: the network.
         optimizer: from ``optim.make_optimizer``.
         loss: from ``losses.make_loss``.
-        preprocessing: what the network's weights expect, see ``preprocessing.normalize``.
+        preprocessing: what the network's weights expect, see ``preprocessing.normalize``; None: the images of a batch
+            are normalised already.
         reduction: "mean" over valid pixels of the global batch, or "sum" (the paper).
         aux_weight: weight of the auxiliary head's loss, where the model has one.
         accumulate: compute the batch in this many parts, one after the other. With batch norm each part is normalised
@@ -91,9 +92,10 @@ def make_train_step(
     model = model.clone(axis_name=axis_name)
 
     def loss_sum(params: Any, batch_stats: Any, batch: Batch, ids: jax.Array, key: jax.Array) -> Any:
+        images = batch["image"]
         out, updated = model.apply(
             {"params": params, "batch_stats": batch_stats},
-            normalize(batch["image"], preprocessing, model.param_dtype),
+            images if preprocessing is None else normalize(images, preprocessing, model.param_dtype),
             train=True,
             example_ids=ids,
             rngs={"dropout": key},

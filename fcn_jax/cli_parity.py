@@ -1,0 +1,142 @@
+"""The command line `fcn-jax parity`: a network against PyTorch, or against itself computed otherwise."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import tyro
+from rich.console import Console
+
+from fcn_jax import weights
+from fcn_jax.config import OptimConfig
+from fcn_jax.errors import InputError
+from fcn_jax.models import create_model
+from fcn_jax.numerics.compare import PARTS
+from fcn_jax.numerics.experiments import against_jax, against_torch, random_batch, random_variables
+from fcn_jax.numerics.report import save_figure, save_json, summary_table, tables
+from fcn_jax.runs import environment
+from fcn_jax.training.parallel import pick_devices
+
+__all__ = ["ParityArguments", "parity"]
+
+
+@dataclass(frozen=True)
+class ParityArguments:
+    """Compare a network with its PyTorch twin, or with itself computed otherwise: layers, gradients, training."""
+
+    model: tyro.conf.Positional[str]
+    """A name from the catalogue."""
+    against: Literal["torch", "jax"] = "torch"
+    """torch: the twin; jax: pmap, mesh and one device, float32 and float64, precisions, upsampling, remat."""
+    dtype: Literal["float64", "float32", "bfloat16"] = "float32"
+    precision: Literal["default", "high", "highest"] = "highest"
+    """Of JAX's products; the CPU computes all three alike."""
+    steps: int = 20
+    """Steps of SGD; 0 leaves them out."""
+    devices: int | None = None
+    """Over how many devices JAX spreads the batch; by default 1, and 2 with --against jax where there are two."""
+    image_size: tuple[int, int] = (64, 64)
+    """Height and width in pixels."""
+    batch_size: int = 2
+    num_classes: int = 21
+    weights: Path | None = None
+    """A .safetensors or .pth file of any known layout; what it lacks, and all without it, is drawn at random."""
+    encoder: Literal["vgg11", "vgg13", "vgg16", "vgg19"] = "vgg16"
+    encoder_norm: Literal["batch"] | None = None
+    width: float = 1.0
+    lr: float = 0.01
+    momentum: float = 0.9
+    weight_decay: float = 5e-4
+    max_error: float | None = None
+    """Exit with code 1 where an error is larger. Below float64 errors against torch are those from float64."""
+    max_error_of: tuple[Literal["layers", "loss", "gradients", "statistics", "steps"], ...] = PARTS
+    """What --max-error is put on."""
+    out: Path | None = None
+    """Folder for parity.json and parity.png."""
+    seed: int = 0
+
+
+def parity(given: ParityArguments) -> int:
+    """Compare, print the tables and write what was asked for; the exit code, 1 where ``max_error`` is passed.
+
+    Raises:
+        InputError: the options do not fit.
+    """
+    _check_parity(given)
+    devices = given.devices
+    if devices is not None and devices > 1 and "device_count" not in os.environ.get("XLA_FLAGS", ""):
+        with contextlib.suppress(RuntimeError):  # JAX runs already: it has the devices it has
+            jax.config.update("jax_num_cpu_devices", devices)
+    if given.dtype == "float64" or given.against == "jax":
+        jax.config.update("jax_enable_x64", True)
+    if devices is None:
+        devices = 2 if given.against == "jax" and len(jax.devices()) > 1 and given.batch_size % 2 == 0 else 1
+    pick_devices(devices)
+    model = create_model(
+        given.model,
+        given.num_classes,
+        encoder=given.encoder,
+        encoder_norm=given.encoder_norm,
+        width=given.width,
+        precision=given.precision,
+    )
+    variables = random_variables(model, given.seed)
+    if given.weights is not None:
+        variables = weights.load(given.weights, model, variables)
+    images, labels = random_batch(given.image_size, given.num_classes, given.batch_size, given.seed)
+    optim = OptimConfig(lr=given.lr, momentum=given.momentum, weight_decay=given.weight_decay)
+    options: dict[str, Any] = {"dtype": given.dtype, "steps": given.steps, "devices": devices, "optim": optim}
+    options["threshold"] = given.max_error
+    console = Console()
+    if given.against == "torch":
+        reports = [against_torch(model, variables, images, labels, **options)]
+        for table in tables(reports[0]):
+            console.print(table)
+        if reports[0].unmatched:
+            console.print("on one side only:", ", ".join(reports[0].unmatched))
+    else:
+        reports = list(against_jax(model, variables, images, labels, **options))
+    console.print(summary_table(reports))
+    if given.out is not None:
+        about: dict[str, Any] = {
+            "arguments": {k: str(v) if isinstance(v, Path) else v for k, v in asdict(given).items()}
+        }
+        about |= {"versions": environment(), "devices": devices}
+        if given.against == "torch":
+            about["versions"]["torch"] = metadata.version("torch")
+        save_json(given.out / "parity.json", reports, about)
+        save_figure(given.out / "parity.png", reports)
+        print(f"numbers in {given.out / 'parity.json'}, picture in {given.out / 'parity.png'}")
+    if given.max_error is None:
+        return 0
+    passed = [
+        f"{report.ours} | {report.theirs}: {name} {error:.1e}"
+        for report in reports
+        for part in given.max_error_of
+        for name, error in report.errors(part).items()
+        if not error <= given.max_error
+    ]
+    for line in passed[:10]:
+        print(f"over {given.max_error:g}: {line}")
+    if len(passed) > 10:
+        print(f"and {len(passed) - 10} more")
+    return 1 if passed else 0
+
+
+def _check_parity(given: ParityArguments) -> None:
+    if given.steps < 0:
+        raise InputError(f"expected --steps >= 0, got {given.steps}; 0 leaves training out")
+    if min(given.image_size) < 1 or given.batch_size < 1:
+        raise InputError("expected --image-size and --batch-size of at least 1")
+    if given.max_error is not None and not given.max_error >= 0:
+        raise InputError(f"expected --max-error >= 0, got {given.max_error}; leave it out to compare without a limit")
+    if given.batch_size % (given.devices or 1):
+        raise InputError(
+            f"--batch-size {given.batch_size} does not split over {given.devices} devices; give a multiple"
+        )
