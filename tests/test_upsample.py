@@ -50,8 +50,6 @@ def by_definition(x, w, s, p, op):
 @pytest.mark.parametrize("size", [(1, 1), (1, 4), (3, 2)])
 @pytest.mark.parametrize(("k", "s", "p", "op"), GEOMETRIES)
 def test_transposed_conv_equals_torch_and_its_definition(k, s, p, op, size):
-    if any((n - 1) * s - 2 * p + k + op < 1 for n in size):
-        pytest.skip("nothing is left of the output")
     rng = np.random.default_rng(0)
     x, w = rng.normal(size=(2, *size, 3)), rng.normal(size=(k, k, 3, 5))
     tx = torch.from_numpy(x).permute(0, 3, 1, 2).requires_grad_()
