@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 from fcn_jax.cli_parity import ParityArguments, parity
-from fcn_jax.cli_port import PortArguments, port
+from fcn_jax.cli_port import ExportArguments, PortArguments, export, port
 from fcn_jax.config import Config
 from fcn_jax.data.datasets import load
 from fcn_jax.data.labels import decode_image
@@ -35,7 +35,7 @@ from fcn_jax.recipes import DEFAULT_RECIPE, RECIPES
 from fcn_jax.runs import RunFolder
 from fcn_jax.training.loop import score_table, train
 from fcn_jax.training.parallel import make_mesh
-from fcn_jax.training.setup import open_trained
+from fcn_jax.training.trained import open_trained
 
 __all__ = ["guarded", "main", "run_eval", "run_port", "run_train"]
 
@@ -238,9 +238,15 @@ def run_summary(arguments: Arguments) -> int:
 
 
 def run_port(arguments: Arguments) -> int:
-    """Convert weights of torch projects to a file of ours, or back."""
+    """Convert weights of torch projects to a file of ours, or back, and say what became of each tensor."""
     given: PortArguments = _parse(lambda args: tyro.cli(PortArguments, prog="fcn-jax port", args=args), arguments)
     port(given)
+    return 0
+
+
+def run_export(arguments: Arguments) -> int:
+    """Write a run's weights to a .safetensors or .pth file, in our names or a torch project's."""
+    export(_parse(lambda args: tyro.cli(ExportArguments, prog="fcn-jax export", args=args), arguments))
     return 0
 
 
@@ -255,6 +261,7 @@ COMMANDS: dict[str, Callable[[Arguments], int]] = {
     "predict": run_predict,
     "summary": run_summary,
     "port": run_port,
+    "export": run_export,
     "parity": run_parity,
 }
 

@@ -1,4 +1,4 @@
-"""The command line `fcn-jax port`: weights of torch projects to a file of ours, or back, and what became of each."""
+"""The command lines `fcn-jax port` and `fcn-jax export`: weights in from torch projects and files, and out to them."""
 
 from __future__ import annotations
 
@@ -15,33 +15,51 @@ from rich.table import Table
 from fcn_jax import weights
 from fcn_jax.errors import InputError, unknown
 from fcn_jax.models import create_model, init_variables
+from fcn_jax.training.trained import open_trained
 
-__all__ = ["PortArguments", "port"]
+__all__ = ["ExportArguments", "PortArguments", "export", "port"]
 
 
 @dataclass(frozen=True)
 class PortArguments:
     """Convert weights of another project to a file of ours, or ours to another's names; prints what became of all."""
 
-    source: tyro.conf.Positional[Path]
-    """A .safetensors, .pth or .pt file in any layout that is known."""
-    model: str
-    """A name from the catalogue. Options that the source's network has, say its encoder, are taken from there."""
+    source: tyro.conf.Positional[str]
+    """A .safetensors, .pth or .pt file in any layout that is known, or a pretrained encoder, say vgg16-imagenet."""
     out: Path
-    """A .safetensors file, or a folder for weights.safetensors and report.json."""
+    """A .safetensors or .pth file, or a folder for weights.safetensors and report.json."""
+    model: str | None = None
+    """A name from the catalogue; by default the source's, where it says one. Options that the source's network has, say
+    its encoder, are taken from there."""
     num_classes: int | None = None
     """By default the source's, or 21 where it has none."""
     encoder: Literal["vgg11", "vgg13", "vgg16", "vgg19"] | None = None
     encoder_norm: Literal["batch"] | None = None
-    width: float = 1.0
+    width: float | None = None
     layout: str = "fcn_jax"
     """Whose names to write: fcn_jax, or those of a torch project."""
+    preprocessing: Literal["imagenet", "caffe"] | None = None
+    """What images the weights were trained on, where the source does not say it or its layout says it wrongly."""
     allow_missing: tuple[str, ...] = ()
     """Patterns of parameters that may keep their initial values, e.g. 'score_*'."""
     allow_unexpected: tuple[str, ...] = ()
     """Patterns of tensors that may go unused."""
     seed: int = 0
     """Of the initial values of what the source has not."""
+
+
+@dataclass(frozen=True)
+class ExportArguments:
+    """Write a run's weights to a file that PyTorch, or another run, can read."""
+
+    run: Path
+    """The run's folder."""
+    out: Path
+    """A .safetensors or .pth file."""
+    checkpoint: str = "best"
+    """best (by mean IU on the validation split), last, or a step's number."""
+    layout: str = "fcn_jax"
+    """Whose names to write: fcn_jax (those of the PyTorch twin), or those of a torch project."""
 
 
 def port(given: PortArguments) -> None:
@@ -51,27 +69,58 @@ def port(given: PortArguments) -> None:
         InputError: the source or the options do not fit.
     """
     file = given.out if given.out.suffix else given.out / "weights.safetensors"
-    if file.suffix != ".safetensors":
-        raise InputError(f"{given.out}: expected a name that ends in .safetensors, or a folder")
+    weights.check_suffix(file)
     if given.layout not in weights.LAYOUTS:
         raise unknown("layout", given.layout, weights.LAYOUTS)
     info = weights.inspect(given.source)
-    options, num_classes = _source_options(info, given.model)
+    name = given.model or _only_model(given.source, info)
+    options, num_classes = _source_options(info, name)
     if given.encoder is not None:
         options |= {"encoder": given.encoder, "encoder_norm": given.encoder_norm}
     elif given.encoder_norm is not None:
         options["encoder_norm"] = given.encoder_norm
-    model = create_model(given.model, given.num_classes or num_classes or 21, width=given.width, **options)
+    if given.width is not None:
+        options["width"] = given.width
+    model = create_model(name, given.num_classes or num_classes or 21, **options)
     variables = init_variables(model, jax.random.key(given.seed))
     variables, report = weights.load_with_report(
         given.source, model, variables, given.allow_missing, given.allow_unexpected
     )
-    file.parent.mkdir(parents=True, exist_ok=True)
-    weights.save(file, model, variables, info.preprocessing, given.layout)
+    _make_folder(file.parent)
+    weights.save(file, model, variables, given.preprocessing or info.preprocessing, given.layout)
     if file.parent == given.out:
         (given.out / "report.json").write_text(json.dumps(asdict(report), indent=2) + "\n")
     _print_report(given.source, info, report)
-    print(f"{given.model} in the names of {given.layout}: {file}")
+    print(f"{name} in the names of {given.layout}: {file}")
+
+
+def export(given: ExportArguments) -> None:
+    """Write a run's weights.
+
+    Raises:
+        InputError: no such run or checkpoint, or a layout that the network does not fit.
+    """
+    weights.check_suffix(given.out)
+    trained = open_trained(given.run, given.checkpoint)
+    _make_folder(given.out.parent)
+    weights.save(given.out, trained.model, trained.variables, trained.config.data.preprocessing, given.layout)
+    name = trained.config.model.name
+    print(f"{name} of {given.run}, step {trained.step}, in the names of {given.layout}: {given.out}")
+
+
+def _make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"--out {folder}: {error.strerror}; name a folder that can be written to") from error
+
+
+def _only_model(source: str, info: weights.Info) -> str:
+    if info.fit is None:
+        raise InputError(f"{source} is no single network's; give --model")
+    if len(info.fit.models) > 1:
+        raise InputError(f"{source} may be of {' or '.join(info.fit.models)}; give --model")
+    return info.fit.models[0]
 
 
 def _source_options(info: weights.Info, name: str) -> tuple[dict[str, Any], int | None]:
@@ -82,7 +131,7 @@ def _source_options(info: weights.Info, name: str) -> tuple[dict[str, Any], int 
     return {"encoder": encoder, "encoder_norm": "batch" if norm else None}, None
 
 
-def _print_report(source: Path, info: weights.Info, report: weights.Report) -> None:
+def _print_report(source: str, info: weights.Info, report: weights.Report) -> None:
     console = Console(soft_wrap=True, highlight=False)
     what = [f"layout {report.layout}", f"encoder {info.variant}", f"preprocessing {report.preprocessing or 'not said'}"]
     what += [f"taken off: {' '.join(report.unwrapped)}"] if report.unwrapped else []

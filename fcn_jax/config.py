@@ -42,8 +42,6 @@ class ModelConfig:
     dtype: Literal["float32", "bfloat16"] = "float32"
     """What layers compute in; parameters and loss stay in float32."""
     precision: Literal["default", "high", "highest"] | None = None
-    init: str | None = None
-    """Start from these weights: a .safetensors or .pth file, or another run's folder; by default from scratch."""
 
 
 @dataclass(frozen=True)
@@ -162,6 +160,12 @@ class Config:
     """Run the step under jax.pmap, or under jit on a mesh; the numbers are the same."""
     devices: int | None = None
     """Number of devices to use; by default all."""
+    init: str | None = None
+    """Start from these weights: a .safetensors or .pth file, or `vgg16-imagenet` and its like, which are fetched; they
+    have to fill all that their layout has. By default from scratch."""
+    init_from: str | None = None
+    """Start from another network of the family, say of a longer stride: a run's folder or a file. What has the same
+    name is carried over, and what is new is said. Goes before `init`."""
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     loss: LossConfig = field(default_factory=LossConfig)

@@ -41,24 +41,25 @@ _PAPER = Config(
     optim=_PAPER_OPTIM,
     train=TrainConfig(batch_size=1, steps=100_000, eval_batch_size=1),
 )
-_PAPER_NEEDS = "--data.dir ROOT --model.init {}"
-# The reference's VGG weights want Caffe's preprocessing, torchvision's, which are the ones that are read, ImageNet's.
-_TORCHVISION = "VGG16_FILE --data.preprocessing imagenet"
+# The VGG weights that the reference starts from.
+_CAFFE_VGG = "vgg16-caffe"
 
 
-def _paper(suffix: str, model: str, lr: float, steps: int, score: str, start: str) -> Recipe:
+def _paper(
+    suffix: str, model: str, lr: float, steps: int, score: str, init: str | None = None, init_from: str | None = None
+) -> Recipe:
     name = f"voc-paper-{suffix}"
     config = replace(
         _PAPER,
         run=f"runs/{name}",
+        init=init,
+        init_from=init_from,
         model=ModelConfig(name=model),
         optim=replace(_PAPER_OPTIM, lr=lr),
         train=replace(_PAPER.train, steps=steps),
     )
     source = "Shelhamer, Long & Darrell 2017, 'heavy' learning; solver.prototxt of the reference"
-    return Recipe(
-        name, config, source, f"{score} on seg11valid (pixel/mean acc/mean IU/f.w. IU)", _PAPER_NEEDS.format(start)
-    )
+    return Recipe(name, config, source, f"{score} on seg11valid (pixel/mean acc/mean IU/f.w. IU)", "--data.dir ROOT")
 
 
 _RECIPES = (
@@ -98,14 +99,15 @@ _RECIPES = (
         score="57.0 mean IU on test for FCN-8s from ImageNet weights (Jegou et al. 2017)",
         needs="--data.dir CAMVID",
     ),
-    _paper("32s", "fcn32s_pad100", 1e-10, 100_000, "90.48/76.48/63.63/83.46", _TORCHVISION),
-    _paper("16s", "fcn16s_pad100", 1e-12, 100_000, "91.00/78.07/65.01/84.26", "runs/voc-paper-32s"),
-    _paper("8s", "fcn8s_pad100", 1e-14, 100_000, "91.22/77.61/65.51/84.54", "runs/voc-paper-16s"),
-    _paper("8s-atonce", "fcn8s_pad100_atonce", 1e-10, 300_000, "91.13/78.50/65.40/84.43", _TORCHVISION),
+    _paper("32s", "fcn32s_pad100", 1e-10, 100_000, "90.48/76.48/63.63/83.46", init=_CAFFE_VGG),
+    _paper("16s", "fcn16s_pad100", 1e-12, 100_000, "91.00/78.07/65.01/84.26", init_from="runs/voc-paper-32s"),
+    _paper("8s", "fcn8s_pad100", 1e-14, 100_000, "91.22/77.61/65.51/84.54", init_from="runs/voc-paper-16s"),
+    _paper("8s-atonce", "fcn8s_pad100_atonce", 1e-10, 300_000, "91.13/78.50/65.40/84.43", init=_CAFFE_VGG),
     Recipe(
         "voc-cvpr",
         Config(
             run="runs/voc-cvpr",
+            init=_CAFFE_VGG,
             model=ModelConfig(name="fcn32s_pad100"),
             data=replace(_PAPER_DATA, crop_size=(500, 500)),
             optim=replace(_PAPER_OPTIM, lr=1e-4, momentum=0.9),
@@ -114,12 +116,13 @@ _RECIPES = (
         source="Long, Shelhamer & Darrell 2015, section 4.3; here images are padded to 500x500 with ignored pixels, to "
         "share a batch",
         score="89.1/73.3/59.4/81.4 for 32s, 90.3/75.9/62.7/83.2 for 8s (Table 2)",
-        needs="--data.dir ROOT --model.init VGG16_FILE --data.preprocessing imagenet",
+        needs="--data.dir ROOT",
     ),
     Recipe(
         "voc-tramac",
         Config(
             run="runs/voc-tramac",
+            init="vgg16-imagenet",
             model=ModelConfig(name="fcn8s_resize"),
             data=DataConfig(
                 train="voc/train", val="voc/val", crop_size=(480, 480), base_size=520, scale=(0.5, 2.0), workers=2
@@ -130,12 +133,13 @@ _RECIPES = (
         source="seed 004, awesome-semantic-segmentation-pytorch; scores here are of whole images over the whole set, "
         "there of centre crops averaged by image",
         score="47.38 mean IU, 87.12 pixel accuracy (seed 004's run; 48.87 and 85.02 in the repository's table)",
-        needs="--data.dir ROOT --model.init VGG16_FILE",
+        needs="--data.dir ROOT",
     ),
     Recipe(
         "binary-bce",
         Config(
             run="runs/binary-bce",
+            init="vgg16-imagenet",
             model=ModelConfig(name="fcns_ladder"),
             data=DataConfig(train="folder/train", val="folder/val", input_size=(160, 160), flip=False),
             loss=LossConfig(kind="sigmoid"),
@@ -145,7 +149,7 @@ _RECIPES = (
         source="seed 000: sigmoid BCE averaged over pixels and classes, a checkpoint every 5 epochs, pictures every 20 "
         "steps; argmax, where its text has argmin; batch and image size, which it does not give, are ours",
         score="none reported",
-        needs="--data.dir FOLDER --model.init VGG16_FILE",
+        needs="--data.dir FOLDER",
     ),
     Recipe(
         "scratch-fcn1",

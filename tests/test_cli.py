@@ -75,7 +75,9 @@ def _fails(capsys, command, arguments, *named):
         (["shapes", "--loss.class-weights", "nan", "1", "1", "1", "1", "1"], ["--loss.class-weights"]),
         (["camvid"], ["--data.dir"]),
         (["camvid", "--data.dir", "/nonexistent"], ["/nonexistent"]),
-        (["shapes", "--model.init", "/nonexistent.pth"], ["/nonexistent.pth"]),
+        (["shapes", "--init", "/nonexistent.pth"], ["/nonexistent.pth"]),
+        (["shapes", "--init", "vgg16-imagnet"], ["vgg16-imagnet", "vgg16-imagenet"]),
+        (["shapes", "--init-from", "/nonexistent.pth"], ["/nonexistent.pth"]),
     ],
 )
 def test_a_training_command_that_cannot_run(capsys, tmp_path, arguments, named):

@@ -321,7 +321,7 @@ def test_port_takes_torchvision_weights_and_gives_them_back(tmp_path, capsys):
         (["nosuch.pth", "--model", "fcn8s", "--out", "x.safetensors"], ["nosuch.pth", "no such file"]),
         (["a.pth", "--model", "fcn8s", "--out", "x.safetensors"], ["create_model('fcn32s_pad100', 3)"]),
         (["a.pth", "--model", "fcn9s", "--out", "x.safetensors"], ["fcn9s", "fcn8s"]),
-        (["a.pth", "--model", "fcn32s_pad100", "--out", "x.pth"], ["x.pth", ".safetensors"]),
+        (["a.pth", "--model", "fcn32s_pad100", "--out", "x.npz"], ["x.npz", ".safetensors", ".pth"]),
         (
             ["a.pth", "--model", "fcn32s_pad100", "--width", "1", "--out", "x.safetensors"],
             ["conv1_1.weight is 4x3x3x3"],

@@ -12,9 +12,10 @@ from fcn_jax.errors import InputError
 from fcn_jax.recipes import RECIPES
 from fcn_jax.runs import RunFolder
 from fcn_jax.training import loop
-from fcn_jax.training.setup import open_trained
+from fcn_jax.training.trained import open_trained
 
 SMALL = ["--model.width", "0.06", "--train.steps", "12", "--train.log-every", "2", "--optim.warmup-steps", "0"]
+SCRATCH = ["--init", "None", "--init-from", "None"]
 SCORE_NET = ["--model.encoder", "vgg11", "--model.fc-features", "8"]
 OTHER_NET = ["--model.encoder", "vgg11"]
 VOC_NAMES = {
@@ -95,7 +96,7 @@ def test_recipe_trains_stops_resumes_evaluates_and_draws(recipe, easy, tmp_path,
     data = _tree(recipe, tmp_path / "data")
     run = tmp_path / "run"
     places = ["--run", str(run), "--data.cache-dir", str(tmp_path / "cache"), "--devices", "1"]
-    command = [recipe, *SMALL, *SHRUNK[recipe], *_evals(recipe), *data, *places]
+    command = [recipe, *SMALL, *SHRUNK[recipe], *SCRATCH, *_evals(recipe), *data, *places]
     validate, calls = loop.validate, []
 
     def killed_at_the_second(*args, **kwargs):
@@ -170,17 +171,17 @@ def test_a_longer_stride_starts_a_shorter_one_by_name(tmp_path, easy, capsys):
     data = _tree("voc-paper-32s", tmp_path / "data")
     common = [*SMALL, *SCORE_NET, "--train.steps", "1", "--optim.lr", "1e-5", *data]
     common += ["--data.cache-dir", str(tmp_path / "cache"), "--devices", "1"]
-    assert cli.run_train(["voc-paper-32s", *common, "--run", str(tmp_path / "32s")]) == 0
-    start = ["--model.init", str(tmp_path / "32s"), "--run", str(tmp_path / "16s")]
+    assert cli.run_train(["voc-paper-32s", *common, "--init", "None", "--run", str(tmp_path / "32s")]) == 0
+    start = ["--init-from", str(tmp_path / "32s"), "--run", str(tmp_path / "16s")]
     assert cli.run_train(["voc-paper-16s", *common, *start]) == 0
     out = " ".join(capsys.readouterr().out.split())
-    new = "params/score_pool4/bias, params/score_pool4/kernel, params/upscore16/kernel, params/upscore2/kernel"
-    assert f"new: {new}" in out
+    assert "new: score_pool4, upscore16, upscore2; unused: upscore32" in out
+    assert "learns little" not in out
     with pytest.raises(InputError, match="--data.preprocessing caffe"):
         elsewhere = [*start[:-1], str(tmp_path / "imagenet"), "--data.preprocessing", "imagenet"]
         cli.run_train(["voc-paper-16s", *common, *elsewhere])
-    with pytest.raises(InputError, match="fc6/kernel is 7x7x51x8 here and 7x7x31x8"):
-        other = ["--model.init", str(tmp_path / "32s"), "--run", str(tmp_path / "wide"), "--model.width", "0.1"]
+    with pytest.raises(InputError, match="head.fc6.weight is 8x31x7x7, head.fc6.weight needs 8x51x7x7"):
+        other = ["--init-from", str(tmp_path / "32s"), "--run", str(tmp_path / "wide"), "--model.width", "0.1"]
         cli.run_train(["voc-paper-16s", *common, *other])
 
 
@@ -188,7 +189,7 @@ def test_resuming_does_not_need_the_weights_it_started_from(tmp_path, capsys):
     common = ["shapes", *SMALL, *SHRUNK["shapes"], "--train.steps", "1", *_tree("shapes", tmp_path)]
     common += ["--data.cache-dir", str(tmp_path / "cache"), "--devices", "1"]
     assert cli.run_train([*common, "--run", str(tmp_path / "first")]) == 0
-    command = [*common, "--run", str(tmp_path / "second"), "--model.init", str(tmp_path / "first")]
+    command = [*common, "--run", str(tmp_path / "second"), "--init-from", str(tmp_path / "first")]
     assert cli.run_train(command) == 0
     (tmp_path / "first").rename(tmp_path / "moved")
     assert cli.run_train(command) == 0

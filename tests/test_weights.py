@@ -327,7 +327,7 @@ def test_an_unknown_layout_is_named_by_its_tensors():
     model, variables = build("fcn32s")
     source = {"backbone.stem.weight": np.zeros((3, 3))}
     with pytest.raises(
-        InputError, match="no known layout has names like backbone.stem.weight; known: fcn_jax, timm-vgg, torchv"
+        InputError, match="no known layout has names like backbone.stem.weight; known: fcn_jax, timm-vgg, johnson"
     ):
         weights.load(source, model, variables)
     assert weights.inspect(source).layout is None
@@ -419,8 +419,8 @@ def test_a_torch_file_without_torch_says_what_to_install(tmp_path, monkeypatch):
 
 def test_saving_refuses_what_cannot_be_read_back(tmp_path):
     model, variables = build("fcn32s")
-    with pytest.raises(InputError, match="ends in .safetensors"):
-        weights.save(tmp_path / "w.pth", model, variables, "caffe")
+    with pytest.raises(InputError, match="ends in .safetensors, .pth or .pt"):
+        weights.save(tmp_path / "w.npz", model, variables, "caffe")
     with pytest.raises(InputError, match="unknown preprocessing 'rgb'; choose one of: imagenet, caffe"):
         weights.save(tmp_path / "w.safetensors", model, variables, "rgb")
     assert list(tmp_path.iterdir()) == []

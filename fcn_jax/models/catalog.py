@@ -16,7 +16,7 @@ from fcn_jax.models.fcn import FCN, LadderFCN, Pad100FCN, ResizeFCN, SameFCN
 from fcn_jax.models.layers import scaled
 from fcn_jax.models.vgg import ENCODERS, STAGE_CHANNELS
 
-__all__ = ["MODELS", "ModelSpec", "create_model", "init_variables", "model_from_config"]
+__all__ = ["MODELS", "ModelSpec", "create_model", "describe_model", "init_variables", "model_from_config"]
 
 _SCORE_OPTIONS = frozenset(
     {"fc_features", "fc6_kernel", "pool", "dropout", "dropout_rate", "skip_scales", "skip_bias", "upsample_bias"}
@@ -24,6 +24,8 @@ _SCORE_OPTIONS = frozenset(
 _COMMON_OPTIONS = frozenset(
     {"encoder", "encoder_norm", "width", "freeze_encoder", "remat", "dtype", "param_dtype", "precision", "axis_name"}
 )
+# How, not what: these leave shapes and values of the network as they are.
+_COMPUTE_OPTIONS = frozenset({"freeze_encoder", "remat", "dtype", "param_dtype", "precision", "axis_name"})
 _OPTIONS: dict[type[FCN], frozenset[str]] = {
     SameFCN: _COMMON_OPTIONS | _SCORE_OPTIONS,
     Pad100FCN: _COMMON_OPTIONS | _SCORE_OPTIONS - {"fc6_kernel"} | {"crop"},
@@ -114,6 +116,18 @@ def create_model(name: str, num_classes: int, **options: Any) -> FCN:
     return spec.family(num_classes=num_classes, stride=spec.stride, **settings)
 
 
+def describe_model(model: FCN) -> tuple[str, dict[str, Any]]:
+    """Return the name and the options that ``create_model`` makes this network of: numbers, strings, None and tuples.
+
+    Options of how it is computed (dtypes, precision, rematerialisation) are left out.
+    """
+    specs = {name: spec for name, spec in MODELS.items() if type(model) is spec.family and model.stride == spec.stride}
+    as_named = (name for name, spec in specs.items() if all(getattr(model, k) == v for k, v in spec.fixed.items()))
+    name = next(as_named, next(iter(specs)))
+    options = sorted(_OPTIONS[type(model)] - _COMPUTE_OPTIONS)
+    return name, {option: getattr(model, option) for option in options}
+
+
 def model_from_config(config: ModelConfig, num_classes: int, remat: bool = False) -> FCN:
     """Build the network that a run's config describes; fields left at None take the family's default.
 
@@ -121,7 +135,7 @@ def model_from_config(config: ModelConfig, num_classes: int, remat: bool = False
         InputError: as ``create_model``.
     """
     options = {item.name: getattr(config, item.name) for item in fields(config)}
-    name, dtype, _ = options.pop("name"), options.pop("dtype"), options.pop("init")
+    name, dtype = options.pop("name"), options.pop("dtype")
     given = {option: value for option, value in options.items() if value is not None}
     return create_model(name, num_classes, dtype=_DTYPES[dtype], remat=remat, **given)
 

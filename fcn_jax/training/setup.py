@@ -2,33 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 import optax
-from flax import traverse_util
 
-from fcn_jax import weights
 from fcn_jax.config import Config
 from fcn_jax.data.datasets import Split, load
 from fcn_jax.data.pipeline import class_frequencies
 from fcn_jax.errors import InputError
 from fcn_jax.evaluation.evaluate import Predictor, make_predictor
-from fcn_jax.models import init_variables, model_from_config
+from fcn_jax.models import model_from_config
 from fcn_jax.models.fcn import FCN
-from fcn_jax.runs import DatasetInfo, RunFolder
 from fcn_jax.training.check import check_config
-from fcn_jax.training.checkpoint import load_variables
 from fcn_jax.training.losses import Loss, make_loss, median_frequency_weights
 from fcn_jax.training.optim import make_optimizer, make_schedule
 from fcn_jax.training.parallel import Parallel, make_parallel, pick_devices
+from fcn_jax.training.start import start
 from fcn_jax.training.step import TrainState, make_train_step, new_state
 
-__all__ = ["Length", "Trained", "Trainer", "carry_over", "make_trainer", "open_trained", "run_length"]
+__all__ = ["Length", "Trainer", "make_trainer", "run_length"]
 
 
 @dataclass(frozen=True)
@@ -100,104 +95,12 @@ def _loss(config: Config, train: Split) -> Loss:
     return make_loss(config.loss.kind, class_weights, config.loss.hard_fraction)
 
 
-def carry_over(variables: Mapping[str, Any], source: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """Take every parameter and statistic that another network of the family has under the same name.
-
-    What depends on the number of classes may have another shape and then stays as it was.
-
-    Returns:
-        The variables, and the names of what stays as it was.
-
-    Raises:
-        InputError: a feature layer has another shape, or nothing is shared: it is another network.
-    """
-    own: dict[str, Any] = traverse_util.flatten_dict(dict(variables), sep="/")
-    other: dict[str, Any] = traverse_util.flatten_dict(dict(source), sep="/")
-    new = []
-    for name, value in own.items():
-        if name in other and other[name].shape != value.shape and "score" not in name and "classifier" not in name:
-            raise InputError(
-                f"{name} is {_times(value.shape)} here and {_times(other[name].shape)} in the weights to start from; "
-                "give both networks the same encoder, width and features"
-            )
-        if name not in other or other[name].shape != value.shape:
-            new.append(name)
-    if len(new) == len(own):
-        raise InputError("the weights to start from share no name with this network; choose a network of its family")
-    merged = {name: value if name in new else other[name] for name, value in own.items()}
-    return traverse_util.unflatten_dict(merged, sep="/"), tuple(new)
-
-
-def _times(shape: tuple[int, ...]) -> str:
-    return "x".join(map(str, shape))
-
-
-def _start(config: Config, model: FCN, resuming: bool) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """Initialise the network, from other weights where the config names them; return notes on what was not in those."""
-    size = config.data.crop_size or config.data.input_size or (64, 64)
-    variables = init_variables(model, jax.random.key(config.train.seed), size)
-    init = config.model.init
-    if resuming:
-        return variables, ()  # the checkpoint replaces them
-    if init is None:
-        frozen = (
-            ("the encoder is frozen at its random start: give --model.init",) if config.model.freeze_encoder else ()
-        )
-        return variables, frozen
-    if Path(init).is_dir():
-        source = open_trained(init, "best")
-        _check_preprocessing(config, source.config.data.preprocessing, init)
-        variables, new = carry_over(variables, source.variables)
-    else:
-        _check_preprocessing(config, weights.inspect(init).preprocessing, init)
-        loaded, report = weights.load_with_report(init, model, variables)
-        variables, new = dict(loaded), tuple(report.left)
-    return variables, (f"from {init}; new: {', '.join(new) or 'nothing'}",)
-
-
-def _check_preprocessing(config: Config, expected: str | None, source: str) -> None:
-    if expected is not None and expected != config.data.preprocessing:
-        raise InputError(
-            f"{source} expects {expected} preprocessing, the run has {config.data.preprocessing}; "
-            f"set --data.preprocessing {expected}"
-        )
-
-
-@dataclass(frozen=True)
-class Trained:
-    """A model out of a run's folder."""
-
-    config: Config
-    dataset: DatasetInfo
-    model: FCN
-    variables: dict[str, Any]
-    step: int
-
-
-def open_trained(run: str | Path, which: str = "best") -> Trained:
-    """Open a run's model at a checkpoint: "best" by mean IU, "last", or a step's number.
-
-    Raises:
-        InputError: no run, no such checkpoint, or one that does not fit.
-    """
-    folder = RunFolder(run)
-    config, dataset = folder.read_config()
-    model = model_from_config(config.model, len(dataset.class_names), config.train.remat)
-    size = config.data.crop_size or config.data.input_size or (64, 64)
-    like = jax.eval_shape(lambda key: init_variables(model, key, size), jax.random.key(0))
-    like = {"params": like["params"], "batch_stats": like.get("batch_stats", {})}
-    sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    like = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), like)
-    variables, step = load_variables(folder.checkpoints, which, like)
-    return Trained(config, dataset, model, variables, step)
-
-
 def make_trainer(config: Config, resuming: bool = False) -> Trainer:
     """Prepare a run; nothing is written but the prepared copy of the data.
 
     Args:
         config: the whole run.
-        resuming: a checkpoint will replace the starting weights, so ``model.init`` is not read.
+        resuming: a checkpoint will replace the starting weights, so those are not read.
 
     Raises:
         InputError: the config asks for something that cannot be.
@@ -219,7 +122,7 @@ def make_trainer(config: Config, resuming: bool = False) -> Trainer:
         )
     length = run_length(config, len(train))
     model = model_from_config(config.model, train.num_classes, config.train.remat)
-    variables, notes = _start(config, model, resuming)
+    variables, notes = start(config, model, resuming)
     optimizer = make_optimizer(variables["params"], config.optim, length.steps, config.model.freeze_encoder)
     loss = _loss(config, train)
     if config.train.accumulate > 1 and "batch_stats" in variables:

@@ -1,9 +1,24 @@
 """Weights in and out: files and state dicts to variables, and back to torch."""
 
-from fcn_jax.weights.export import save, to_torch
+from fcn_jax.weights.export import check_suffix, save, to_torch
+from fcn_jax.weights.fetch import PRETRAINED, fetch
 from fcn_jax.weights.port import load, load_with_report
 from fcn_jax.weights.published import LAYOUTS
 from fcn_jax.weights.report import Info, Report, inspect
-from fcn_jax.weights.source import TensorInfo
+from fcn_jax.weights.source import Source, TensorInfo
 
-__all__ = ["LAYOUTS", "Info", "Report", "TensorInfo", "inspect", "load", "load_with_report", "save", "to_torch"]
+__all__ = [
+    "LAYOUTS",
+    "PRETRAINED",
+    "Info",
+    "Report",
+    "Source",
+    "TensorInfo",
+    "check_suffix",
+    "fetch",
+    "inspect",
+    "load",
+    "load_with_report",
+    "save",
+    "to_torch",
+]

@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, get_args
 
+import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
 from fcn_jax.errors import InputError, unknown
+from fcn_jax.models.catalog import describe_model
+from fcn_jax.models.fcn import FCN
 from fcn_jax.weights.layouts import Network, Preprocessing, check_fit, pair_up
 from fcn_jax.weights.names import COUNTER, list_parameters, to_torch_axes
 from fcn_jax.weights.published import LAYOUTS
+from fcn_jax.weights.torch_file import first_line
 
-__all__ = ["save", "to_torch"]
+__all__ = ["check_suffix", "save", "to_torch"]
+
+_SUFFIXES = (".safetensors", ".pth", ".pt")
 
 
 def to_torch(model: Network, variables: Mapping[str, Any], layout: str | None = None) -> dict[str, np.ndarray]:
@@ -59,6 +64,12 @@ def to_torch(model: Network, variables: Mapping[str, Any], layout: str | None = 
     return arrays
 
 
+def check_suffix(path: Path) -> None:
+    """Raise InputError for a file that ``save`` does not write."""
+    if path.suffix not in _SUFFIXES:
+        raise InputError(f"{path}: expected a name that ends in {', '.join(_SUFFIXES[:-1])} or {_SUFFIXES[-1]}")
+
+
 def save(
     path: str | os.PathLike[str],
     model: Network,
@@ -66,45 +77,62 @@ def save(
     preprocessing: str | None,
     layout: str = "fcn_jax",
 ) -> None:
-    """Write the variables to a .safetensors file; readable by torch users as it is.
+    """Write the variables to a .safetensors file, readable by torch users as it is, or to a state dict of torch's.
 
     Args:
-        path: the file; it appears whole or not at all.
-        model: the network that the variables belong to; its options go into the metadata.
+        path: ends in .safetensors, or in .pth or .pt (torch is needed); it appears whole or not at all.
+        model: the network that the variables belong to. A .safetensors file holds its name and options too.
         variables: {"params": ...[, "batch_stats": ...]}.
-        preprocessing: what images the weights were trained on, "imagenet" or "caffe"; None: not known.
+        preprocessing: what images the weights were trained on, "imagenet" or "caffe"; None: not known. Only a
+            .safetensors file says it on.
         layout: a key of ``LAYOUTS``, see ``to_torch``.
 
     Raises:
-        InputError: another suffix, unknown preprocessing, or a layout that does not fit.
+        InputError: another suffix, unknown preprocessing, a layout that does not fit, or torch is missing.
     """
-    import safetensors.numpy
-
     path = Path(path)
-    if path.suffix != ".safetensors":
-        raise InputError(f"{path}: expected a name that ends in .safetensors")
+    check_suffix(path)
     known = get_args(Preprocessing)
     if preprocessing is not None and preprocessing not in known:
         raise unknown("preprocessing", preprocessing, known)
-    metadata = {"format": "pt", "layout": layout, "model": json.dumps(_describe(model), sort_keys=True)}
-    if preprocessing is not None:
-        metadata["preprocessing"] = preprocessing
     arrays = to_torch(model, variables, layout)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    part = path.with_name(f".{os.getpid()}.{path.name}")
     try:
-        safetensors.numpy.save_file(arrays, part, metadata)
+        _write(part, arrays, _metadata(model, preprocessing, layout))
         os.replace(part, path)
-    except OSError as error:
-        raise InputError(f"{path}: cannot be written: {error.strerror or error}") from error
+    except ImportError as error:
+        raise InputError(
+            f"{path}: torch files need torch: pip install fcn_jax[torch], or name a .safetensors file"
+        ) from error
+    except (OSError, RuntimeError) as error:  # RuntimeError: torch could not write
+        raise InputError(f"{path}: cannot be written: {first_line(error)}") from error
     finally:
         part.unlink(missing_ok=True)
 
 
-def _describe(model: Network) -> dict[str, Any]:
-    """Return the network's family and the options that are plain values."""
-    options = {
-        field.name: getattr(model, field.name)
-        for field in dataclasses.fields(model)
-        if field.name not in ("parent", "name", "dtype", "param_dtype", "precision", "axis_name", "remat")
+def _metadata(model: Network, preprocessing: str | None, layout: str) -> dict[str, str]:
+    metadata = {"format": "pt", "layout": layout}
+    if isinstance(model, FCN):
+        name, options = describe_model(model)
+        metadata["model"] = json.dumps({"name": name, "num_classes": model.num_classes, "options": options})
+    if preprocessing is not None:
+        metadata["preprocessing"] = preprocessing
+    return metadata
+
+
+def _write(path: Path, arrays: Mapping[str, np.ndarray], metadata: dict[str, str]) -> None:
+    if path.suffix == ".safetensors":
+        import safetensors.numpy
+
+        safetensors.numpy.save_file(dict(arrays), path, metadata)
+        return
+    import torch
+
+    # bfloat16, which NumPy lacks, goes by its bits.
+    tensors = {
+        name: torch.from_numpy(value.view(np.int16).copy()).view(torch.bfloat16)
+        if value.dtype == jnp.bfloat16
+        else torch.from_numpy(value.copy())
+        for name, value in arrays.items()
     }
-    return {"family": type(model).__name__, **options}
+    torch.save(tensors, path)

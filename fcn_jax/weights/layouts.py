@@ -7,6 +7,7 @@ of them and live in ``names.py``.
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -17,7 +18,21 @@ from fcn_jax.models.classifier import VGGClassifier
 from fcn_jax.models.fcn import FCN
 from fcn_jax.weights.names import LEAVES, Parameter
 
-__all__ = ["Fit", "Layout", "Module", "Network", "Preprocessing", "Shapes", "check_fit", "encoder_name", "pair_up"]
+__all__ = [
+    "Fit",
+    "Layout",
+    "Module",
+    "Network",
+    "Preprocessing",
+    "Shapes",
+    "check_fit",
+    "encoder_name",
+    "pair_up",
+    "saved_fit",
+]
+
+# Options that change training alone, so that weights fit whatever they are.
+_TRAINING = ("dropout", "dropout_rate")
 
 Preprocessing = Literal["imagenet", "caffe"]
 Shapes = Mapping[str, tuple[int, ...]]
@@ -84,6 +99,21 @@ def encoder_name(encoder: str, norm: str | None) -> str:
     return encoder + ("_bn" if norm == "batch" else "")
 
 
+def saved_fit(origin: str, metadata: Mapping[str, str]) -> Fit | None:
+    """Return the network that ``save`` wrote into a file's metadata; None: another layout's, or another writer's."""
+    if metadata.get("layout") != "fcn_jax" or "model" not in metadata:
+        return None
+    try:
+        saved = json.loads(metadata["model"])
+        options = {key: tuple(v) if isinstance(v, list) else v for key, v in saved["options"].items()}
+        create_model(saved["name"], saved["num_classes"], **options)
+        return Fit((saved["name"],), saved["num_classes"], options)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(
+            f"{origin}: its metadata describes no network that this version knows ({error}); write the file again"
+        ) from error
+
+
 def check_fit(origin: str, fit: Fit, model: Network, partial: bool) -> None:
     """Check that a source's network and the model compute the same.
 
@@ -103,7 +133,9 @@ def check_fit(origin: str, fit: Fit, model: Network, partial: bool) -> None:
     if type(model) is not specs[0].family:
         differs = [f"family {type(model).__name__}"]
     elif has["stride"] in strides:
-        differs = [f"{key}={has[key]!r}" for key, value in fit.options.items() if has[key] != value]
+        differs = [
+            f"{key}={has[key]!r}" for key, value in fit.options.items() if has[key] != value and key not in _TRAINING
+        ]
     elif partial:
         encoder = ("encoder", "encoder_norm")
         differs = [f"{key}={has[key]!r}" for key in encoder if has[key] != fit.options.get(key, has[key])]

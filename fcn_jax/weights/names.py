@@ -92,7 +92,7 @@ def to_torch_axes(parameter: Parameter, value: np.ndarray, linear: bool = False)
         value = value.transpose((2, 3, 0, 1) if parameter.transposed else (3, 2, 0, 1))
         if linear:
             value = value.reshape(value.shape[0], -1)
-    return np.ascontiguousarray(value)
+    return np.require(value, requirements=("C", "W"))  # a JAX array's own memory is read-only, at which torch warns
 
 
 def from_torch(parameter: Parameter, value: np.ndarray) -> np.ndarray | None:

@@ -43,7 +43,7 @@ def load_with_report(
     """Fill a network's variables from a source and tell what became of everything.
 
     Args:
-        source: a path (.safetensors, .pth, .pt) or a dict of arrays, in any layout of ``LAYOUTS``.
+        source: a path (.safetensors, .pth, .pt), a key of ``PRETRAINED``, or a dict of arrays; any of ``LAYOUTS``.
         model: the network that the variables belong to.
         variables: {"params": ...[, "batch_stats": ...]}, from ``init_variables``.
         allow_missing: glob patterns of parameters (``score_*``, ``head.fc6.weight``) that may keep their values.
@@ -63,7 +63,9 @@ def load_with_report(
         sample = ", ".join(list(tensors.infos)[:3])
         raise InputError(f"{tensors.origin}: no known layout has names like {sample}; known: {', '.join(LAYOUTS)}")
     may_miss, may_stay = _patterns(allow_missing), _patterns(allow_unexpected)
-    if info.fit is not None:
+    # Under our own names, what the caller allows to differ may come from any network that shares the rest.
+    by_name = LAYOUTS[info.layout].modules is None and bool(may_miss or may_stay)
+    if info.fit is not None and not by_name:
         check_fit(f"{tensors.origin} ({info.layout})", info.fit, model, partial=bool(may_miss or may_stay))
     else:
         _check_encoder(tensors.origin, info.variant, model)

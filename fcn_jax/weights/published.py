@@ -18,6 +18,7 @@ from fcn_jax.weights.vgg_names import (
     feature_rows,
     feature_stages,
     feature_variant,
+    johnson_vgg,
     timm_vgg,
     torchvision_vgg,
 )
@@ -176,7 +177,7 @@ def _fit_seed003(shapes: Shapes) -> Fit:
     return Fit((f"fcn{_stride(shapes)}s",), _classes(shapes, "score_fr.weight"), options)
 
 
-# The order matters where names overlap: torchvision's are part of timm's.
+# The order matters where names overlap: torchvision's are part of timm's and Johnson's.
 LAYOUTS: dict[str, Layout] = {
     "fcn_jax": Layout(matches=_named(r"vgg\.(conv|bn)\d_\d\..*"), modules=None, variant=_ours_variant),
     "timm-vgg": Layout(
@@ -187,6 +188,16 @@ LAYOUTS: dict[str, Layout] = {
         variant=feature_variant("features."),
         encoder_only=True,
         unused=("pre_logits.fc[12].*", "head.fc.*"),
+    ),
+    "johnson-vgg": Layout(
+        matches=_named(r"classifier\.[14]\.(weight|bias)"),
+        modules=johnson_vgg,
+        # README of pytorch-vgg: BGR in [0, 255] minus (103.939, 116.779, 123.68); the FCN reference takes off, within
+        # one, the same.
+        preprocessing="caffe",
+        variant=feature_variant("features."),
+        encoder_only=True,
+        unused=("classifier.[146].weight", "classifier.[146].bias"),
     ),
     "torchvision-vgg": Layout(
         matches=_named(r"features\.\d+\.weight"),

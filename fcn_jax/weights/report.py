@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from fcn_jax.weights.layouts import Fit
+from fcn_jax.weights.layouts import Fit, saved_fit
 from fcn_jax.weights.published import LAYOUTS, recognise
 from fcn_jax.weights.source import Source, TensorInfo, Tensors, open_source
 
@@ -62,6 +62,7 @@ def describe(tensors: Tensors) -> Info:
     if name is None:
         return Info(None, None, preprocessing, tensors.infos, unwrapped=tensors.unwrapped)
     layout, shapes = LAYOUTS[name], tensors.shapes
-    fit = layout.fit(shapes) if layout.fit else None
-    preprocessing = layout.preprocessing or preprocessing
+    # What the file says of itself goes before what its layout's files usually are.
+    preprocessing = preprocessing or layout.preprocessing
+    fit = layout.fit(shapes) if layout.fit else saved_fit(tensors.origin, tensors.metadata)
     return Info(name, layout.variant(shapes), preprocessing, tensors.infos, fit, tensors.unwrapped)

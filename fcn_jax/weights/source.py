@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from fcn_jax.errors import InputError
+from fcn_jax.errors import InputError, unknown
+from fcn_jax.weights.fetch import PRETRAINED, fetch
 from fcn_jax.weights.torch_file import first_line, read_torch
 
 __all__ = ["Source", "TensorInfo", "Tensors", "open_source"]
@@ -50,7 +51,7 @@ class Tensors:
 
 
 def open_source(source: Source) -> Tensors:
-    """Open a file or a dict of arrays (NumPy, JAX or torch).
+    """Open a file, a pretrained encoder by its name in ``PRETRAINED``, or a dict of arrays (NumPy, JAX or torch).
 
     What wraps a state dict (``state_dict``, ``model_state_dict``, ``model``) and ``module.`` before every name are
     taken off.
@@ -60,8 +61,10 @@ def open_source(source: Source) -> Tensors:
     """
     if isinstance(source, Mapping):
         return _from_mapping(source, "the dict")
-    path = Path(source)
+    path = fetch(source) if isinstance(source, str) and source in PRETRAINED else Path(source)
     if not path.name.lower().endswith((".safetensors", *_TORCH_SUFFIXES)):
+        if not path.suffix and not path.exists():
+            raise unknown("pretrained encoder", str(path), PRETRAINED)
         raise InputError(f"{path}: expected a .safetensors, .pth or .pt file, got {path.suffix or 'no suffix'!r}")
     if not path.is_file():
         raise InputError(f"{path}: no such file; check the path")

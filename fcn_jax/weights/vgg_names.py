@@ -10,7 +10,15 @@ from fcn_jax.models.fcn import ScoreFCN
 from fcn_jax.models.vgg import ENCODERS
 from fcn_jax.weights.layouts import Module, Network, Shapes, encoder_name
 
-__all__ = ["conv_names", "feature_rows", "feature_stages", "feature_variant", "timm_vgg", "torchvision_vgg"]
+__all__ = [
+    "conv_names",
+    "feature_rows",
+    "feature_stages",
+    "feature_variant",
+    "johnson_vgg",
+    "timm_vgg",
+    "torchvision_vgg",
+]
 
 
 def conv_names(encoder: str) -> list[str]:
@@ -73,6 +81,12 @@ def torchvision_vgg(model: Network) -> list[Module]:
     """``vgg11`` ... ``vgg19_bn`` of torchvision (``models/vgg.py``)."""
     rows = feature_rows(model, "features.")
     return rows + _fc_rows(model, "classifier.0", "classifier.3", "classifier.6", linear=True)
+
+
+def johnson_vgg(model: Network) -> list[Module]:
+    """VGG-16 and 19 of jcjohnson's pytorch-vgg, in the names of early torchvision: dropout comes before its layer."""
+    rows = feature_rows(model, "features.")
+    return rows + _fc_rows(model, "classifier.1", "classifier.4", "classifier.6", linear=True)
 
 
 def timm_vgg(model: Network) -> list[Module]:
