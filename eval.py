@@ -2,7 +2,8 @@
 
 import sys
 
-from fcn_jax.cli import guarded, run_eval
+from fcn_jax.cli import guarded, keep_compiled, run_eval
 
 if __name__ == "__main__":
+    keep_compiled()
     sys.exit(guarded(run_eval, sys.argv[1:]))

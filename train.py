@@ -2,7 +2,8 @@
 
 import sys
 
-from fcn_jax.cli import guarded, run_train
+from fcn_jax.cli import guarded, keep_compiled, run_train
 
 if __name__ == "__main__":
+    keep_compiled()
     sys.exit(guarded(run_train, sys.argv[1:]))

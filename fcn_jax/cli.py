@@ -37,7 +37,7 @@ from fcn_jax.training.loop import score_table, train
 from fcn_jax.training.parallel import make_mesh
 from fcn_jax.training.trained import open_trained
 
-__all__ = ["guarded", "main", "run_eval", "run_port", "run_train"]
+__all__ = ["guarded", "keep_compiled", "main", "run_eval", "run_port", "run_train"]
 
 Arguments = Sequence[str]
 _ABOUT = f"Train a recipe; without one, {DEFAULT_RECIPE}. Any field of it can be overridden."
@@ -57,6 +57,9 @@ class EvalArguments:
     """Folder of the data set, where it is not where it was in training."""
     batch_size: int | None = None
     """Images at once; by default as in training, which gives the same numbers to the last digit."""
+    multiple: int | None = None
+    """Pad images to multiples of so many pixels, see --data.eval-multiple of train.py; 1 scores every size as it is. By
+    default as in training."""
 
 
 @dataclass(frozen=True)
@@ -134,8 +137,11 @@ def run_eval(arguments: Arguments) -> int:
     given: EvalArguments = _parse(lambda args: tyro.cli(EvalArguments, prog="eval.py", args=args), arguments)
     if given.batch_size is not None and given.batch_size < 1:
         raise InputError(f"expected --batch-size >= 1, got {given.batch_size}; leave it out for training's")
+    if given.multiple is not None and given.multiple < 1:
+        raise InputError(f"expected --multiple >= 1, got {given.multiple}; 1 scores every size as it is")
     trained = open_trained(given.run, given.checkpoint)
     data = trained.config.data if given.dir is None else replace(trained.config.data, dir=given.dir)
+    data = data if given.multiple is None else replace(data, eval_multiple=given.multiple)
     name = given.split or data.val
     split = load(name, data)
     if split.class_names != trained.dataset.class_names:
@@ -279,6 +285,15 @@ def guarded(command: Callable[[Arguments], int], arguments: Arguments) -> int:
         return 130  # 128 + SIGINT, as shells have it
 
 
+def keep_compiled() -> None:
+    """Keep compiled programs on disk, so that a command's second start is quick; JAX's own settings go before ours."""
+    folder = Path("~/.cache/fcn_jax/compiled").expanduser()
+    if jax.config.jax_compilation_cache_dir is None:  # type: ignore[attr-defined]
+        with contextlib.suppress(OSError):  # where nothing can be kept, everything is compiled anew
+            folder.mkdir(parents=True, exist_ok=True)
+            jax.config.update("jax_compilation_cache_dir", str(folder))
+
+
 def _dispatch(arguments: Arguments) -> int:
     if not arguments or arguments[0] in ("-h", "--help"):
         print("usage: fcn-jax COMMAND ...; `fcn-jax COMMAND --help` explains one\n")
@@ -292,6 +307,7 @@ def _dispatch(arguments: Arguments) -> int:
 
 def main() -> int:
     """Run `fcn-jax COMMAND ...`."""
+    keep_compiled()
     return guarded(_dispatch, sys.argv[1:])
 
 

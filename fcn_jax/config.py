@@ -70,6 +70,9 @@ class DataConfig:
     """Training images are first resized so that their shorter side has this many pixels; None: they keep their size."""
     scale: tuple[float, float] = (1.0, 1.0)
     """Range of the random scale in training, times the base size or the image's own."""
+    eval_multiple: int = 1
+    """Images of many sizes are padded, bottom and right, to multiples of this in evaluation, so that few sizes are
+    compiled. What lies near those edges can change a little; 1 keeps every size and is exact."""
     flip: bool = True
     """Mirror left-right with probability 1/2 in training."""
     jitter: float = 0.0

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import platform
 import subprocess
+import time
 import typing
 from collections.abc import Iterator
 from importlib import metadata
@@ -15,7 +17,7 @@ from typing import Any
 from fcn_jax.config import Config
 from fcn_jax.errors import InputError
 
-__all__ = ["DatasetInfo", "RunFolder", "config_from_json", "environment"]
+__all__ = ["DatasetInfo", "RunFolder", "config_from_json", "environment", "seconds_since_start"]
 
 # Where and how fast, not what: these may change between stop and resume.
 _FREE_FIELDS = frozenset(
@@ -32,6 +34,9 @@ _FREE_FIELDS = frozenset(
         "train.pictures_every",
     }
 )
+
+
+_IMPORTED = time.perf_counter()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,6 +61,15 @@ def environment() -> dict[str, Any]:
     except (OSError, subprocess.SubprocessError):
         commit = None
     return {"python": platform.python_version(), **versions, "commit": commit}
+
+
+def seconds_since_start() -> float:
+    """Return the age of this process, imports included; where the system does not tell it (no /proc), this module's."""
+    try:
+        ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])  # proc(5): starttime
+        return time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
+    except (OSError, AttributeError, ValueError):
+        return time.perf_counter() - _IMPORTED
 
 
 def _build(cls: Any, values: dict[str, Any], where: str) -> Any:

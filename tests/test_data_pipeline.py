@@ -222,3 +222,32 @@ def test_class_frequencies_are_counted_by_hand():
     frequencies = class_frequencies(_split(sizes=[(2, 3)] * 2, labels=[first, second]))
     assert frequencies.dtype == np.int64
     assert frequencies.tolist() == [[6, 3, 0], [5 + 4, 5, 0]]
+
+
+def test_padding_to_a_multiple_leaves_few_sizes_and_every_pixel_counted():
+    sizes = [(20, 33), (31, 48), (16, 40), (32, 34)]
+    exact = list(make_eval_batches(_split(sizes=sizes), CONFIG, 2))
+    padded = list(make_eval_batches(_split(sizes=sizes), dataclasses.replace(CONFIG, eval_multiple=16), 2))
+    assert {batch["label"].shape[1:] for batch in padded} == {(32, 48), (16, 48)}
+    assert len({batch["label"].shape[1:] for batch in exact}) == 4
+
+    def rows(batches):
+        return {
+            name: (image, label)
+            for batch in batches
+            for name, image, label, valid in zip(
+                batch["name"], batch["image"], batch["label"], batch["valid"], strict=True
+            )
+            if valid
+        }
+
+    kept, wide = rows(exact), rows(padded)
+    assert kept.keys() == wide.keys()
+    for name, (image, label) in kept.items():
+        h, w = label.shape
+        np.testing.assert_array_equal(wide[name][0][:h, :w], image)
+        np.testing.assert_array_equal(wide[name][1][:h, :w], label)
+        outside = np.ones(wide[name][1].shape, bool)
+        outside[:h, :w] = False
+        assert (wide[name][1][outside] == 255).all()
+        np.testing.assert_array_equal(wide[name][0][outside], np.broadcast_to((124, 116, 104), (outside.sum(), 3)))

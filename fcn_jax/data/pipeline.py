@@ -14,8 +14,9 @@ from absl import flags
 from fcn_jax.config import DataConfig
 from fcn_jax.data.datasets import Split, decode
 from fcn_jax.data.labels import IGNORE, decode_label
-from fcn_jax.data.transforms import augment, output_size, resize_image
+from fcn_jax.data.transforms import augment, output_size, pad, resize_image
 from fcn_jax.errors import InputError
+from fcn_jax.preprocessing import MEAN_COLOURS
 
 __all__ = ["EvalBatch", "TrainBatch", "TrainIterator", "class_frequencies", "make_eval_batches", "make_train_iterator"]
 
@@ -169,6 +170,9 @@ def _prepared(record: Any, config: DataConfig) -> dict[str, Any]:
     example = decode(record)
     if config.input_size is not None:
         example["image"] = resize_image(example["image"], config.input_size)
+    elif config.eval_multiple > 1:
+        height, width = (-(-n // config.eval_multiple) * config.eval_multiple for n in example["label"].shape)
+        example = pad(example, (height, width), MEAN_COLOURS[config.preprocessing])
     return example
 
 
@@ -192,7 +196,7 @@ def make_eval_batches(split: Split, config: DataConfig, batch_size: int) -> Iter
 
     Args:
         split: what to evaluate on.
-        config: ``input_size`` is what images are resized to.
+        config: ``input_size`` is what images are resized to; without it they are padded to ``eval_multiple``.
         batch_size: rows in each batch.
     """
     waiting: dict[tuple[Any, ...], list[dict[str, Any]]] = {}

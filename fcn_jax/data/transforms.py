@@ -16,7 +16,7 @@ from fcn_jax.config import DataConfig
 from fcn_jax.data.labels import IGNORE
 from fcn_jax.preprocessing import MEAN_COLOURS
 
-__all__ = ["augment", "crop", "jitter", "output_size", "resize", "resize_image", "resize_label", "scale"]
+__all__ = ["augment", "crop", "jitter", "output_size", "pad", "resize", "resize_image", "resize_label", "scale"]
 
 Example = Mapping[str, Any]
 
@@ -60,28 +60,29 @@ def scale(
     return resize(example, (max(1, round(height * factor)), max(1, round(width * factor))))
 
 
+def pad(example: Example, size: tuple[int, int], fill: tuple[int, int, int]) -> dict[str, Any]:
+    """Pad an example bottom and right to at least ``size``, the image with a colour and the label with ``IGNORE``."""
+    height, width = example["label"].shape
+    if height >= size[0] and width >= size[1]:
+        return dict(example)
+    size = (max(height, size[0]), max(width, size[1]))
+    image, label = np.empty((*size, 3), np.uint8), np.full(size, IGNORE, np.uint8)
+    image[:] = fill
+    image[:height, :width] = example["image"]
+    label[:height, :width] = example["label"]
+    return {**example, "image": image, "label": label}
+
+
 def crop(
     example: Example, rng: np.random.Generator, size: tuple[int, int], fill: tuple[int, int, int]
 ) -> dict[str, Any]:
-    """Cut a window of ``size`` = (height, width) at a random place.
-
-    Where the example is smaller than the window it is padded bottom and right, the image with the colour ``fill`` and
-    the label with ``IGNORE``.
-    """
+    """Cut a window of ``size`` = (height, width) at a random place; a smaller example is padded, see ``pad``."""
     image, label = example["image"], example["label"]
     top = int(rng.integers(max(label.shape[0] - size[0], 0) + 1))
     left = int(rng.integers(max(label.shape[1] - size[1], 0) + 1))
     image = image[top : top + size[0], left : left + size[1]]
     label = label[top : top + size[0], left : left + size[1]]
-    if label.shape == size:
-        return {**example, "image": image, "label": label}
-    height, width = label.shape
-    padded_image = np.empty((*size, 3), np.uint8)
-    padded_image[:] = fill
-    padded_image[:height, :width] = image
-    padded_label = np.full(size, IGNORE, np.uint8)
-    padded_label[:height, :width] = label
-    return {**example, "image": padded_image, "label": padded_label}
+    return pad({**example, "image": image, "label": label}, size, fill)
 
 
 def jitter(image: np.ndarray, rng: np.random.Generator, strength: float) -> np.ndarray:

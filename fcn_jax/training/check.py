@@ -16,6 +16,7 @@ _AT_LEAST: dict[str, float] = {
     "devices": 1,
     "data.base_size": 1,
     "data.crop_size": 1,
+    "data.eval_multiple": 1,
     "data.input_size": 1,
     "data.jitter": 0,
     "data.shapes_count": 1,

@@ -23,7 +23,7 @@ from fcn_jax.errors import InputError
 from fcn_jax.evaluation.evaluate import Evaluation, Sample, evaluate, spread
 from fcn_jax.evaluation.figures import save_confusion, save_curves, save_panel
 from fcn_jax.metrics import Scores
-from fcn_jax.runs import DatasetInfo, RunFolder
+from fcn_jax.runs import DatasetInfo, RunFolder, seconds_since_start
 from fcn_jax.training.checkpoint import Checkpoints, has_checkpoint
 from fcn_jax.training.setup import Trainer, make_trainer
 from fcn_jax.training.step import StepSums, TrainState
@@ -66,7 +66,6 @@ def train(config: Config, console: Console) -> Scores:
     """
     from tensorboardX import SummaryWriter  # imports torch where that is installed, which only training should pay for
 
-    began = time.perf_counter()
     folder = RunFolder(config.run)
     trainer = make_trainer(config, resuming=has_checkpoint(folder.checkpoints))
     info = DatasetInfo(trainer.train.dataset, trainer.train.class_names, trainer.train.palette)
@@ -84,13 +83,15 @@ def train(config: Config, console: Console) -> Scores:
         console.print(f"resuming {config.run} at step {step}", highlight=False)
     folder.drop_rows_after(step)
     events = SummaryWriter(str(folder.events), purge_step=step or None)
-    logger = _Logger(folder, events, trainer, config, began)
+    logger = _Logger(folder, events, trainer, config, console)
     evaluation = validate(trainer, config, state) if step == trainer.length.steps else None
     try:
         with _progress(console, trainer.length.steps, step, config.train.log_every) as advance:
             while step < trainer.length.steps:
-                batch = next(batches)
-                state, sums = trainer.parallel.step(state, trainer.parallel.place_batch(batch))
+                batch = logger.waiting(lambda: next(batches))
+                # Whatever else travels between host and device in a step is a mistake, and slow.
+                with jax.transfer_guard("disallow"):
+                    state, sums = trainer.parallel.step(state, trainer.parallel.place_batch(batch))
                 step += 1
                 logger.step(step, sums, advance)
                 if config.train.pictures_every and step % config.train.pictures_every == 0:
@@ -117,20 +118,36 @@ def train(config: Config, console: Console) -> Scores:
 class _Logger:
     """Averages the loss between two rows without waiting for a step, and writes rows and events."""
 
-    def __init__(self, folder: RunFolder, events: Any, trainer: Trainer, config: Config, began: float):
-        self._folder, self._events, self._trainer, self._config, self._began = folder, events, trainer, config, began
+    def __init__(self, folder: RunFolder, events: Any, trainer: Trainer, config: Config, console: Console):
+        self._folder, self._events, self._trainer, self._config = folder, events, trainer, config
+        self._console = console
         self._pending: list[StepSums] = []
         self._timed = 0
+        self._waited = 0.0
+        self._last: StepSums | None = None
         self._since: float | None = None
+
+    def waiting(self, take: Callable[[], Any]) -> Any:
+        """Take a batch and count the time that it took."""
+        before = time.perf_counter()
+        batch = take()
+        self._waited += time.perf_counter() - before
+        return batch
 
     def step(self, step: int, sums: StepSums, advance: Callable[..., None]) -> None:
         if self._since is None:
             # The first step of this process compiled; what follows is timed from its end.
             jax.block_until_ready(sums)
-            self._since = time.perf_counter()
-            self._events.add_scalar("time/first_step_s", self._since - self._began, step)
+            self.restart_clock()
+            first = seconds_since_start()
+            self._events.add_scalar("time/first_step_s", first, step)
+            self._console.print(f"first step {first:.1f} s after the start of the command", highlight=False)
         else:
             self._timed += 1
+            # One step runs while the next batch is taken. With more steps ahead, a batch that comes late would hide
+            # behind them, and the time waited for it would say nothing.
+            jax.block_until_ready(self._last)
+        self._last = sums
         self._pending.append(sums)
         if step % self._config.train.log_every == 0:
             row = self.flush(step)
@@ -140,7 +157,7 @@ class _Logger:
 
     def restart_clock(self) -> None:
         """Leave out of the speed what was not training."""
-        self._since, self._timed = time.perf_counter(), 0
+        self._since, self._timed, self._waited = time.perf_counter(), 0, 0.0
 
     def flush(self, step: int) -> dict[str, Any] | None:
         """Write the mean of the losses since the last row."""
@@ -148,8 +165,8 @@ class _Logger:
             return None
         fetched = jax.device_get(self._pending)
         assert self._since is not None
-        images = self._timed * self._config.train.batch_size
-        speed = images / (time.perf_counter() - self._since) if images else None
+        images, elapsed = self._timed * self._config.train.batch_size, time.perf_counter() - self._since
+        speed = images / elapsed if images else None
         loss = float(np.mean([sums.loss for sums in fetched]))
         if not np.isfinite(loss):
             raise InputError(
@@ -164,11 +181,12 @@ class _Logger:
             "grad_norm": float(np.mean([sums.grad_norm for sums in fetched])),
             "lr": float(np.asarray(self._trainer.schedule(step - 1))),
             "images_per_s": speed,
+            "data_wait": self._waited / elapsed if images else None,
         }
         self._pending = []
         self.restart_clock()
         self._folder.append(row)
-        for name in ("loss", "grad_norm", "lr", "images_per_s"):
+        for name in ("loss", "grad_norm", "lr", "images_per_s", "data_wait"):
             if row[name] is not None:
                 self._events.add_scalar(f"train/{name}", row[name], step)
         return row
@@ -191,22 +209,25 @@ def _progress(console: Console, total: int, done: int, every: int) -> Iterator[C
         TextColumn("step"),
         MofNCompleteColumn(),
         BarColumn(),
-        TextColumn("loss {task.fields[loss]}  {task.fields[speed]} images/s  left"),
+        TextColumn("loss {task.fields[loss]}  {task.fields[speed]} images/s  data {task.fields[wait]}  left"),
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=console, refresh_per_second=4) as progress:
-        task = progress.add_task("train", total=total, completed=done, loss="-", speed="-")
+        task = progress.add_task("train", total=total, completed=done, loss="-", speed="-", wait="-")
 
         def advance(step: int, row: dict[str, Any] | None) -> None:
             fields: dict[str, Any] = {}
             if row is not None:
                 speed = row["images_per_s"]
                 fields = {"loss": f"{row['loss']:.4g}", "speed": "-" if speed is None else f"{speed:.1f}"}
+                fields["wait"] = "-" if speed is None else f"{row['data_wait']:.0%}"
             progress.update(task, completed=step, **fields)
             # where no bar can be drawn, twenty lines say how far it is
             if fields and not console.is_terminal and step * 20 // total > (step - every) * 20 // total:
                 console.print(
-                    f"step {step}/{total}  loss {fields['loss']}  {fields['speed']} images/s", highlight=False
+                    f"step {step}/{total}  loss {fields['loss']}  {fields['speed']} images/s  "
+                    f"{fields['wait']} of it waiting for data",
+                    highlight=False,
                 )
 
         yield advance
