@@ -18,7 +18,7 @@ from fcn_jax.config import OptimConfig
 from fcn_jax.errors import InputError
 from fcn_jax.models import create_model
 from fcn_jax.numerics.compare import PARTS
-from fcn_jax.numerics.experiments import against_jax, against_torch, random_batch, random_variables
+from fcn_jax.numerics.experiments import Case, against_jax, against_torch, random_batch, random_variables
 from fcn_jax.numerics.report import save_figure, save_json, summary_table, tables
 from fcn_jax.runs import environment
 from fcn_jax.training.parallel import pick_devices
@@ -91,17 +91,16 @@ def parity(given: ParityArguments) -> int:
         variables = weights.load(given.weights, model, variables)
     images, labels = random_batch(given.image_size, given.num_classes, given.batch_size, given.seed)
     optim = OptimConfig(lr=given.lr, momentum=given.momentum, weight_decay=given.weight_decay)
-    options: dict[str, Any] = {"dtype": given.dtype, "steps": given.steps, "devices": devices, "optim": optim}
-    options["threshold"] = given.max_error
+    case = Case(model, variables, images, labels, given.dtype, given.steps, optim, given.max_error)
     console = Console()
     if given.against == "torch":
-        reports = [against_torch(model, variables, images, labels, **options)]
+        reports = [against_torch(case, devices)]
         for table in tables(reports[0]):
             console.print(table)
         if reports[0].unmatched:
             console.print("on one side only:", ", ".join(reports[0].unmatched))
     else:
-        reports = list(against_jax(model, variables, images, labels, **options))
+        reports = list(against_jax(case, devices))
     console.print(summary_table(reports))
     if given.out is not None:
         about: dict[str, Any] = {

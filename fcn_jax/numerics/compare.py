@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import itertools
 import math
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, Literal
 
 import numpy as np
@@ -213,7 +215,9 @@ def compare(
         rows.sort(key=lambda row: depth.get(row.name.rpartition(".")[0], len(depth)))
     walked: list[StepRow] = []
     if steps and ours.train and theirs.train:
-        walked = list(_compare_steps(ours.train(images, labels, steps), theirs.train(images, labels, steps)))
+        # Both walk together, and map forgets a step before it asks for the next: one of each is held.
+        walks = (ours.train(images, labels, steps), theirs.train(images, labels, steps))
+        walked = list(map(functools.partial(_compare_step, {}), itertools.count(1), *walks))
     return Report(ours.name, theirs.name, threshold, layers, loss, gradients, statistics, walked, sorted(unmatched))
 
 
@@ -237,20 +241,18 @@ def _compare_gradients(found: list[Gradient | None], cancelled: Collection[str])
     return rows["loss"][0], rows["gradients"], rows["statistics"]
 
 
-def _compare_steps(ours: Iterator[TrainedStep], theirs: Iterator[TrainedStep]) -> Iterator[StepRow]:
-    """Walk both trainings together, so that only one step of each is held."""
-    start: dict[str, np.ndarray] = {}
-    for number, (a, b) in enumerate(zip(ours, theirs, strict=True), start=1):
-        shared = [name for name in a.parameters if name in b.parameters]
-        if not start:
-            start = {name: np.array(b.parameters[name]) for name in shared}
-        sums = np.array([square_sums(a.parameters[name], b.parameters[name]) for name in shared]).sum(0)
-        moved = np.array([square_sums(b.parameters[name], start[name]) for name in shared]).sum(0)
-        yield StepRow(
-            number,
-            a.loss,
-            b.loss,
-            error_norm(np.asarray(a.loss), np.asarray(b.loss)),
-            math.sqrt(sums[0] / sums[1]) if sums[0] else 0.0,
-            math.sqrt(moved[0] / moved[1]) if moved[0] else 0.0,
-        )
+def _compare_step(start: dict[str, np.ndarray], number: int, ours: TrainedStep, theirs: TrainedStep) -> StepRow:
+    """Compare one step of both trainings; the first fills ``start`` with the other side's parameters."""
+    shared = [name for name in ours.parameters if name in theirs.parameters]
+    if not start:
+        start.update((name, np.array(theirs.parameters[name])) for name in shared)
+    sums = np.array([square_sums(ours.parameters[name], theirs.parameters[name]) for name in shared]).sum(0)
+    moved = np.array([square_sums(theirs.parameters[name], start[name]) for name in shared]).sum(0)
+    return StepRow(
+        number,
+        ours.loss,
+        theirs.loss,
+        error_norm(np.asarray(ours.loss), np.asarray(theirs.loss)),
+        math.sqrt(sums[0] / sums[1]) if sums[0] else 0.0,
+        math.sqrt(moved[0] / moved[1]) if moved[0] else 0.0,
+    )

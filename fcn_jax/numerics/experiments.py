@@ -23,7 +23,7 @@ from fcn_jax.numerics.jax_side import dilated_upsampling, make_jax_side, without
 from fcn_jax.numerics.sides import Side
 from fcn_jax.training.losses import IGNORE
 
-__all__ = ["THRESHOLDS", "against_jax", "against_torch", "cancelled_biases", "random_batch", "random_variables"]
+__all__ = ["THRESHOLDS", "Case", "against_jax", "against_torch", "cancelled_biases", "random_batch", "random_variables"]
 
 THRESHOLDS = {"float64": 1e-9, "float32": 1e-5, "bfloat16": 5e-2}
 """The error over which a layer is named: a few thousand roundings of each dtype."""
@@ -32,6 +32,31 @@ _DTYPES: dict[str, tuple[Any, Any]] = {
     "float32": (jnp.float32, jnp.float32),
     "bfloat16": (jnp.bfloat16, jnp.float32),
 }
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A network, its weights and a batch, and how they are compared."""
+
+    model: FCN
+    """A network of the catalogue; ``dtype`` and ``param_dtype`` are replaced."""
+    variables: Any
+    images: np.ndarray
+    """Normalised (b, h, w, 3)."""
+    labels: np.ndarray
+    """(b, h, w), 255 is ignored."""
+    dtype: str = "float32"
+    """A key of ``THRESHOLDS``."""
+    steps: int = 20
+    """Of SGD."""
+    optim: OptimConfig | None = None
+    """Of both sides."""
+    threshold: float | None = None
+    """By default that of the dtype."""
+
+    def limit(self, dtype: str) -> float:
+        """Return the error over which a layer is named in a comparison in ``dtype``."""
+        return THRESHOLDS[dtype] if self.threshold is None else self.threshold
 
 
 def _in_dtype(model: FCN, variables: Any, dtype: str) -> tuple[FCN, Any]:
@@ -82,77 +107,55 @@ def cancelled_biases(model: FCN) -> list[str]:
     return [f"vgg.{name}.bias" for name in shapes["params"]["vgg"] if name.startswith("conv")]
 
 
-def against_torch(
-    model: FCN,
-    variables: Any,
-    images: np.ndarray,
-    labels: np.ndarray,
-    *,
-    dtype: str = "float32",
-    steps: int = 20,
-    devices: int = 1,
-    optim: OptimConfig | None = None,
-    threshold: float | None = None,
-) -> Report:
+def against_torch(case: Case, devices: int = 1) -> Report:
     """Compare a network with its PyTorch twin. Below float64 both are also compared with the twin in float64.
 
     Args:
-        model: a network of the catalogue; ``dtype`` and ``param_dtype`` are replaced.
-        variables: its weights.
-        images: normalised (b, h, w, 3).
-        labels: (b, h, w), 255 is ignored.
-        dtype: a key of ``THRESHOLDS``; torch computes in bfloat16 by autocast.
-        steps: of SGD.
+        case: what to compare; torch computes in bfloat16 by autocast.
         devices: over how many the JAX side spreads the batch (pmap); torch has the whole of it.
-        optim: of both sides.
-        threshold: by default that of the dtype.
 
     Raises:
         InputError: torch is not installed, or a side cannot serve the input.
     """
-    model, variables = _in_dtype(without_dropout(model), variables, dtype)
+    dtype, optim = case.dtype, case.optim
+    model, variables = _in_dtype(without_dropout(case.model), case.variables, dtype)
     twin = make_twin(model)
     import torch
 
     from fcn_jax.numerics.torch_side import make_torch_side
 
-    arrays = weights.to_torch(model, variables)
-    twin.load_state_dict({name: torch.from_numpy(np.array(value)) for name, value in arrays.items()})
+    twin.load_state_dict(
+        {name: torch.from_numpy(np.array(value)) for name, value in weights.to_torch(model, variables).items()}
+    )
     name = f"jax, {devices} devices" if devices > 1 else "jax"
     mode = "pmap" if devices > 1 else "jit"
-    lower = dtype != "float64"
+    reference = noise = None
+    if dtype != "float64":
+        reference = make_torch_side(twin, optim, name="torch float64", dtype="float64")
+        noise = make_torch_side(twin, optim, name="torch channels_last", dtype=dtype, channels_last=True)
     return compare(
         make_jax_side(model, variables, optim, name=name, mode=mode, devices=devices),
         make_torch_side(twin, optim, dtype=dtype),
-        images,
-        labels,
-        steps=steps,
-        threshold=THRESHOLDS[dtype] if threshold is None else threshold,
-        reference=make_torch_side(twin, optim, name="torch float64", dtype="float64") if lower else None,
-        noise=make_torch_side(twin, optim, name="torch channels_last", dtype=dtype, channels_last=True)
-        if lower
-        else None,
+        case.images,
+        case.labels,
+        steps=case.steps,
+        threshold=case.limit(dtype),
+        reference=reference,
+        noise=noise,
         cancelled=cancelled_biases(model),
     )
 
 
-def against_jax(
-    model: FCN,
-    variables: Any,
-    images: np.ndarray,
-    labels: np.ndarray,
-    *,
-    dtype: str = "float32",
-    steps: int = 20,
-    devices: int = 2,
-    optim: OptimConfig | None = None,
-    threshold: float | None = None,
-) -> Iterator[Report]:
-    """Compare a network with itself, computed in other ways; see ``against_torch`` for the arguments.
+def against_jax(case: Case, devices: int = 2) -> Iterator[Report]:
+    """Compare a network with itself, computed in other ways.
 
     The ways: pmap and mesh on ``devices`` against plain jit on one; float32 against float64; the precisions
     "default" and "high" against "highest"; polyphase upsampling against the dilated convolution; rematerialised
     stages against kept ones.
+
+    Args:
+        case: what to compare.
+        devices: over how many pmap and mesh spread the batch.
 
     Yields:
         One report for each pair.
@@ -160,18 +163,23 @@ def against_jax(
     Raises:
         InputError: the batch does not split over the devices, or float64 is turned off in JAX.
     """
-    if len(images) % devices:
-        raise InputError(f"expected a batch that splits over {devices} devices, got {len(images)} images")
-    model = without_dropout(model)
-    limit = THRESHOLDS[dtype] if threshold is None else threshold
+    if len(case.images) % devices:
+        raise InputError(f"expected a batch that splits over {devices} devices, got {len(case.images)} images")
+    model = without_dropout(case.model)
 
-    def side(name: str, network: FCN = model, dtype: str = dtype, **options: Any) -> Side:
-        return make_jax_side(*_in_dtype(network, variables, dtype), optim, name=name, **options)
+    def side(name: str, network: FCN = model, dtype: str = case.dtype, **options: Any) -> Side:
+        return make_jax_side(*_in_dtype(network, case.variables, dtype), case.optim, name=name, **options)
 
-    def pair(ours: Side, theirs: Side, limit: float = limit) -> Report:
-        cancelled = cancelled_biases(model)
+    def pair(ours: Side, theirs: Side, dtype: str = case.dtype) -> Report:
         return compare(
-            ours, theirs, images, labels, steps=steps, modes=("train",), threshold=limit, cancelled=cancelled
+            ours,
+            theirs,
+            case.images,
+            case.labels,
+            steps=case.steps,
+            modes=("train",),
+            threshold=case.limit(dtype),
+            cancelled=cancelled_biases(model),
         )
 
     # Shared by many pairs, so that it is compiled once.
@@ -180,13 +188,17 @@ def against_jax(
     def renamed(name: str) -> Side:
         return dataclasses.replace(plain, name=name)
 
+    def at(precision: str) -> Side:
+        given = precision == model.precision
+        return renamed(precision) if given else side(precision, model.clone(precision=precision))
+
     for mode in ("pmap", "mesh"):
         yield pair(side(f"{mode} x {devices}", mode=mode, devices=devices), plain)
-    single, double = (renamed(d) if d == dtype else side(d, dtype=d) for d in ("float32", "float64"))
-    yield pair(single, double, THRESHOLDS["float32"] if threshold is None else threshold)
-    highest = side("highest", model.clone(precision="highest"))
+    single, double = (renamed(d) if d == case.dtype else side(d, dtype=d) for d in ("float32", "float64"))
+    yield pair(single, double, "float32")
+    highest = at("highest")
     for precision in ("default", "high"):
-        yield pair(side(precision, model.clone(precision=precision)), highest)
+        yield pair(at(precision), highest)
     if not isinstance(model, ResizeFCN):
         yield pair(renamed("polyphase"), side("dilated", interceptor=dilated_upsampling))
     other = side("kept" if model.remat else "remat", model.clone(remat=not model.remat))

@@ -173,7 +173,9 @@ class _Run:
             return intercepted
 
         if self.mode == "jit":
-            return jax.jit(make_step(None), donate_argnums=(0,)), optimizer, (lambda state: state, dict)
+            # The step does not read the gradient of the one before; kept as an argument, its memory takes the new one.
+            step = jax.jit(make_step(None), donate_argnums=(0,), keep_unused=True)
+            return step, optimizer, (lambda state: state, dict)
         parallel = make_parallel(self.mode, make_step, self.devices)
         return parallel.step, optimizer, (parallel.place_state, parallel.place_batch)
 
@@ -182,7 +184,7 @@ class _Run:
         step, optimizer, (place_state, place_batch) = self._step()
         batch = place_batch({"image": np.asarray(images, self.model.param_dtype), "label": np.int32(labels)})
         # The step consumes its state, the caller's weights stay.
-        state = place_state(jax.tree.map(jnp.copy, new_state(self.variables, optimizer, seed=0)))
+        state = place_state(new_state(jax.tree.map(jnp.copy, self.variables), optimizer, seed=0))
         while True:
             state, sums = step(state, batch)
             yield state, sums

@@ -47,11 +47,11 @@ def square_sums(ours: np.ndarray, theirs: np.ndarray) -> tuple[float, float]:
     return difference, size
 
 
-def _blocks(ours: np.ndarray, theirs: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Cut two arrays into parts that fit the cache: fc6 at full width has 10^8 elements."""
-    x, y = np.asarray(ours).reshape(-1), np.asarray(theirs).reshape(-1)
-    for start in range(0, x.size, _BLOCK):
-        yield x[start : start + _BLOCK], y[start : start + _BLOCK]
+def _blocks(*arrays: np.ndarray) -> Iterator[tuple[np.ndarray, ...]]:
+    """Cut arrays of one size into parts that fit the cache: fc6 at full width has 10^8 elements."""
+    flat = [np.asarray(array).reshape(-1) for array in arrays]
+    for start in range(0, flat[0].size, _BLOCK):
+        yield tuple(array[start : start + _BLOCK] for array in flat)
 
 
 def error_norm(ours: np.ndarray, theirs: np.ndarray, scale: float | None = None) -> float:
@@ -117,10 +117,10 @@ def measure(ours: np.ndarray, theirs: np.ndarray, scale: float | None = None) ->
     coarser = ours.dtype if jnp.finfo(ours.dtype).eps >= jnp.finfo(theirs.dtype).eps else theirs.dtype
     if not ours.size:
         return Difference(ours.shape, error, 0.0, 0.0, 0)
-    steps, gap = [], []
+    counts, gap = np.empty(ours.size, np.uint64), []
     with np.errstate(invalid="ignore", over="ignore"):
-        for x, y in _blocks(ours, theirs):
-            steps.append(ulp_distance(x.astype(coarser), y.astype(coarser)))
+        for steps, x, y in _blocks(counts, ours, theirs):
+            steps[:] = ulp_distance(x.astype(coarser), y.astype(coarser))
             gap.append(np.max(np.abs(x.astype(np.float64) - y.astype(np.float64))))
-    counts = np.concatenate(steps)
-    return Difference(ours.shape, error, float(np.max(gap)), float(np.median(counts)), int(counts.max()))
+    largest = int(counts.max())
+    return Difference(ours.shape, error, float(np.max(gap)), float(np.median(counts, overwrite_input=True)), largest)

@@ -139,10 +139,10 @@ class _Run:
         module = self._copy(True)
         loss = self._backward(module, images, labels)
         gradients = {
-            self._leaf(own): _numpy(torch.zeros_like(p) if p.grad is None else p.grad)
+            self._leaf(own): (torch.zeros_like(p) if p.grad is None else p.grad).detach().numpy()
             for own, p in module.named_parameters()
         }
-        statistics = {self._leaf(own): _numpy(b) for own, b in module.named_buffers() if "running_" in own}
+        statistics = {self._leaf(own): b.numpy() for own, b in module.named_buffers() if "running_" in own}
         return Gradient(loss, gradients, statistics)
 
     def train(self, images: np.ndarray, labels: np.ndarray, steps: int) -> Iterator[TrainedStep]:
@@ -156,9 +156,9 @@ class _Run:
             nesterov=optim.nesterov,
         )
         for _ in range(steps):
-            sgd.zero_grad()
             loss = self._backward(module, images, labels)
             sgd.step()
+            sgd.zero_grad()  # frees the gradients, which nobody reads while the other side steps
             yield TrainedStep(
                 float(loss), {self._leaf(own): p.detach().numpy() for own, p in module.named_parameters()}
             )
