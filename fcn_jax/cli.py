@@ -19,6 +19,7 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
+from fcn_jax.cli_bench import bench
 from fcn_jax.cli_parity import ParityArguments, parity
 from fcn_jax.cli_port import ExportArguments, PortArguments, export, port
 from fcn_jax.config import Config
@@ -261,6 +262,11 @@ def run_parity(arguments: Arguments) -> int:
     return parity(_parse(lambda args: tyro.cli(ParityArguments, prog="fcn-jax parity", args=args), arguments))
 
 
+def run_bench(arguments: Arguments) -> int:
+    """Measure speed side by side with PyTorch, after checking that both compute the same."""
+    return bench(arguments)
+
+
 COMMANDS: dict[str, Callable[[Arguments], int]] = {
     "train": run_train,
     "eval": run_eval,
@@ -269,6 +275,7 @@ COMMANDS: dict[str, Callable[[Arguments], int]] = {
     "port": run_port,
     "export": run_export,
     "parity": run_parity,
+    "bench": run_bench,
 }
 
 

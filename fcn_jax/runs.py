@@ -9,7 +9,7 @@ import platform
 import subprocess
 import time
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,15 @@ from typing import Any
 from fcn_jax.config import Config
 from fcn_jax.errors import InputError
 
-__all__ = ["DatasetInfo", "RunFolder", "config_from_json", "environment", "seconds_since_start"]
+__all__ = [
+    "DatasetInfo",
+    "RunFolder",
+    "commit",
+    "config_from_json",
+    "environment",
+    "seconds_since_start",
+    "versions",
+]
 
 # Where and how fast, not what: these may change between stop and resume.
 _FREE_FIELDS = frozenset(
@@ -48,19 +56,37 @@ class DatasetInfo:
     palette: tuple[tuple[int, int, int], ...]
 
 
-def environment() -> dict[str, Any]:
-    """Return versions of what computes, and the project's commit where it is known."""
-    versions = {
-        name: metadata.version(name) for name in ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
-    }
+def versions(names: Iterable[str]) -> dict[str, str | None]:
+    """Return the versions of installed packages; None for one that is not there."""
+
+    def version(name: str) -> str | None:
+        try:
+            return metadata.version(name)
+        except metadata.PackageNotFoundError:
+            return None
+
+    return {name: version(name) for name in names}
+
+
+def commit() -> str | None:
+    """Return the project's commit where it is known."""
     try:
-        here = Path(__file__).resolve().parent
-        commit = subprocess.run(
-            ["git", "describe", "--always", "--dirty"], cwd=here, capture_output=True, text=True, timeout=10, check=True
+        return subprocess.run(
+            ["git", "describe", "--always", "--dirty"],
+            cwd=Path(__file__).resolve().parent,
+            capture_output=True,
+            text=True,
+            timeout=10,
+            check=True,
         ).stdout.strip()
     except (OSError, subprocess.SubprocessError):
-        commit = None
-    return {"python": platform.python_version(), **versions, "commit": commit}
+        return None
+
+
+def environment() -> dict[str, Any]:
+    """Return versions of what computes, and the project's commit where it is known."""
+    names = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+    return {"python": platform.python_version(), **versions(names), "commit": commit()}
 
 
 def seconds_since_start() -> float:

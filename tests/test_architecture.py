@@ -11,8 +11,10 @@ PACKAGE = Path(__file__).parents[1] / "fcn_jax"
 # A room imports only rooms above it.
 ORDER = [
     "errors", "config", "recipes", "runs", "preprocessing", "models", "metrics", "weights", "data", "evaluation",
-    "training", "numerics", "cli_port", "cli_parity", "cli",
+    "training", "numerics", "benchmarks", "cli_port", "cli_parity", "cli_bench", "cli",
 ]  # fmt: skip
+
+BARE_IMAGE_LACKS = "grain tensorflow_datasets orbax tyro tensorflow tensorboardX safetensors scipy cv2 PIL matplotlib"
 
 
 def _room(module):
@@ -53,9 +55,19 @@ def test_rooms_import_only_rooms_above_them():
             "grain tensorflow_datasets orbax tyro torch tensorflow",
         ),
         ("fcn_jax.numerics, fcn_jax.cli", "torch tensorflow"),
+        ("fcn_jax.benchmarks, fcn_jax.cli_bench", BARE_IMAGE_LACKS + " torch"),
     ],
 )
 def test_importing_does_not_pull_in(modules, absent):
     code = f"import sys, {modules}; print([name for name in {absent.split()} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_the_benchmark_runs_where_only_jax_flax_optax_numpy_rich_and_torch_are():
+    blocked = f"import sys; sys.modules.update(dict.fromkeys({BARE_IMAGE_LACKS.split()}))"
+    code = f"{blocked}; from fcn_jax.cli_bench import main; sys.exit(main(sys.argv[1:]))"
+    arguments = ["--smoke", "--device", "cpu", "--only", "pool-4x4*", "inference-fcn8s"]
+    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "inference-fcn8s" in done.stdout
