@@ -15,6 +15,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from fcn_jax.models.conv_cpu import conv2d
+
 __all__ = ["BatchNorm", "Compute", "Dropout", "conv", "max_pool", "scaled"]
 
 
@@ -67,6 +69,7 @@ def conv(
         dtype=compute.dtype,
         param_dtype=compute.param_dtype,
         precision=compute.precision,
+        conv_general_dilated=conv2d,
         name=name,
     )
 
