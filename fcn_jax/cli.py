@@ -58,9 +58,6 @@ class EvalArguments:
     """Folder of the data set, where it is not where it was in training."""
     batch_size: int | None = None
     """Images at once; by default as in training, which gives the same numbers to the last digit."""
-    multiple: int | None = None
-    """Pad images to multiples of so many pixels, see --data.eval-multiple of train.py; 1 scores every size as it is. By
-    default as in training."""
 
 
 @dataclass(frozen=True)
@@ -138,11 +135,8 @@ def run_eval(arguments: Arguments) -> int:
     given: EvalArguments = _parse(lambda args: tyro.cli(EvalArguments, prog="eval.py", args=args), arguments)
     if given.batch_size is not None and given.batch_size < 1:
         raise InputError(f"expected --batch-size >= 1, got {given.batch_size}; leave it out for training's")
-    if given.multiple is not None and given.multiple < 1:
-        raise InputError(f"expected --multiple >= 1, got {given.multiple}; 1 scores every size as it is")
     trained = open_trained(given.run, given.checkpoint)
     data = trained.config.data if given.dir is None else replace(trained.config.data, dir=given.dir)
-    data = data if given.multiple is None else replace(data, eval_multiple=given.multiple)
     name = given.split or data.val
     split = load(name, data)
     if split.class_names != trained.dataset.class_names:

@@ -70,9 +70,9 @@ class DataConfig:
     """Training images are first resized so that their shorter side has this many pixels; None: they keep their size."""
     scale: tuple[float, float] = (1.0, 1.0)
     """Range of the random scale in training, times the base size or the image's own."""
-    eval_multiple: int = 1
-    """Images of many sizes are padded, bottom and right, to multiples of this in evaluation, so that few sizes are
-    compiled. What lies near those edges can change a little; 1 keeps every size and is exact."""
+    eval_multiple: int = 64
+    """Where a set has images of many sizes, evaluation lays them into arrays whose sides are multiples of this, itself
+    a multiple of 32, so that few are compiled; the logits stay each image's own. 1: every size is compiled."""
     flip: bool = True
     """Mirror left-right with probability 1/2 in training."""
     jitter: float = 0.0

@@ -30,11 +30,7 @@ class Recipe:
         return f"python train.py {self.name} {self.needs}".rstrip()
 
 
-# VOC has hundreds of image sizes; `eval.py --multiple 1` scores each as it is.
-_VOC_MULTIPLE = 64
-_PAPER_DATA = DataConfig(
-    train="sbd/train", val="voc/seg11valid", preprocessing="caffe", flip=False, eval_multiple=_VOC_MULTIPLE
-)
+_PAPER_DATA = DataConfig(train="sbd/train", val="voc/seg11valid", preprocessing="caffe", flip=False)
 # solver.prototxt and net.py of voc-fcn32s: the loss is summed over one image's pixels, deconvolutions stay bilinear.
 _PAPER_OPTIM = OptimConfig(
     lr=1e-10, momentum=0.99, weight_decay=5e-4, bias_lr=2.0, bias_decay=False, freeze_upsampling=True
@@ -135,7 +131,6 @@ _RECIPES = (
                 base_size=520,
                 scale=(0.5, 2.0),
                 workers=2,
-                eval_multiple=_VOC_MULTIPLE,
             ),
             optim=OptimConfig(lr=1e-4, weight_decay=1e-4, head_lr=10.0, schedule="poly", poly_power=0.9),
             train=TrainConfig(batch_size=4, epochs=60, eval_batch_size=1),

@@ -36,6 +36,7 @@ def _split(count=10, size=(4, 6), sizes=None, labels=None):
 
 
 CONFIG = DataConfig()
+EXACT = DataConfig(eval_multiple=1)
 RANDOM = DataConfig(scale=(0.5, 2.0), crop_size=(5, 5), jitter=0.4)
 
 
@@ -189,7 +190,7 @@ def test_evaluation_yields_each_example_once_in_order_and_fills_the_last_batch()
 
 def test_evaluation_groups_images_of_one_size():
     sizes = [(4, 6), (6, 4), (4, 6), (6, 4), (5, 5)]
-    batches = list(make_eval_batches(_split(sizes=sizes), CONFIG, 2))
+    batches = list(make_eval_batches(_split(sizes=sizes), EXACT, 2))
     assert [b["name"] for b in batches] == [("0", "2"), ("1", "3"), ("4", "4")]
     assert [b["label"].shape for b in batches] == [(2, 4, 6), (2, 6, 4), (2, 5, 5)]
     assert [b["valid"].tolist() for b in batches] == [[True, True], [True, True], [True, False]]
@@ -205,7 +206,7 @@ def test_evaluation_holds_back_a_bounded_number_of_images():
             return super().__getitem__(index)
 
     split = dataclasses.replace(_split(sizes=sizes), source=Watched(sizes))
-    next(batches := make_eval_batches(split, CONFIG, 2))
+    next(batches := make_eval_batches(split, EXACT, 2))
     assert len(taken) < 9 + 4 + 4 + 2  # nine waiting, what is read ahead, and what the two threads hold
     assert sorted(int(b["name"][0]) for b in batches) == list(range(1, 30))
 
@@ -226,7 +227,7 @@ def test_class_frequencies_are_counted_by_hand():
 
 def test_padding_to_a_multiple_leaves_few_sizes_and_every_pixel_counted():
     sizes = [(20, 33), (31, 48), (16, 40), (32, 34)]
-    exact = list(make_eval_batches(_split(sizes=sizes), CONFIG, 2))
+    exact = list(make_eval_batches(_split(sizes=sizes), EXACT, 2))
     padded = list(make_eval_batches(_split(sizes=sizes), dataclasses.replace(CONFIG, eval_multiple=16), 2))
     assert {batch["label"].shape[1:] for batch in padded} == {(32, 48), (16, 48)}
     assert len({batch["label"].shape[1:] for batch in exact}) == 4
@@ -241,6 +242,8 @@ def test_padding_to_a_multiple_leaves_few_sizes_and_every_pixel_counted():
             if valid
         }
 
+    extents = {name: tuple(size) for batch in padded for name, size in zip(batch["name"], batch["extent"], strict=True)}
+    assert [extents[str(i)] for i in range(4)] == sizes and not any("extent" in batch for batch in exact)
     kept, wide = rows(exact), rows(padded)
     assert kept.keys() == wide.keys()
     for name, (image, label) in kept.items():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from functools import partial
-from typing import Any, TypedDict
+from typing import Any, NotRequired, TypedDict
 
 import grain
 import numpy as np
@@ -40,6 +40,8 @@ class EvalBatch(TypedDict):
     label: np.ndarray
     name: tuple[str, ...]
     valid: np.ndarray
+    extent: NotRequired[np.ndarray]
+    """int32 (b, 2), height and width of each image, where it is padded at the bottom and right."""
 
 
 def _augmented(record: Any, rng: np.random.Generator, config: DataConfig) -> dict[str, np.ndarray]:
@@ -166,11 +168,12 @@ def make_train_iterator(
     return TrainIterator(parts[process_index::process_count], identity, config.workers, start_step)
 
 
-def _prepared(record: Any, config: DataConfig) -> dict[str, Any]:
+def _prepared(record: Any, config: DataConfig, many_sizes: bool) -> dict[str, Any]:
     example = decode(record)
     if config.input_size is not None:
         example["image"] = resize_image(example["image"], config.input_size)
-    elif config.eval_multiple > 1:
+    elif many_sizes and config.eval_multiple > 1:
+        example["extent"] = np.array(example["label"].shape, np.int32)
         height, width = (-(-n // config.eval_multiple) * config.eval_multiple for n in example["label"].shape)
         example = pad(example, (height, width), MEAN_COLOURS[config.preprocessing])
     return example
@@ -179,12 +182,15 @@ def _prepared(record: Any, config: DataConfig) -> dict[str, Any]:
 def _fill(examples: list[dict[str, Any]], batch_size: int) -> EvalBatch:
     short = batch_size - len(examples)
     rows = [*examples, *[{**examples[-1], "label": np.full_like(examples[-1]["label"], IGNORE)}] * short]
-    return {
+    batch: EvalBatch = {
         "image": np.stack([row["image"] for row in rows]),
         "label": np.stack([row["label"] for row in rows]),
         "name": tuple(row["name"] for row in rows),
         "valid": np.arange(batch_size) < len(examples),
     }
+    if "extent" in rows[0]:
+        batch["extent"] = np.stack([row["extent"] for row in rows])
+    return batch
 
 
 def make_eval_batches(split: Split, config: DataConfig, batch_size: int) -> Iterator[EvalBatch]:
@@ -200,7 +206,9 @@ def make_eval_batches(split: Split, config: DataConfig, batch_size: int) -> Iter
         batch_size: rows in each batch.
     """
     waiting: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
-    dataset = grain.MapDataset.source(split.source).map(partial(_prepared, config=config))
+    dataset = grain.MapDataset.source(split.source).map(
+        partial(_prepared, config=config, many_sizes=split.image_size is None)
+    )
     for example in _iterate(dataset, 2 * batch_size):
         size = (*example["image"].shape, *example["label"].shape)
         waiting.setdefault(size, []).append(example)

@@ -12,13 +12,16 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from fcn_jax import metrics
+from fcn_jax.evaluation.padding import padded_logits
 from fcn_jax.models.fcn import FCN
 from fcn_jax.preprocessing import normalize
 
 __all__ = ["Evaluation", "Predictor", "Sample", "evaluate", "make_predictor", "spread"]
 
-Predictor = Callable[[Mapping[str, Any], np.ndarray, tuple[int, int]], np.ndarray]
-"""(variables, RGB images uint8 (b, h, w, 3), label size (H, W)) -> classes uint8 (b, H, W)."""
+Predictor = Callable[..., np.ndarray]
+"""(variables, RGB images uint8 (b, h, w, 3), label size (H, W), extents) -> classes uint8 (b, H, W).
+
+``extents``, by default None, are height and width (b, 2) of each image where it is padded at the bottom and right."""
 
 
 @dataclass(frozen=True)
@@ -62,21 +65,33 @@ def make_predictor(model: FCN, preprocessing: str, mesh: Mesh | None = None) -> 
         mesh: devices to spread a batch over, where its size is a multiple of theirs; by default one.
     """
 
-    def forward(variables: Mapping[str, Any], images: jax.Array, size: tuple[int, int]) -> jax.Array:
-        logits: Any = model.apply(variables, normalize(images, preprocessing, model.param_dtype), train=False)
+    def forward(
+        variables: Mapping[str, Any], images: jax.Array, size: tuple[int, int], extents: jax.Array | None
+    ) -> jax.Array:
+        images = normalize(images, preprocessing, model.param_dtype)
+        logits: Any
+        if extents is None:
+            logits = model.apply(variables, images, train=False)
+        else:
+            logits = padded_logits(model, variables, images, extents)
         if logits.shape[1:3] != size:
             logits = jax.image.resize(logits, (logits.shape[0], *size, logits.shape[3]), "bilinear")
         return jnp.argmax(logits, axis=-1).astype(jnp.uint8)
 
     compiled = jax.jit(forward, static_argnums=2)
 
-    def predict(variables: Mapping[str, Any], images: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-        placed: Any = images
+    def predict(
+        variables: Mapping[str, Any],
+        images: np.ndarray,
+        size: tuple[int, int],
+        extents: np.ndarray | None = None,
+    ) -> np.ndarray:
+        placed: Any = (images, extents)
         if mesh is not None:
             whole = len(images) % mesh.size == 0
-            placed = jax.device_put(images, NamedSharding(mesh, PartitionSpec("batch" if whole else None)))
+            placed = jax.device_put(placed, NamedSharding(mesh, PartitionSpec("batch" if whole else None)))
             variables = jax.device_put(variables, NamedSharding(mesh, PartitionSpec()))
-        return np.asarray(compiled(variables, placed, size))
+        return np.asarray(compiled(variables, placed[0], size, placed[1]))
 
     return predict
 
@@ -93,7 +108,7 @@ def evaluate(
     Args:
         predict: from ``make_predictor``.
         variables: the model's.
-        batches: ``{"image", "label", "name", "valid"}``, see ``data.pipeline.make_eval_batches``.
+        batches: ``{"image", "label", "name", "valid"[, "extent"]}``, see ``data.pipeline.make_eval_batches``.
         num_classes: number of classes.
         samples_at: positions, in the order of the batches, of the images to keep for a picture.
     """
@@ -102,11 +117,13 @@ def evaluate(
     images = 0
     for batch in batches:
         labels = batch["label"]
-        predictions = predict(variables, batch["image"], labels.shape[1:3])
+        predictions = predict(variables, batch["image"], labels.shape[1:3], batch.get("extent"))
         valid = np.asarray(batch["valid"])
         confusion += metrics.confusion_matrix(labels[valid], predictions[valid], num_classes)
         for row in np.flatnonzero(valid):
             if images in samples_at:
-                samples.append(Sample(batch["name"][row], batch["image"][row], labels[row], predictions[row]))
+                h, w = labels.shape[1:3] if "extent" not in batch else batch["extent"][row]
+                image = batch["image"][row] if "extent" not in batch else batch["image"][row, :h, :w]
+                samples.append(Sample(batch["name"][row], image, labels[row, :h, :w], predictions[row, :h, :w]))
             images += 1
     return Evaluation(confusion, tuple(samples), images)

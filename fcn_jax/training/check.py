@@ -8,6 +8,7 @@ from typing import Any
 
 from fcn_jax.config import Config
 from fcn_jax.errors import InputError
+from fcn_jax.evaluation.padding import MULTIPLE
 
 __all__ = ["check_config"]
 
@@ -16,7 +17,6 @@ _AT_LEAST: dict[str, float] = {
     "devices": 1,
     "data.base_size": 1,
     "data.crop_size": 1,
-    "data.eval_multiple": 1,
     "data.input_size": 1,
     "data.jitter": 0,
     "data.shapes_count": 1,
@@ -45,6 +45,9 @@ def check_config(config: Config) -> None:
         _check(config, name, lambda number, least=least: number >= least, f">= {least:g}")
     for name in _ABOVE_ZERO:
         _check(config, name, lambda number: number > 0, "> 0")
+    multiple = config.data.eval_multiple
+    if multiple != 1 and (multiple < 1 or multiple % MULTIPLE):
+        raise InputError(f"expected --data.eval-multiple 1 or a multiple of {MULTIPLE}, got {multiple}")
     weights = config.loss.class_weights
     if not isinstance(weights, str) and not (all(0 <= w < math.inf for w in weights) and sum(weights) > 0):
         raise InputError(f"expected --loss.class-weights >= 0 and not all zero, got {weights}; or give 'median'")
