@@ -12,7 +12,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -23,12 +23,14 @@ from fcn_jax.benchmarks.collectives import step_collectives
 from fcn_jax.benchmarks.machine import cores_allowed, describe, load
 from fcn_jax.benchmarks.networks import network_rows
 from fcn_jax.benchmarks.operators import matmul_row, operator_rows
-from fcn_jax.benchmarks.report import collectives_table, matmul_rate, save_json, tables
+from fcn_jax.benchmarks.pipeline import pipeline_rates
+from fcn_jax.benchmarks.report import collectives_table, matmul_rate, pipeline_table, save_json, tables
 from fcn_jax.benchmarks.rows import Row
 from fcn_jax.benchmarks.run import Result, release, run_row
 from fcn_jax.benchmarks.settings import NETWORKS, NUM_CLASSES, Settings, make_settings
-from fcn_jax.errors import InputError
+from fcn_jax.errors import InputError, unknown
 from fcn_jax.models import create_model
+from fcn_jax.recipes import RECIPES
 
 __all__ = ["bench", "main"]
 
@@ -55,6 +57,8 @@ def _parser() -> _Parser:
     parser.add_argument("--image-size", type=int, metavar="N", help="height and width of the networks' images")
     parser.add_argument("--batch-size", type=int, metavar="N")
     parser.add_argument("--collectives", action="store_true", help="count what devices exchange in a training step")
+    parser.add_argument("--pipeline", metavar="RECIPE", help="how many images a second a recipe's input pipeline gives")
+    parser.add_argument("--data-dir", metavar="DIR", help="folder of the recipe's data set, with --pipeline")
     parser.add_argument("--out", type=Path, metavar="FILE_OR_DIR", help="FILE.json, or a folder for bench.json")
     return parser
 
@@ -76,6 +80,8 @@ def bench(arguments: Sequence[str]) -> int:
     out = None if given.out is None else given.out if given.out.suffix == ".json" else given.out / "bench.json"
     record: dict[str, Any] = {"command": ["fcn-jax", "bench", *arguments], "settings": asdict(settings)}
     record["date"] = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    if given.pipeline is not None:
+        return _pipeline(given.pipeline, given.data_dir, settings, record, out, console)
     run = _collectives if given.collectives else _rows
     return run(settings, given.only, record, out, console)
 
@@ -187,6 +193,21 @@ def _collectives(
     if out is not None:
         steps = [{"network": name, **step.to_json()} for name, step in found]
         save_json(out, {**record, **describe(against_torch=False), "collectives": steps})
+        console.print(f"numbers in {out}", highlight=False)
+    return 0
+
+
+def _pipeline(
+    recipe: str, data_dir: str | None, settings: Settings, record: dict[str, Any], out: Path | None, console: Console
+) -> int:
+    if recipe not in RECIPES:
+        raise unknown("recipe", recipe, RECIPES)
+    config = RECIPES[recipe].config
+    config = replace(config, data=replace(config.data, dir=data_dir))
+    rates = list(pipeline_rates(config, seconds=0.2 if settings.smoke else 10.0))
+    console.print(pipeline_table(recipe, rates))
+    if out is not None:
+        save_json(out, {**record, **describe(against_torch=False), "pipeline": [rate.to_json() for rate in rates]})
         console.print(f"numbers in {out}", highlight=False)
     return 0
 

@@ -264,3 +264,19 @@ def test_a_step_reduces_the_gradient_once_and_nothing_else_of_size(mode, norm):
     channels = sum(x.size for x in jax.tree.leaves(variables.get("batch_stats", {}))) // 2
     assert [each.kind for each in found.found] == ["all-reduce"]
     assert found.bytes == 4 * (parameters + 2 + 4 * channels)
+
+
+# --- the input pipeline
+
+
+def test_the_input_pipelines_speed_is_measured_by_workers(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("HOME", str(tmp_path))  # where the prepared copy goes
+    assert cli_bench.main(["--smoke", "--pipeline", "shapes", "--out", str(tmp_path)]) == 0
+    rates = json.loads((tmp_path / "bench.json").read_text())["pipeline"]
+    assert [rate["workers"] for rate in rates] == [0, 2]
+    assert all(rate["images_per_s"] > 0 for rate in rates)
+    assert rates[0]["images_per_core_s"] > 0 and rates[1]["images_per_core_s"] is None
+    assert "images/s per core" in capsys.readouterr().out
+    assert cli_bench.main(["--pipeline", "nosuch"]) == 2
+    assert cli_bench.main(["--pipeline", "camvid"]) == 2  # its data are nowhere
+    assert all(line.startswith("error: ") for line in capsys.readouterr().err.splitlines())

@@ -12,10 +12,11 @@ from rich.table import Table
 
 from fcn_jax.benchmarks.collectives import StepCollectives
 from fcn_jax.benchmarks.operators import POOL_SUM
+from fcn_jax.benchmarks.pipeline import PipelineRate
 from fcn_jax.benchmarks.run import OURS, Result
 from fcn_jax.errors import InputError
 
-__all__ = ["collectives_table", "matmul_rate", "pool_sum", "save_json", "tables"]
+__all__ = ["collectives_table", "matmul_rate", "pipeline_table", "pool_sum", "save_json", "tables"]
 
 
 def matmul_rate(results: Sequence[Result]) -> float | None:
@@ -121,6 +122,14 @@ def collectives_table(found: Sequence[tuple[str, StepCollectives]]) -> Table:
         rest = f"{step.bytes - step.gradient_bytes:,}" if step.found else ""
         cells = (str(step.devices), operations, f"{step.bytes:,}", f"{step.gradient_bytes:,}", rest)
         made.add_row(name, step.mode, *cells)
+    return made
+
+
+def pipeline_table(recipe: str, rates: Sequence[PipelineRate]) -> Table:
+    """Make the table of an input pipeline's speed."""
+    made = _table(f"input pipeline of {recipe}", ("workers", "images/s", "images/s per core"), left=0)
+    for rate in rates:
+        made.add_row(str(rate.workers), _number(rate.images_per_s), _number(rate.images_per_core_s))
     return made
 
 
