@@ -17,6 +17,7 @@ from fcn_jax import weights
 from fcn_jax.config import OptimConfig
 from fcn_jax.errors import InputError
 from fcn_jax.models import create_model
+from fcn_jax.models.fcn import FCN
 from fcn_jax.numerics.compare import PARTS
 from fcn_jax.numerics.experiments import Case, against_jax, against_torch, random_batch, random_variables
 from fcn_jax.numerics.report import save_figure, save_json, summary_table, tables
@@ -44,12 +45,15 @@ class ParityArguments:
     image_size: tuple[int, int] = (64, 64)
     """Height and width in pixels."""
     batch_size: int = 2
-    num_classes: int = 21
-    weights: Path | None = None
-    """A .safetensors or .pth file of any known layout; what it lacks, and all without it, is drawn at random."""
-    encoder: Literal["vgg11", "vgg13", "vgg16", "vgg19"] = "vgg16"
+    num_classes: int | None = None
+    """By default 21."""
+    weights: str | None = None
+    """A .safetensors or .pth file of any known layout, or a pretrained encoder by name; what it lacks, and all without
+    it, is drawn at random. What it says of its network (encoder, width ...) is the default below."""
+    encoder: Literal["vgg11", "vgg13", "vgg16", "vgg19"] | None = None
+    """By default vgg16."""
     encoder_norm: Literal["batch"] | None = None
-    width: float = 1.0
+    width: float | None = None
     lr: float = 0.01
     momentum: float = 0.9
     weight_decay: float = 5e-4
@@ -69,6 +73,7 @@ def parity(given: ParityArguments) -> int:
         InputError: the options do not fit.
     """
     _check_parity(given)
+    _make_folder(given.out)
     devices = given.devices
     if devices is not None and devices > 1 and "device_count" not in os.environ.get("XLA_FLAGS", ""):
         with contextlib.suppress(RuntimeError):  # JAX runs already: it has the devices it has
@@ -78,18 +83,11 @@ def parity(given: ParityArguments) -> int:
     if devices is None:
         devices = 2 if given.against == "jax" and len(jax.devices()) > 1 and given.batch_size % 2 == 0 else 1
     pick_devices(devices)
-    model = create_model(
-        given.model,
-        given.num_classes,
-        encoder=given.encoder,
-        encoder_norm=given.encoder_norm,
-        width=given.width,
-        precision=given.precision,
-    )
+    model = _make_model(given)
     variables = random_variables(model, given.seed)
     if given.weights is not None:
         variables = weights.load(given.weights, model, variables)
-    images, labels = random_batch(given.image_size, given.num_classes, given.batch_size, given.seed)
+    images, labels = random_batch(given.image_size, model.num_classes, given.batch_size, given.seed)
     optim = OptimConfig(lr=given.lr, momentum=given.momentum, weight_decay=given.weight_decay)
     case = Case(model, variables, images, labels, given.dtype, given.steps, optim, given.max_error)
     console = Console()
@@ -109,8 +107,11 @@ def parity(given: ParityArguments) -> int:
         about |= {"versions": environment(), "devices": devices}
         if given.against == "torch":
             about["versions"]["torch"] = metadata.version("torch")
-        save_json(given.out / "parity.json", reports, about)
-        save_figure(given.out / "parity.png", reports)
+        try:
+            save_json(given.out / "parity.json", reports, about)
+            save_figure(given.out / "parity.png", reports)
+        except OSError as error:
+            raise _unwritable(given.out, error) from error
         print(f"numbers in {given.out / 'parity.json'}, picture in {given.out / 'parity.png'}")
     if given.max_error is None:
         return 0
@@ -121,11 +122,38 @@ def parity(given: ParityArguments) -> int:
         for name, error in report.errors(part).items()
         if not error <= given.max_error
     ]
+    if not any(report.errors(part) for report in reports for part in given.max_error_of):
+        raise InputError(f"nothing was compared of {', '.join(given.max_error_of)}; name other parts in --max-error-of")
     for line in passed[:10]:
         print(f"over {given.max_error:g}: {line}")
     if len(passed) > 10:
         print(f"and {len(passed) - 10} more")
     return 1 if passed else 0
+
+
+def _make_model(given: ParityArguments) -> FCN:
+    """Build the network: as the weights' file says it, where it does, and as the options say."""
+    options: dict[str, Any] = {}
+    num_classes = None
+    if given.weights is not None:
+        options, num_classes = weights.source_options(weights.inspect(given.weights), given.model)
+    chosen = {"encoder": given.encoder, "encoder_norm": given.encoder_norm, "width": given.width}
+    options |= {name: value for name, value in chosen.items() if value is not None}
+    classes = next(n for n in (given.num_classes, num_classes, 21) if n is not None)
+    return create_model(given.model, classes, precision=given.precision, **options)
+
+
+def _make_folder(folder: Path | None) -> None:
+    """Make what results go into before hours are spent on them."""
+    try:
+        if folder is not None:
+            folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise _unwritable(folder, error) from error
+
+
+def _unwritable(folder: Path | None, error: OSError) -> InputError:
+    return InputError(f"--out {folder}: {error.strerror}; name a folder that can be written to")
 
 
 def _check_parity(given: ParityArguments) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,6 +15,7 @@ from rich.table import Table
 from fcn_jax import weights
 from fcn_jax.errors import InputError, unknown
 from fcn_jax.models import create_model, init_variables
+from fcn_jax.models.fcn import FCN
 from fcn_jax.training.trained import open_trained
 
 __all__ = ["ExportArguments", "PortArguments", "export", "port"]
@@ -70,28 +71,33 @@ def port(given: PortArguments) -> None:
     """
     file = given.out if given.out.suffix else given.out / "weights.safetensors"
     weights.check_suffix(file)
+    if Path(given.source).exists() and file.resolve() == Path(given.source).resolve():
+        raise InputError(f"{given.out} is the source and would be overwritten; choose another --out")
     if given.layout not in weights.LAYOUTS:
         raise unknown("layout", given.layout, weights.LAYOUTS)
     info = weights.inspect(given.source)
     name = given.model or _only_model(given.source, info)
-    options, num_classes = _source_options(info, name)
+    options, num_classes = weights.source_options(info, name)
     if given.encoder is not None:
         options |= {"encoder": given.encoder, "encoder_norm": given.encoder_norm}
     elif given.encoder_norm is not None:
         options["encoder_norm"] = given.encoder_norm
     if given.width is not None:
         options["width"] = given.width
-    model = create_model(name, given.num_classes or num_classes or 21, **options)
+    if given.num_classes is not None:
+        num_classes = given.num_classes
+    model = create_model(name, 21 if num_classes is None else num_classes, **options)
     variables = init_variables(model, jax.random.key(given.seed))
     variables, report = weights.load_with_report(
         given.source, model, variables, given.allow_missing, given.allow_unexpected
     )
+    report = replace(report, preprocessing=given.preprocessing or info.preprocessing)
     _make_folder(file.parent)
-    weights.save(file, model, variables, given.preprocessing or info.preprocessing, given.layout)
+    weights.save(file, model, variables, report.preprocessing, given.layout)
     if file.parent == given.out:
         (given.out / "report.json").write_text(json.dumps(asdict(report), indent=2) + "\n")
     _print_report(given.source, info, report)
-    print(f"{name} in the names of {given.layout}: {file}")
+    _print_written(f"{name} in the names of {given.layout}: {file}", model, variables, given.layout)
 
 
 def export(given: ExportArguments) -> None:
@@ -105,7 +111,15 @@ def export(given: ExportArguments) -> None:
     _make_folder(given.out.parent)
     weights.save(given.out, trained.model, trained.variables, trained.config.data.preprocessing, given.layout)
     name = trained.config.model.name
-    print(f"{name} of {given.run}, step {trained.step}, in the names of {given.layout}: {given.out}")
+    what = f"{name} of {given.run}, step {trained.step}, in the names of {given.layout}: {given.out}"
+    _print_written(what, trained.model, trained.variables, given.layout)
+
+
+def _print_written(what: str, model: FCN, variables: dict[str, Any], layout: str) -> None:
+    print(what)
+    left_out = weights.nameless(model, variables, layout)
+    if left_out:
+        print(f"not written, since {layout} has no names for them: {', '.join(left_out)}")
 
 
 def _make_folder(folder: Path) -> None:
@@ -121,14 +135,6 @@ def _only_model(source: str, info: weights.Info) -> str:
     if len(info.fit.models) > 1:
         raise InputError(f"{source} may be of {' or '.join(info.fit.models)}; give --model")
     return info.fit.models[0]
-
-
-def _source_options(info: weights.Info, name: str) -> tuple[dict[str, Any], int | None]:
-    """Return the options of the source's network, as far as it says them, and its number of classes."""
-    if info.fit is not None:
-        return (dict(info.fit.options) if name in info.fit.models else {}), info.fit.num_classes
-    encoder, _, norm = (info.variant or "vgg16").partition("_")
-    return {"encoder": encoder, "encoder_norm": "batch" if norm else None}, None
 
 
 def _print_report(source: str, info: weights.Info, report: weights.Report) -> None:

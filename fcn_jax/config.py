@@ -168,7 +168,7 @@ class Config:
     have to fill all that their layout has. By default from scratch."""
     init_from: str | None = None
     """Start from another network of the family, say of a longer stride: a run's folder or a file. What has the same
-    name is carried over, and what is new is said. Goes before `init`."""
+    name is carried over, and what is new is said. In the place of `init`."""
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     loss: LossConfig = field(default_factory=LossConfig)

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import fcn_jax
-from fcn_jax import cli, numerics, weights
+from fcn_jax import cli, cli_parity, numerics, weights
 from fcn_jax.config import OptimConfig
 from fcn_jax.errors import InputError
 from fcn_jax.numerics import compare_arrays, error_norm, first_over, measure, ulp_distance
@@ -274,6 +274,23 @@ def test_mistakes_give_one_line_and_code_2(arguments, named, capsys):
     assert error.startswith("error: ") and len(error.splitlines()) == 1, error
     for word in named:
         assert word in error, error
+
+
+def test_a_file_that_says_its_network_needs_no_options(tmp_path, capsys):
+    options = {"encoder": "vgg11", "width": 0.03, "fc6_kernel": 3, "fc_features": 5}
+    model = fcn_jax.create_model("fcn32s", 4, **options)
+    weights.save(tmp_path / "w.safetensors", model, random_variables(model), None)
+    arguments = ["fcn32s", "--weights", tmp_path / "w.safetensors", "--steps", 0, "--image-size", 33, 32]
+    assert parity(*arguments, "--max-error", 1e-4, "--max-error-of", "layers") == 0
+    assert parity("fcn32s", *COMMAND, "--steps", 0, "--max-error", 1e-4, "--max-error-of", "statistics") == 2
+    assert "nothing was compared of statistics" in capsys.readouterr().err
+
+
+def test_a_folder_that_cannot_be_written_is_told_before_anything_is_computed(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(cli_parity, "against_torch", lambda *_: pytest.fail("it was computed"))
+    (tmp_path / "file").write_text("")
+    assert parity("fcn32s", *COMMAND, "--out", tmp_path / "file/out") == 2
+    assert "name a folder that can be written to" in capsys.readouterr().err
 
 
 # --- somebody else's model

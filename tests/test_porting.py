@@ -1,6 +1,7 @@
 """From torchvision's file to a training run and back: docs/porting.md as it stands, with a narrower network."""
 
 import hashlib
+import json
 import re
 import shlex
 import sys
@@ -17,6 +18,7 @@ import fcn_jax
 from fcn_jax import cli, weights
 from fcn_jax.config import Config, DataConfig
 from fcn_jax.errors import InputError
+from fcn_jax.numerics.experiments import random_variables
 from fcn_jax.training.start import start
 from fcn_jax.training.trained import open_trained
 
@@ -153,9 +155,9 @@ def test_the_caffe_weights_are_told_from_torchvisions(tmp_path):
 # --- starting a run
 
 
-def begin(name="fcn8s", init=None, init_from=None, preprocessing="imagenet", **options):
+def begin(name="fcn8s", init=None, init_from=None, preprocessing="imagenet", num_classes=6, **options):
     """Return a run's first variables and its notes, in one line."""
-    model = fcn_jax.create_model(name, 6, width=W, **options)
+    model = fcn_jax.create_model(name, num_classes, width=W, **options)
     data = DataConfig(preprocessing=preprocessing, crop_size=(32, 32))
     text = [None if given is None else str(given) for given in (init, init_from)]
     variables, notes = start(Config(init=text[0], init_from=text[1], data=data), model)
@@ -175,9 +177,17 @@ def test_an_8s_from_a_bare_encoder_is_warned_of_unless_scaled_or_staged(tmp_path
     model, variables, notes = begin("fcn32s", init=encoder)
     assert warning not in notes
     weights.save(coarse, model, variables, "imagenet")
-    _, staged, notes = begin(init=encoder, init_from=coarse)  # init_from goes first
+    # a whole file whose scores are all at their start is an encoder all the same
+    assert warning in begin(init_from=coarse)[2]
+    score = np.ones_like(variables["params"]["score_fr"]["kernel"])
+    variables["params"]["score_fr"]["kernel"] = score
+    weights.save(coarse, model, variables, "imagenet")
+    _, staged, notes = begin(init_from=coarse)
     assert warning not in notes and f"from {coarse}" in notes and "unused: upscore32" in notes
     jax.tree.map(np.testing.assert_array_equal, staged["params"]["vgg"], variables["params"]["vgg"])
+    assert warning in begin(init_from=coarse, num_classes=4)[2]  # other classes: its scores are new again
+    with pytest.raises(InputError, match="both --init .* and --init-from"):
+        begin(init=encoder, init_from=coarse)
     with pytest.raises(InputError, match="expects imagenet preprocessing, the run has caffe"):
         begin(init_from=coarse, preprocessing="caffe")
 
@@ -193,8 +203,58 @@ def test_a_stage_starts_from_a_file_of_another_project(tmp_path):
     np.testing.assert_array_equal(fc7, module.state_dict()["fc7.0.weight"])
     with pytest.raises(InputError, match=r"--init-from .*seed003.pth: .*fc6.weight is 256x32x1x1, .* needs 256x32x3x3"):
         begin("fcn16s", init_from=file, fc6_kernel=3)
-    with pytest.raises(InputError, match="--init-from .*weights of another network"):
+    with pytest.raises(InputError, match="--init-from .*fcn32s is of another family than fcn16s_resize"):
         begin("fcn16s_resize", init_from=file)
+
+
+def test_carrying_over_says_what_the_networks_compute_otherwise(tmp_path):
+    model = fcn_jax.create_model("fcn8s_pad100_atonce", 6, encoder="vgg11", width=W)
+    variables = random_variables(model)
+    weights.save(tmp_path / "atonce.safetensors", model, variables, None)
+    _, _, notes = begin("fcn8s_pad100", init_from=tmp_path / "atonce.safetensors", encoder="vgg11")
+    assert "from a network with skip_scales (0.01, 0.0001) (here (1.0, 1.0))" in notes
+    with pytest.raises(InputError, match="fcn8s_pad100_atonce is of another family than fcn8s;"):
+        begin("fcn8s", init_from=tmp_path / "atonce.safetensors", encoder="vgg11")
+    with pytest.raises(InputError, match="no such run or file; train the run"):
+        begin("fcn8s", init_from="runs/voc-paper-32s")
+    with pytest.raises(InputError, match="holds vgg11, the model has vgg16; give both networks the same encoder"):
+        begin("fcn8s_pad100", init_from=tmp_path / "atonce.safetensors")
+
+
+# --- what goes out
+
+
+def test_other_scales_than_the_sources_are_not_written_in_its_names(tmp_path):
+    model = fcn_jax.create_model("fcn8s_pad100", 3, width=W, skip_scales=(0.5, 0.25))
+    variables = random_variables(model)
+    with pytest.raises(InputError, match=r"layout 'pytorch-fcn': .* has skip_scales=\(0.5, 0.25\)"):
+        weights.to_torch(model, variables, "pytorch-fcn")
+    for scales in ((1.0, 1.0), (0.01, 0.0001)):
+        assert weights.to_torch(model.clone(skip_scales=scales), variables, "pytorch-fcn")
+
+
+def test_port_keeps_its_source_and_reports_what_it_wrote(tmp_path, capsys):
+    vgg16(tmp_path)
+    file = tmp_path / "vgg16.pth"
+    before = file.read_bytes()
+    command = [str(file), "--model", "fcn32s", "--width", str(W)]
+    assert cli.guarded(cli.run_port, [*command, "--out", str(file)]) == 2
+    assert "is the source" in capsys.readouterr().err and file.read_bytes() == before
+    assert cli.run_port([*command, "--preprocessing", "caffe", "--out", str(tmp_path / "out")]) == 0
+    assert json.loads((tmp_path / "out/report.json").read_text())["preprocessing"] == "caffe"
+    assert "preprocessing caffe" in capsys.readouterr().out
+    back = ["--layout", "torchvision-vgg", "--out", str(tmp_path / "back.pth")]
+    assert cli.run_port([str(tmp_path / "out/weights.safetensors"), *back]) == 0
+    assert "not written, since torchvision-vgg has no names for them: score_fr.bias" in capsys.readouterr().out
+    assert cli.guarded(cli.run_port, [*command, "--num-classes", "0", "--out", str(tmp_path / "x")]) == 2
+
+
+@pytest.mark.parametrize("name", ["nodir/x.safetensors", "vgg16.pth/x.safetensors", f"{300 * 'x'}.safetensors"])
+def test_a_file_that_cannot_be_written_is_one_line(tmp_path, name):
+    (tmp_path / "vgg16.pth").write_bytes(b"a file, no folder")
+    model = fcn_jax.create_model("fcn32s_ladder", 3, encoder="vgg11", width=0.03)
+    with pytest.raises(InputError, match="cannot be written"):
+        weights.save(tmp_path / name, model, random_variables(model), None)
 
 
 # --- our own files know their network

@@ -122,8 +122,9 @@ def describe_model(model: FCN) -> tuple[str, dict[str, Any]]:
     Options of how it is computed (dtypes, precision, rematerialisation) are left out.
     """
     specs = {name: spec for name, spec in MODELS.items() if type(model) is spec.family and model.stride == spec.stride}
-    as_named = (name for name, spec in specs.items() if all(getattr(model, k) == v for k, v in spec.fixed.items()))
-    name = next(as_named, next(iter(specs)))
+    as_named = [name for name, spec in specs.items() if all(getattr(model, k) == v for k, v in spec.fixed.items())]
+    # The most telling name; with options that no name stands for, any of this stride.
+    name = max(as_named or specs, key=lambda name: len(specs[name].fixed))
     options = sorted(_OPTIONS[type(model)] - _COMPUTE_OPTIONS)
     return name, {option: getattr(model, option) for option in options}
 

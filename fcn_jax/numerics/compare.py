@@ -244,6 +244,8 @@ def _compare_gradients(found: list[Gradient | None], cancelled: Collection[str])
 def _compare_step(start: dict[str, np.ndarray], number: int, ours: TrainedStep, theirs: TrainedStep) -> StepRow:
     """Compare one step of both trainings; the first fills ``start`` with the other side's parameters."""
     shared = [name for name in ours.parameters if name in theirs.parameters]
+    if not shared:
+        raise InputError("the two sides share no parameter's name; give the names of one in the other's")
     if not start:
         start.update((name, np.array(theirs.parameters[name])) for name in shared)
     sums = np.array([square_sums(ours.parameters[name], theirs.parameters[name]) for name in shared]).sum(0)

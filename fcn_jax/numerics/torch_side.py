@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fcn_jax.config import OptimConfig
-from fcn_jax.errors import InputError
+from fcn_jax.errors import InputError, unknown
 from fcn_jax.numerics.sides import Arrays, Gradient, Side, TrainedStep
 from fcn_jax.training.losses import IGNORE
 
@@ -45,6 +45,8 @@ def make_torch_side(
         names: the other side's name of a submodule, by the module's own; submodules not named keep theirs.
         aux_weight: weight of the auxiliary logits' loss.
     """
+    if dtype not in ("float64", "float32", "bfloat16"):
+        raise unknown("dtype", dtype, ("float64", "float32", "bfloat16"))
     run = _Run(module, optim or OptimConfig(), dtype, channels_last, dict(names or {}), aux_weight)
     return Side(name, run.layers, run.gradient, run.train)
 

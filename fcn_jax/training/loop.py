@@ -71,7 +71,7 @@ def train(config: Config, console: Console) -> Scores:
     info = DatasetInfo(trainer.train.dataset, trainer.train.class_names, trainer.train.palette)
     folder.start(config, info)
     for note in trainer.notes:
-        console.print(f"note: {note}", highlight=False)
+        console.print(f"note: {note}", highlight=False, markup=False)
     checkpoints = Checkpoints(folder.checkpoints, config.train.keep_last, trainer.length.keep_every)
     batches = make_train_iterator(trainer.train, config.data, config.train.batch_size, config.train.seed)
     state, step = trainer.state, 0

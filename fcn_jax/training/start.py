@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from fcn_jax import weights
 from fcn_jax.config import Config
 from fcn_jax.errors import InputError
-from fcn_jax.models import MODELS, create_model, init_variables
+from fcn_jax.models import create_model, init_variables
+from fcn_jax.models.catalog import describe_model
 from fcn_jax.models.fcn import FCN, ScoreFCN
 from fcn_jax.training.trained import open_trained
 from fcn_jax.weights.names import COUNTER
@@ -22,21 +25,32 @@ __all__ = ["start"]
 
 # What a network of another stride, or of other classes, has otherwise or not at all; all the rest has to be there.
 _NEW = ("score_*", "upscore*", "classifier.*", "head.score.*", "aux.*")
+# Options whose difference shows in the shapes, changes training alone, or goes with the stride.
+_FREE = frozenset(
+    {"encoder", "encoder_norm", "width", "fc_features", "fc6_kernel", "head_features", "aux_head"}
+    | {"dropout", "dropout_rate", "crop", "skip_bias", "upsample_bias"}
+)
+# 'At once' needs scales far below 1: the reference has 0.01 and 0.0001.
+_AT_ONCE = 0.1
 
 
 def start(config: Config, model: FCN, resuming: bool = False) -> tuple[dict[str, Any], tuple[str, ...]]:
     """Make a run's first variables, and notes for its user: what they are from and what may go wrong with them.
 
     Args:
-        config: ``init_from`` goes before ``init``, that before random weights.
+        config: ``init`` or ``init_from``; with neither, weights are random.
         model: the network to fill.
         resuming: a checkpoint will replace them, so that nothing is read.
 
     Raises:
-        InputError: the weights do not fit the network, or its preprocessing.
+        InputError: both are given, or the weights do not fit the network, or its preprocessing.
     """
     size = config.data.crop_size or config.data.input_size or (64, 64)
     variables = init_variables(model, jax.random.key(config.train.seed), size)
+    if config.init is not None and config.init_from is not None:
+        raise InputError(
+            f"both --init {config.init} and --init-from {config.init_from} are set; set one of them to None"
+        )
     if resuming:
         return variables, ()
     if config.init_from is not None:
@@ -44,59 +58,105 @@ def start(config: Config, model: FCN, resuming: bool = False) -> tuple[dict[str,
     if config.init is not None:
         _check_preprocessing(config, weights.inspect(config.init).preprocessing, config.init)
         filled, report = weights.load_with_report(config.init, model, variables)
-        return filled, _notes(config.init, model, report)
+        return filled, (_account(config.init, report), *_warnings(model, filled))
     if config.model.freeze_encoder:
         return variables, ("the encoder is frozen at its random start: give --init or --init-from",)
     return variables, ()
+
+
+@dataclass(frozen=True)
+class _Origin:
+    """What is carried over."""
+
+    tensors: weights.Source
+    preprocessing: str | None
+    model: FCN | None
+    """The network that it is of, where that is known."""
 
 
 def _carry_over(
     config: Config, model: FCN, variables: dict[str, Any], given: str
 ) -> tuple[dict[str, Any], tuple[str, ...]]:
     """Take by name what another network of the family has; allow for new scores and upsampling."""
+    origin = _open(given, model)
+    if origin.model is not None and type(origin.model) is not type(model):
+        names = [describe_model(network)[0] for network in (origin.model, model)]
+        raise InputError(f"--init-from {given}: {names[0]} is of another family than {names[1]}; choose one of its own")
+    _check_preprocessing(config, origin.preprocessing, given)
     try:
-        source, preprocessing = _open(given, model)
-        filled, report = weights.load_with_report(source, model, variables, _NEW, ["*"])
+        filled, report = weights.load_with_report(origin.tensors, model, variables, _NEW, ["*"])
     except InputError as error:
-        raise InputError(f"--init-from {given}: {error}") from error
-    _check_preprocessing(config, preprocessing, given)
-    return filled, _notes(given, model, report)
+        what = str(error).removeprefix("the dict: ").partition("; ")[0]
+        raise InputError(
+            f"--init-from {given}: {what}; give both networks the same encoder, width and features"
+        ) from error
+    return filled, (_account(given, report), *_differences(origin.model, model), *_warnings(model, filled))
 
 
-def _open(given: str, model: FCN) -> tuple[weights.Source, str | None]:
-    """Return a run's or a file's weights, in our names where the network is known, and their preprocessing."""
-    if Path(given).is_dir():
+def _open(given: str, model: FCN) -> _Origin:
+    """Open a run or a file; a published network's tensors come back under our names."""
+    path = Path(given)
+    if path.is_dir():
         trained = open_trained(given, "best")
-        return weights.to_torch(trained.model, trained.variables), trained.config.data.preprocessing
+        tensors = weights.to_torch(trained.model, trained.variables)
+        return _Origin(tensors, trained.config.data.preprocessing, trained.model)
+    if not path.exists() and given not in weights.PRETRAINED:
+        raise InputError(f"--init-from {given}: no such run or file; train the run that it names first, or give a file")
     info = weights.inspect(given)
-    if info.fit is None or MODELS[info.fit.models[0]].family is not type(model):  # the second is refused in loading
-        return given, info.preprocessing
-    # The names of a published network depend on its stride: it is read as what it is first.
+    if info.fit is None:
+        return _Origin(given, info.preprocessing, None)
+    # The names of a published network depend on its stride, so it is read as what it is first.
+    name, classes = info.fit.models[0], info.fit.num_classes or model.num_classes
+    own = create_model(name, classes, **info.fit.options)
+    if type(own) is not type(model):
+        return _Origin(given, info.preprocessing, own)
     same = {name: getattr(model, name) for name in ("width", "fc_features", "head_features") if hasattr(model, name)}
-    classes = info.fit.num_classes or model.num_classes
-    own = create_model(info.fit.models[0], classes, **{**same, **info.fit.options})
+    own = create_model(name, classes, **{**same, **info.fit.options})
     shapes = jax.eval_shape(partial(init_variables, own), jax.random.key(0))
     zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
-    return weights.to_torch(own, weights.load(given, own, zeros)), info.preprocessing
+    return _Origin(weights.to_torch(own, weights.load(given, own, zeros)), info.preprocessing, own)
 
 
-def _notes(origin: str, model: FCN, report: weights.Report) -> tuple[str, ...]:
-    what = f"from {origin}: {len(report.filled)} arrays; new: {_layers(report.left)}; unused: {_layers(report.ignored)}"
-    # At-once scales (the reference's voc-fcn8s-atonce), or score layers that a 16s has trained, keep the features of
-    # pool3, which are far larger, from drowning the rest; batch norm makes them of one size.
-    bare = weights.LAYOUTS[report.layout].encoder_only
-    unscaled = isinstance(model, ScoreFCN) and model.stride == 8 and set(model.skip_scales) == {1.0}
-    if bare and unscaled and model.encoder_norm is None:
-        return what, (
-            "an 8s that starts from an encoder alone learns little: train a 32s and a 16s before and give --init-from, "
-            "or set --model.skip-scales 0.01 0.0001"
-        )
-    return (what,)
+def _account(given: str, report: weights.Report) -> str:
+    new, unused = _layers(report.left, report.filled), _layers(report.ignored, report.filled.values())
+    return f"from {given}: {len(report.filled)} arrays; new: {new}; unused: {unused}"
 
 
-def _layers(names: Iterable[str]) -> str:
-    modules = (name.rpartition(".")[0] for name in names if not name.endswith(COUNTER))
-    return ", ".join(dict.fromkeys(modules)) or "nothing"
+def _layers(names: Iterable[str], others: Collection[str]) -> str:
+    """Join names by layer; of a layer that ``others`` has a part of, tell the part."""
+    parts = {name.rpartition(".")[0] for name in others}
+    told = (
+        name if name.rpartition(".")[0] in parts else name.rpartition(".")[0]
+        for name in names
+        if not name.endswith(COUNTER)
+    )
+    return ", ".join(dict.fromkeys(told)) or "nothing"
+
+
+def _differences(source: FCN | None, model: FCN) -> tuple[str, ...]:
+    """Warn of what the two networks compute otherwise with the same weights."""
+    if source is None:
+        return ()
+    theirs, ours = describe_model(source)[1], describe_model(model)[1]
+    differs = [f"{key} {theirs[key]} (here {ours[key]})" for key in ours.keys() - _FREE if theirs[key] != ours[key]]
+    return (f"the weights come from a network with {', '.join(sorted(differs))}",) if differs else ()
+
+
+def _warnings(model: FCN, variables: dict[str, Any]) -> tuple[str, ...]:
+    """Warn where an 8s has untrained scores on a trained encoder.
+
+    At-once scales (the reference's voc-fcn8s-atonce), or score layers that a 16s has trained, keep the features of
+    pool3, which are far larger, from drowning the rest; batch norm makes them of one size.
+    """
+    if not isinstance(model, ScoreFCN) or model.stride != 8 or model.encoder_norm is not None:
+        return ()
+    untrained = not np.any(variables["params"]["score_fr"]["kernel"])  # zero is where score layers start
+    if not untrained or max(model.skip_scales) <= _AT_ONCE:
+        return ()
+    return (
+        "an 8s that starts from an encoder alone learns little: train a 32s and a 16s before and give --init-from, "
+        "or set --model.skip-scales 0.01 0.0001",
+    )
 
 
 def _check_preprocessing(config: Config, expected: str | None, source: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from collections.abc import Mapping
@@ -11,6 +12,7 @@ from typing import Any, get_args
 import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
+from safetensors import SafetensorError
 
 from fcn_jax.errors import InputError, unknown
 from fcn_jax.models.catalog import describe_model
@@ -20,7 +22,7 @@ from fcn_jax.weights.names import COUNTER, list_parameters, to_torch_axes
 from fcn_jax.weights.published import LAYOUTS
 from fcn_jax.weights.torch_file import first_line
 
-__all__ = ["check_suffix", "save", "to_torch"]
+__all__ = ["check_suffix", "nameless", "save", "to_torch"]
 
 _SUFFIXES = (".safetensors", ".pth", ".pt")
 
@@ -51,9 +53,9 @@ def to_torch(model: Network, variables: Mapping[str, Any], layout: str | None = 
     flat = traverse_util.flatten_dict(dict(variables))
     arrays: dict[str, np.ndarray] = {}
     pairs = pair_up(chosen, model, parameters)
-    nameless = {parameter.name for parameter in parameters} - {parameter.name for parameter, _ in pairs}
-    if nameless and not chosen.encoder_only:
-        raise InputError(f"layout {name!r} has no name for {', '.join(sorted(nameless)[:8])}; use our own")
+    left_out = nameless(model, variables, name)
+    if left_out and not chosen.encoder_only:
+        raise InputError(f"layout {name!r} has no name for {', '.join(sorted(left_out)[:8])}; use our own")
     for parameter, row in pairs:
         value = np.asarray(flat[parameter.path])
         arrays[f"{row.theirs}.{parameter.leaf}"] = to_torch_axes(parameter, value, row.linear)
@@ -62,6 +64,13 @@ def to_torch(model: Network, variables: Mapping[str, Any], layout: str | None = 
     if chosen.fit is not None:
         check_fit(f"layout {name!r}", chosen.fit({key: value.shape for key, value in arrays.items()}), model, False)
     return arrays
+
+
+def nameless(model: Network, variables: Mapping[str, Any], layout: str) -> list[str]:
+    """List the parameters that an encoder's layout has no names for, so that ``to_torch`` leaves them out."""
+    parameters = list_parameters(variables)
+    named = {parameter.name for parameter, _ in pair_up(LAYOUTS[layout], model, parameters)}
+    return [parameter.name for parameter in parameters if parameter.name not in named]
 
 
 def check_suffix(path: Path) -> None:
@@ -96,6 +105,10 @@ def save(
     if preprocessing is not None and preprocessing not in known:
         raise unknown("preprocessing", preprocessing, known)
     arrays = to_torch(model, variables, layout)
+    if not arrays:
+        raise InputError(
+            f"{path}: layout {layout!r} has names for nothing in these variables; give all of the network's"
+        )
     part = path.with_name(f".{os.getpid()}.{path.name}")
     try:
         _write(part, arrays, _metadata(model, preprocessing, layout))
@@ -104,10 +117,11 @@ def save(
         raise InputError(
             f"{path}: torch files need torch: pip install fcn_jax[torch], or name a .safetensors file"
         ) from error
-    except (OSError, RuntimeError) as error:  # RuntimeError: torch could not write
+    except (OSError, RuntimeError, SafetensorError) as error:  # RuntimeError: torch could not write
         raise InputError(f"{path}: cannot be written: {first_line(error)}") from error
     finally:
-        part.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # what went wrong before is what matters
+            part.unlink(missing_ok=True)
 
 
 def _metadata(model: Network, preprocessing: str | None, layout: str) -> dict[str, str]:

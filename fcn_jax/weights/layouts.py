@@ -15,7 +15,7 @@ from typing import Any, Literal
 from fcn_jax.errors import InputError
 from fcn_jax.models.catalog import MODELS, create_model
 from fcn_jax.models.classifier import VGGClassifier
-from fcn_jax.models.fcn import FCN
+from fcn_jax.models.fcn import FCN, ScoreFCN
 from fcn_jax.weights.names import LEAVES, Parameter
 
 __all__ = [
@@ -141,12 +141,24 @@ def check_fit(origin: str, fit: Fit, model: Network, partial: bool) -> None:
         differs = [f"{key}={has[key]!r}" for key in encoder if has[key] != fit.options.get(key, has[key])]
     else:
         differs = [f"stride={has['stride']}"]
+    # A name stands for its scales, unless the source gives others: pytorch-fcn's files may be plain or at once.
+    scales = [create_model(name, 1, **_scales(fit)).skip_scales for name in fit.models if _is_score(name)]
+    if scales and not partial and not differs and has["skip_scales"] not in scales:
+        differs = [f"skip_scales={has['skip_scales']}"]
     if not differs:
         return
     way_out = f"use {fit.call}"
     if type(model) is specs[0].family and has["stride"] not in strides:
         way_out += ", or name what is new in allow_missing and what falls away in allow_unexpected"
     raise InputError(f"{origin}: weights of another network than the model, which has {', '.join(differs)}; {way_out}")
+
+
+def _scales(fit: Fit) -> dict[str, Any]:
+    return {key: value for key, value in fit.options.items() if key == "skip_scales"}
+
+
+def _is_score(name: str) -> bool:
+    return issubclass(MODELS[name].family, ScoreFCN)
 
 
 def pair_up(layout: Layout, model: Network, parameters: list[Parameter]) -> list[tuple[Parameter, Module]]:

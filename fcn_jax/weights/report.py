@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from fcn_jax.weights.layouts import Fit, saved_fit
 from fcn_jax.weights.published import LAYOUTS, recognise
 from fcn_jax.weights.source import Source, TensorInfo, Tensors, open_source
 
-__all__ = ["Info", "Report", "describe", "inspect"]
+__all__ = ["Info", "Report", "describe", "inspect", "source_options"]
 
 
 @dataclass(frozen=True)
@@ -66,3 +67,16 @@ def describe(tensors: Tensors) -> Info:
     preprocessing = preprocessing or layout.preprocessing
     fit = layout.fit(shapes) if layout.fit else saved_fit(tensors.origin, tensors.metadata)
     return Info(name, layout.variant(shapes), preprocessing, tensors.infos, fit, tensors.unwrapped)
+
+
+def source_options(info: Info, name: str) -> tuple[dict[str, Any], int | None]:
+    """Return the options of ``create_model`` for a source's own network, as far as it says them, and its classes.
+
+    Args:
+        info: of the source.
+        name: the network that is wanted; one that the source's weights are not of gets no options.
+    """
+    if info.fit is not None:
+        return (dict(info.fit.options) if name in info.fit.models else {}), info.fit.num_classes
+    encoder, _, norm = (info.variant or "vgg16").partition("_")
+    return {"encoder": encoder, "encoder_norm": "batch" if norm else None}, None
