@@ -107,7 +107,7 @@ def save(
     arrays = to_torch(model, variables, layout)
     if not arrays:
         raise InputError(
-            f"{path}: layout {layout!r} has names for nothing in these variables; give all of the network's"
+            f"{path}: layout {layout!r} has names for nothing in these variables; give all of them"
         )
     part = path.with_name(f".{os.getpid()}.{path.name}")
     try:
