@@ -119,10 +119,10 @@ def test_the_second_start_of_a_command_reads_what_the_first_compiled(tmp_path):
     command = [sys.executable, str(Path(__file__).parents[1] / "train.py"), "shapes", "--train.steps", "1"]
     command += ["--data.shapes-size", "32", "32", "--data.shapes-count", "8", "--devices", "1"]
     command += ["--model.width", "0.06", "--model.fc-features", "8"]
-    environment = {"HOME": str(tmp_path), "JAX_PLATFORMS": "cpu"}
+    environment = {"HOME": str(tmp_path), "JAX_PLATFORMS": "cpu", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
     for name in ("first", "second"):
         subprocess.run([*command, "--run", str(tmp_path / name)], env=environment, capture_output=True, check=True)
         kept = sorted(path.name for path in (tmp_path / ".cache/fcn_jax/compiled").glob("*-cache"))
         if name == "first":
             first = kept
-    assert len(first) >= 3 and kept == first  # initialisation, step, prediction
+    assert len(first) > 3 and kept == first  # initialisation, step, prediction and small things

@@ -117,7 +117,8 @@ def evaluate(
     images = 0
     for batch in batches:
         labels = batch["label"]
-        predictions = predict(variables, batch["image"], labels.shape[1:3], batch.get("extent"))
+        extents = {"extents": batch["extent"]} if "extent" in batch else {}
+        predictions = predict(variables, batch["image"], labels.shape[1:3], **extents)
         valid = np.asarray(batch["valid"])
         confusion += metrics.confusion_matrix(labels[valid], predictions[valid], num_classes)
         for row in np.flatnonzero(valid):
