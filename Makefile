@@ -16,7 +16,7 @@ demo: $(VENV)/ready
 test: $(VENV)/ready-dev
 	$(BIN)/python -m pytest -n 2 --dist worksteal
 
-# The table of docs/numerics.md: every network at full width against PyTorch in float64; slow, and wants 16 GB.
+# The table of docs/numerics.md: every network at full width against PyTorch in float64; slow, and wants 20 GB.
 PARITY := $(foreach s,32 16 8,fcn$(s)s fcn$(s)s_pad100 fcn$(s)s_ladder fcn$(s)s_resize) fcn8s_pad100_atonce fcns_ladder
 
 parity: $(PARITY:%=parity-%)
