@@ -10,7 +10,7 @@ import pytest
 from fcn_jax.models import conv_cpu
 from fcn_jax.models.conv_cpu import conv2d
 
-# (b, h, w, c_in), (k, c_out), padding: what the networks have, at odd sizes.
+# (b, h, w, c_in), (k or k and k', c_out), padding: what the networks have, at odd sizes.
 CASES = {
     "copies of x": ((2, 9, 7, 3), (3, 8), "SAME"),
     "copies of dy": ((2, 9, 7, 8), (3, 8), "SAME"),
@@ -21,6 +21,9 @@ CASES = {
     "even kernel": ((2, 6, 5, 3), (4, 4), "SAME"),
     "lopsided": ((2, 6, 5, 4), (3, 3), ((0, 2), (3, 1))),
     "1x1": ((2, 5, 3, 8), (1, 4), "SAME"),
+    "1x2": ((2, 5, 3, 8), ((1, 2), 4), ((0, 0), (0, 1))),
+    "2x1": ((2, 5, 3, 4), ((2, 1), 8), ((0, 1), (0, 0))),
+    "2x3 product": ((1, 2, 3, 5), ((2, 3), 64), "SAME"),
     "product": ((1, 2, 3, 5), (7, 64), "SAME"),
     "valid product": ((2, 8, 7, 3), (7, 64), "VALID"),
 }
@@ -38,7 +41,8 @@ def our_conv(x, kernel, padding, precision=None):
 def operands(case, dtype=jnp.float64):
     shape, (k, c_out), padding = CASES[case]
     rng = np.random.default_rng(0)
-    x, kernel = rng.normal(size=shape), rng.normal(size=(k, k, shape[-1], c_out))
+    sides = k if isinstance(k, tuple) else (k, k)
+    x, kernel = rng.normal(size=shape), rng.normal(size=(*sides, shape[-1], c_out))
     x, kernel = jnp.asarray(x, dtype), jnp.asarray(kernel, dtype)
     shape = jax.eval_shape(lambda x, kernel: lax_conv(x, kernel, padding), x, kernel).shape
     return x, kernel, padding, jnp.asarray(rng.normal(size=shape), dtype)

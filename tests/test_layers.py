@@ -42,6 +42,27 @@ def test_of_equal_maxima_the_first_takes_the_whole_gradient():
     np.testing.assert_array_equal(gradient(image([[1, 5], [5, 2]]))[0, :, :, 0], [[0, 1], [0, 0]])
 
 
+@pytest.mark.parametrize("size", [(1, 1), (1, 4), (3, 5)])
+def test_a_window_of_minus_infinities_gives_its_gradient_to_the_first_and_none_to_the_margin(size):
+    gradient = jax.grad(lambda x: max_pool(x, "ceil").sum())(jnp.full((1, *size, 2), -jnp.inf))
+    expected = np.zeros((1, *size, 2))
+    expected[:, ::2, ::2] = 1
+    np.testing.assert_array_equal(gradient, expected)
+
+
+def test_pooling_works_in_bfloat16_recomputed_in_a_loop_and_over_devices():
+    x = jnp.asarray(np.random.default_rng(3).integers(0, 3, size=(2, 3, 5, 4)), jnp.bfloat16)
+    expected = jax.grad(lambda x: (max_pool(x, "ceil") ** 2).sum())(x)
+
+    def gradient(x):
+        body = jax.checkpoint(lambda total, x: (total + (max_pool(x[None], "ceil") ** 2).sum(), None))
+        return jax.grad(lambda x: jax.lax.scan(body, jnp.zeros((), x.dtype), x)[0])(x)
+
+    assert expected.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(jax.jit(gradient)(x), expected)
+    np.testing.assert_array_equal(jax.pmap(gradient)(x[:, None])[:, 0], expected)
+
+
 def test_pooling_passes_nan_on_from_any_corner():
     for corner in range(4):
         x = np.zeros(4)
@@ -78,6 +99,28 @@ def test_batch_norm_equals_torch_and_keeps_the_unbiased_variance():
     expected = norm(torch.from_numpy(x).permute(0, 3, 1, 2)).permute(0, 2, 3, 1).detach().numpy()
     y = BatchNorm(FLOAT64).apply({**variables, **updated}, jnp.asarray(x), False)
     np.testing.assert_allclose(y, expected, rtol=1e-12)
+
+
+@pytest.mark.parametrize("offset", [0.0, 100.0])
+def test_gradients_of_batch_norm_equal_those_of_torch(offset):
+    rng = np.random.default_rng(4)
+    x, cotangent = rng.normal(size=(2, 2, 3, 5, 4)) + np.array([offset, 0]).reshape(2, 1, 1, 1, 1)
+    scale, bias = rng.normal(size=(2, 4))
+    tx = torch.from_numpy(x).permute(0, 3, 1, 2).requires_grad_()
+    parameters = [torch.from_numpy(v).requires_grad_() for v in (scale, bias)]
+    y = F.batch_norm(tx, None, None, *parameters, training=True)
+    y.backward(torch.from_numpy(cotangent).permute(0, 3, 1, 2))
+    stats = {"mean": jnp.zeros(4), "var": jnp.ones(4)}
+
+    def loss(params, x):
+        y, _ = BatchNorm(FLOAT64).apply({"params": params, "batch_stats": stats}, x, True, mutable=["batch_stats"])
+        return jnp.vdot(y, cotangent)
+
+    params, dx = jax.grad(loss, (0, 1))({"scale": jnp.asarray(scale), "bias": jnp.asarray(bias)}, jnp.asarray(x))
+    # Deviations from a mean of 100 are known to 1e-14.
+    np.testing.assert_allclose(dx, tx.grad.permute(0, 2, 3, 1), rtol=1e-11, atol=1e-12)
+    np.testing.assert_allclose(params["scale"], parameters[0].grad, rtol=1e-11)
+    np.testing.assert_allclose(params["bias"], parameters[1].grad, rtol=1e-12)
 
 
 def test_batch_norm_over_devices_equals_the_whole_batch():

@@ -9,6 +9,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from fcn_jax.models import upsample
+from fcn_jax.models.conv_cpu import conv2d
 from fcn_jax.models.layers import Compute
 from fcn_jax.models.upsample import TransposedConv, bilinear_kernel, resize_bilinear, transposed_conv
 
@@ -23,6 +25,8 @@ GEOMETRIES = [
     (64, 32, 16, 0),
     (3, 2, 1, 1),
     (3, 2, 0, 0),
+    (3, 2, 1, 0),
+    (5, 2, 2, 0),
     (5, 3, 1, 2),
     (7, 2, 3, 1),
     (3, 1, 1, 0),
@@ -70,6 +74,51 @@ def test_transposed_conv_equals_torch_and_its_definition(k, s, p, op, size):
     assert relative(y, ty.detach().permute(0, 2, 3, 1).numpy()) <= 1e-12
     assert relative(dx, tx.grad.permute(0, 2, 3, 1).numpy()) <= 1e-12
     assert relative(dw, tw.grad.permute(2, 3, 0, 1).numpy()) <= 1e-12
+
+
+@pytest.mark.parametrize(("k", "p"), [(3, 1), (5, 0), (7, 3)])
+def test_phases_of_an_odd_kernel_multiply_every_tap_once(k, p, monkeypatch):
+    shapes = []
+
+    def recording(x, kernel, *args, **kwargs):
+        shapes.append(kernel.shape[:2])
+        return conv2d(x, kernel, *args, **kwargs)
+
+    monkeypatch.setattr(upsample, "conv2d", recording)
+    transposed_conv(jnp.zeros((1, 4, 4, 2)), jnp.zeros((k, k, 2, 2)), 2, p, 1)
+    assert len(shapes) == 4 and sum(rows * columns for rows, columns in shapes) == k * k
+
+
+def gradients(x, w, s, p, op, precision=None):
+    return jax.grad(lambda x, w: (transposed_conv(x, w, s, p, op, precision) ** 2).sum(), (0, 1))(x, w)
+
+
+@pytest.mark.parametrize(("k", "s", "p", "op"), [(4, 2, 1, 0), (3, 2, 1, 1)])
+def test_transposed_conv_keeps_bfloat16_and_passes_the_precision_on(k, s, p, op):
+    rng = np.random.default_rng(3)
+    x, w = jnp.asarray(rng.normal(size=(2, 4, 3, 3))), jnp.asarray(rng.normal(size=(k, k, 3, 5)))
+    exact = gradients(x, w, s, p, op)
+    for ours, theirs in zip(gradients(x.astype(jnp.bfloat16), w.astype(jnp.bfloat16), s, p, op), exact, strict=True):
+        assert ours.dtype == jnp.bfloat16
+        # Products of operands with 8 bits, rounded three times on the way: sum, its square's gradient, result.
+        assert relative(np.asarray(ours, np.float64), theirs) <= 2.0**-6
+    text = str(jax.make_jaxpr(lambda x, w: gradients(x, w, s, p, op, "highest"))(x, w))
+    assert "HIGHEST" in text and "precision=None" not in text
+
+
+@pytest.mark.parametrize(("k", "s", "p", "op"), [(4, 2, 1, 0), (3, 2, 1, 1)])
+def test_transposed_conv_works_recomputed_in_a_loop_and_over_devices(k, s, p, op):
+    rng = np.random.default_rng(4)
+    x, w = jnp.asarray(rng.normal(size=(2, 4, 3, 3))), jnp.asarray(rng.normal(size=(k, k, 3, 5)))
+
+    def loss(w, x):
+        body = jax.checkpoint(lambda total, x: (total + (transposed_conv(x[None], w, s, p, op) ** 2).sum(), None))
+        return jax.lax.scan(body, jnp.zeros(()), x)[0]
+
+    expected = gradients(x, w, s, p, op)[1]
+    assert relative(jax.jit(jax.grad(loss))(w, x), expected) <= 1e-14  # another order of two terms
+    over_devices = jax.pmap(lambda w, x: jax.lax.psum(jax.grad(loss)(w, x), "batch"), "batch", in_axes=(None, 0))
+    assert relative(over_devices(w, x[:, None])[0], expected) <= 1e-14
 
 
 def test_transposed_conv_equals_a_convolution_of_the_dilated_input():

@@ -2,7 +2,8 @@
 
 On other platforms it is ``jax.lax.conv_general_dilated`` and nothing else. On the CPU the same sums are arranged
 otherwise where XLA is slow: small maps under large kernels (fc6, fc7) as one matrix product, and the gradient of the
-kernel as one-dimensional convolutions over blocks of rows. Dimensions are b h w c; k is the side of the kernel.
+kernel as one-dimensional convolutions over blocks of rows. Dimensions are b h w c; the kernel's height and width are
+k and k'.
 """
 
 from __future__ import annotations
@@ -37,14 +38,14 @@ def conv2d(
 
     Args:
         x: (b, h, w, c_in).
-        kernel: (k, k, c_in, c_out).
+        kernel: (k, k', c_in, c_out).
         strides: 1, 1.
         padding: "SAME", "VALID", or ((top, bottom), (left, right)).
         precision: of the products, see ``jax.lax.Precision``.
         fixed: dilations and groups of ``flax.linen.Conv``, all of them 1, and its order of dimensions.
 
     Returns:
-        (b, h', w', c_out) with h' = h + top + bottom - k + 1, and w' likewise.
+        (b, h', w', c_out) with h' = h + top + bottom - k + 1, and w' likewise with k'.
     """
     del fixed
     if isinstance(padding, str):
@@ -76,7 +77,7 @@ def _conv_bwd(padding: Padding, precision: Any, saved: tuple[jax.Array, jax.Arra
     def gradient_kernel_cpu(x: jax.Array, kernel: jax.Array, dy: jax.Array) -> jax.Array:
         if _has_few_pixels(dy, kernel, 1 / 4):
             return gradient_kernel(_product)(x, kernel, dy)
-        return _gradient_kernel_by_rows(x, dy, kernel.shape[0], padding, precision).astype(kernel.dtype)
+        return _gradient_kernel_by_rows(x, dy, kernel.shape[:2], padding, precision).astype(kernel.dtype)
 
     # Up to here the product reads the kernel as it is, where a convolution needs it flipped and transposed.
     gradient_x_cpu = gradient_x(_product if _has_few_pixels(dy, saved[1], 4) else _conv_lax)
@@ -101,16 +102,16 @@ def _conv_cpu(x: jax.Array, kernel: jax.Array, padding: Padding, precision: Any)
 def _has_few_pixels(y: Any, kernel: jax.Array, share: float) -> bool:
     """Tell whether all patches under the kernel are at most ``share`` of the kernel's size, or need no copy (1x1)."""
     b, h, w, c_out = y.shape
-    return kernel.shape[0] == 1 or b * h * w <= share * c_out
+    return kernel.shape[:2] == (1, 1) or b * h * w <= share * c_out
 
 
 def _product(x: jax.Array, kernel: jax.Array, padding: Padding, precision: Any) -> jax.Array:
-    """Convolve as one matrix product of all patches (b h' w', k k c_in) with the kernel (k k c_in, c_out)."""
-    k, _, c_in, c_out = kernel.shape
+    """Convolve as one matrix product of all patches (b h' w', k k' c_in) with the kernel (k k' c_in, c_out)."""
+    rows, columns, _, c_out = kernel.shape
     x = jnp.pad(x, ((0, 0), *padding, (0, 0)))
-    b, h, w = x.shape[0], x.shape[1] - k + 1, x.shape[2] - k + 1
-    patches = jnp.concatenate([x[:, i : i + h, j : j + w] for i in range(k) for j in range(k)], axis=-1)
-    y = jnp.matmul(patches.reshape(b * h * w, k * k * c_in), kernel.reshape(k * k * c_in, c_out), precision=precision)
+    b, h, w = x.shape[0], x.shape[1] - rows + 1, x.shape[2] - columns + 1
+    patches = jnp.concatenate([x[:, i : i + h, j : j + w] for i in range(rows) for j in range(columns)], axis=-1)
+    y = jnp.matmul(patches.reshape(b * h * w, -1), kernel.reshape(-1, c_out), precision=precision)
     return y.reshape(b, h, w, c_out)
 
 
@@ -124,7 +125,9 @@ def _shifted(x: jax.Array, axis: int, margins: list[tuple[int, int]], along: int
     return jax.lax.optimization_barrier(jnp.concatenate([pad(*margin) for margin in margins], along))
 
 
-def _gradient_kernel_by_rows(x: jax.Array, dy: jax.Array, k: int, padding: Padding, precision: Any) -> jax.Array:
+def _gradient_kernel_by_rows(
+    x: jax.Array, dy: jax.Array, sides: tuple[int, ...], padding: Padding, precision: Any
+) -> jax.Array:
     """Return the gradient of the kernel, added up over blocks of rows of the output.
 
     dkernel[i, j] = sum over b, p, q of x[b, p + i - top, q + j - left] dy[b, p, q]. In a block, the sum over p is a
@@ -135,15 +138,15 @@ def _gradient_kernel_by_rows(x: jax.Array, dy: jax.Array, k: int, padding: Paddi
     Args:
         x: (b, h, w, c_in).
         dy: (b, h', w', c_out).
-        k: side of the kernel.
+        sides: height k and width k' of the kernel.
         padding: of the convolution.
         precision: of the products.
 
     Returns:
-        (k, k, c_in, c_out), in float32 or better.
+        (k, k', c_in, c_out), in float32 or better.
     """
     b, h, w, c_out = dy.shape
-    c_in = x.shape[-1]
+    (k, taps), c_in = sides, x.shape[-1]
     dtype = jnp.promote_types(x.dtype, jnp.float32)
     rows = min(h, max(4, _BLOCK_PIXELS // (b * w)))
     blocks = -(-h // rows)
@@ -158,10 +161,10 @@ def _gradient_kernel_by_rows(x: jax.Array, dy: jax.Array, k: int, padding: Paddi
         # The barriers keep XLA from computing the copies anew, element by element, inside of what reads them.
         xs = jax.lax.optimization_barrier(xs.transpose(3, 1, 0, 2))
         if shift_x:
-            xs = _shifted(xs, 3, [(left - j, right - (k - 1 - j)) for j in range(k)], 0)
+            xs = _shifted(xs, 3, [(left - j, right - (taps - 1 - j)) for j in range(taps)], 0)
         else:
             dys = jax.lax.optimization_barrier(dys)
-            dys = _shifted(dys, 2, [(j - left, k - 1 - j - right) for j in range(k)], 3)
+            dys = _shifted(dys, 2, [(j - left, taps - 1 - j - right) for j in range(taps)], 3)
         part = jax.lax.conv_general_dilated(
             xs.reshape(*xs.shape[:2], -1),
             dys.reshape(rows, -1, dys.shape[-1]),
@@ -173,8 +176,8 @@ def _gradient_kernel_by_rows(x: jax.Array, dy: jax.Array, k: int, padding: Paddi
         )
         return total + part, None
 
-    shape = (k * c_in, k, c_out) if shift_x else (c_in, k, k * c_out)
-    taps, _ = jax.lax.scan(add_block, jnp.zeros(shape, dtype), jnp.arange(blocks))
+    shape = (taps * c_in, k, c_out) if shift_x else (c_in, k, taps * c_out)
+    total, _ = jax.lax.scan(add_block, jnp.zeros(shape, dtype), jnp.arange(blocks))
     if shift_x:
-        return taps.reshape(k, c_in, k, c_out).transpose(2, 0, 1, 3)
-    return taps.reshape(c_in, k, k, c_out).transpose(1, 2, 0, 3)
+        return total.reshape(taps, c_in, k, c_out).transpose(2, 0, 1, 3)
+    return total.reshape(c_in, k, taps, c_out).transpose(1, 2, 0, 3)

@@ -6,6 +6,7 @@ weights were trained there. Dimensions are b h w c throughout.
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -74,17 +75,11 @@ def conv(
     )
 
 
-def _larger(a: jax.Array, b: jax.Array) -> jax.Array:
-    """Return the larger of two; between equals the first, which then takes the whole gradient; NaN wins."""
-    return jnp.where((a >= b) | jnp.isnan(a), a, b)
-
-
 def max_pool(x: jax.Array, mode: Literal["ceil", "floor"]) -> jax.Array:
     """Take the maximum of 2x2 windows at stride 2.
 
-    Written as the larger of four strided slices, so that its gradient is a few selections and not XLA's
-    select-and-scatter (several times slower on CPU). Of equal maxima the first in row-major order takes the gradient,
-    as in PyTorch (``aten/native/cpu/MaxPoolKernel.cpp``); ``jnp.maximum`` would split it.
+    Of equal maxima the first in row-major order takes the gradient, as in PyTorch
+    (``aten/native/cpu/MaxPoolKernel.cpp``); ``jnp.maximum`` would split it. Differentiable in reverse mode.
 
     Args:
         x: (b, h, w, c).
@@ -98,9 +93,43 @@ def max_pool(x: jax.Array, mode: Literal["ceil", "floor"]) -> jax.Array:
         x = jnp.pad(x, ((0, 0), (0, h % 2), (0, w % 2), (0, 0)), constant_values=-np.inf)
     else:
         x = x[:, : h - h % 2, : w - w % 2]
-    top = _larger(x[:, ::2, ::2], x[:, ::2, 1::2])
-    bottom = _larger(x[:, 1::2, ::2], x[:, 1::2, 1::2])
-    return _larger(top, bottom)
+    return _max_pool_even(x)
+
+
+def _corners(x: jax.Array) -> list[jax.Array]:
+    """Return the four pixels of every 2x2 window, in row-major order, each (b, h / 2, w / 2, c)."""
+    return [x[:, row::2, column::2] for row in (0, 1) for column in (0, 1)]
+
+
+@jax.custom_vjp
+def _max_pool_even(x: jax.Array) -> jax.Array:
+    """Pool a map of even sides, as the maximum of four strided slices; NaN wins."""
+    return functools.reduce(jnp.maximum, _corners(x))
+
+
+def _max_pool_fwd(x: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    y = _max_pool_even(x)
+    return y, (x, y)
+
+
+def _max_pool_bwd(saved: tuple[jax.Array, jax.Array], dy: jax.Array) -> tuple[jax.Array]:
+    """Give each window's gradient to its first corner that equals the maximum.
+
+    Written as one selection over the whole map, where XLA's own gradient of a pooling, select-and-scatter, is several
+    times slower on the CPU, and that of the slices writes four maps and adds them up.
+    """
+    x, y = saved
+    first = functools.reduce(
+        lambda later, corner: jnp.where(corner[1] == y, corner[0], later),
+        [(i, corner) for i, corner in enumerate(_corners(x)[:3])][::-1],
+        jnp.full(y.shape, 3, jnp.uint8),
+    )
+    position = jnp.arange(4, dtype=jnp.uint8).reshape(2, 1, 2, 1)
+    dx = jnp.where(first[:, :, None, :, None] == position, dy[:, :, None, :, None], 0)
+    return (dx.reshape(x.shape),)
+
+
+_max_pool_even.defvjp(_max_pool_fwd, _max_pool_bwd)
 
 
 class BatchNorm(nn.Module):
@@ -132,7 +161,10 @@ class BatchNorm(nn.Module):
                 running_var.value = 0.9 * running_var.value + 0.1 * unbiased
         else:
             mean, var = running_mean.value, running_var.value
-        y = (x - mean) * (jax.lax.rsqrt(var + 1e-5) * scale) + bias
+        factor = jax.lax.rsqrt(var + 1e-5) * scale
+        # The gradient of the mean is that of the bias times -factor: by way of this zero it costs no sum of its own.
+        centre = jax.lax.stop_gradient(mean)
+        y = (x - centre) * factor + (bias - (mean - centre) * factor)
         return y.astype(compute.dtype)
 
     def _statistics(self, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -143,7 +175,8 @@ class BatchNorm(nn.Module):
         if self.compute.axis_name is not None:
             count = count * jax.lax.axis_size(self.compute.axis_name)
             mean = jax.lax.pmean(mean, self.compute.axis_name)
-        var = jnp.mean(jnp.square(x - mean), axes)
+        # As the mean moves the variance stands still: its derivative is the sum of x - mean, which is zero.
+        var = jnp.mean(jnp.square(x - jax.lax.stop_gradient(mean)), axes)
         if self.compute.axis_name is not None:
             var = jax.lax.pmean(var, self.compute.axis_name)
         # One value has no unbiased variance: torch refuses such a batch, here it counts as zero.

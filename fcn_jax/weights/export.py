@@ -106,9 +106,7 @@ def save(
         raise unknown("preprocessing", preprocessing, known)
     arrays = to_torch(model, variables, layout)
     if not arrays:
-        raise InputError(
-            f"{path}: layout {layout!r} has names for nothing in these variables; give all of them"
-        )
+        raise InputError(f"{path}: layout {layout!r} has names for nothing in these variables; give all of them")
     part = path.with_name(f".{os.getpid()}.{path.name}")
     try:
         _write(part, arrays, _metadata(model, preprocessing, layout))

@@ -12,8 +12,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from fcn_jax.errors import InputError
-from fcn_jax.models.catalog import MODELS, create_model
+from fcn_jax.errors import InputError, unknown
+from fcn_jax.models.catalog import MODELS, create_model, describe_model
 from fcn_jax.models.classifier import VGGClassifier
 from fcn_jax.models.fcn import FCN, ScoreFCN
 from fcn_jax.weights.names import LEAVES, Parameter
@@ -106,9 +106,11 @@ def saved_fit(origin: str, metadata: Mapping[str, str]) -> Fit | None:
     try:
         saved = json.loads(metadata["model"])
         options = {key: tuple(v) if isinstance(v, list) else v for key, v in saved["options"].items()}
-        create_model(saved["name"], saved["num_classes"], **options)
+        known = describe_model(create_model(saved["name"], saved["num_classes"], **options))[1]
+        for option in options.keys() - known.keys():  # such as dtype: how to compute is no matter of the weights
+            raise unknown(f"option of {saved['name']}", option, known)
         return Fit((saved["name"],), saved["num_classes"], options)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise InputError(
             f"{origin}: its metadata describes no network that this version knows ({error}); write the file again"
         ) from error

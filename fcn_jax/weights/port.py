@@ -128,6 +128,9 @@ class _Job:
     def _fill(self, parameter: Parameter, theirs: str, if_fits: bool) -> str | None:
         """Take one tensor; return what is wrong with its shape."""
         name = parameter.name
+        if if_fits and parameter.leaf == "bias" and f"{parameter.module}.weight" in self.left:
+            self.left[name] = self.ignored[theirs] = "its weight does not fit"
+            return None
         raw = self.tensors.read(theirs)
         value = from_torch(parameter, raw)
         if value is None:
@@ -142,7 +145,7 @@ class _Job:
                 self.left[name] = self.ignored[theirs] = misfit
                 return None
             return misfit
-        value = self._checked(theirs, value, parameter.dtype)
+        value = self._checked(theirs, value, parameter)
         if parameter.path in self.values:
             if not np.array_equal(self.values[parameter.path], value):
                 raise InputError(f"{self.tensors.origin}: {theirs} and {self.filled[name]} should be equal and differ")
@@ -154,16 +157,24 @@ class _Job:
                 self.converted[name] += f", {raw.dtype} to {value.dtype}"
         return None
 
-    def _checked(self, theirs: str, value: np.ndarray, dtype: Any) -> np.ndarray:
+    def _checked(self, theirs: str, value: np.ndarray, parameter: Parameter) -> np.ndarray:
+        """Return the values in the parameter's dtype; refuse those that no training leaves behind."""
         if not jnp.issubdtype(value.dtype, jnp.floating):
             raise InputError(
                 f"{self.tensors.origin}: {theirs} holds {value.dtype}, expected floats; use the original file"
             )
-        with np.errstate(over="ignore", invalid="ignore"):  # refused in the next line
-            value = value.astype(dtype)
         if not np.isfinite(value).all():
             raise InputError(f"{self.tensors.origin}: {theirs} holds NaN or infinity; use another file")
-        return value
+        if parameter.leaf == "running_var" and (value < 0).any():
+            raise InputError(f"{self.tensors.origin}: {theirs} holds negative variances; use another file")
+        with np.errstate(over="ignore"):  # refused in the next line
+            cast = value.astype(parameter.dtype)
+        if not np.isfinite(cast).all():
+            raise InputError(
+                f"{self.tensors.origin}: {theirs} holds {value.dtype} numbers beyond the range of {cast.dtype}; "
+                "use another file"
+            )
+        return cast
 
     def _leave(self, parameters: list[Parameter], sought: dict[str, str]) -> list[str]:
         """Explain the parameters that were not filled; return those that should have been."""

@@ -59,7 +59,7 @@ def inspect(source: Source) -> Info:
 def describe(tensors: Tensors) -> Info:
     """Tell what an opened source holds."""
     name = recognise(tensors.shapes)
-    preprocessing = tensors.metadata.get("preprocessing")
+    preprocessing = tensors.preprocessing
     if name is None:
         return Info(None, None, preprocessing, tensors.infos, unwrapped=tensors.unwrapped)
     layout, shapes = LAYOUTS[name], tensors.shapes
