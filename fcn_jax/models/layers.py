@@ -119,12 +119,9 @@ def _max_pool_bwd(saved: tuple[jax.Array, jax.Array], dy: jax.Array) -> tuple[ja
     times slower on the CPU, and that of the slices writes four maps and adds them up.
     """
     x, y = saved
-    first = functools.reduce(
-        lambda later, corner: jnp.where(corner[1] == y, corner[0], later),
-        [(i, corner) for i, corner in enumerate(_corners(x)[:3])][::-1],
-        jnp.full(y.shape, 3, jnp.uint8),
-    )
-    position = jnp.arange(4, dtype=jnp.uint8).reshape(2, 1, 2, 1)
+    a, b, c, _ = _corners(x)
+    first = jnp.where(a == y, 0, jnp.where(b == y, 1, jnp.where(c == y, 2, 3)))
+    position = jnp.arange(4).reshape(2, 1, 2, 1)
     dx = jnp.where(first[:, :, None, :, None] == position, dy[:, :, None, :, None], 0)
     return (dx.reshape(x.shape),)
 

@@ -12,7 +12,6 @@ from typing import Any, get_args
 import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
-from safetensors import SafetensorError
 
 from fcn_jax.errors import InputError, unknown
 from fcn_jax.models.catalog import describe_model
@@ -115,7 +114,7 @@ def save(
         raise InputError(
             f"{path}: torch files need torch: pip install fcn_jax[torch], or name a .safetensors file"
         ) from error
-    except (OSError, RuntimeError, SafetensorError) as error:  # RuntimeError: torch could not write
+    except (OSError, RuntimeError) as error:  # RuntimeError: torch could not write
         raise InputError(f"{path}: cannot be written: {first_line(error)}") from error
     finally:
         with contextlib.suppress(OSError):  # what went wrong before is what matters
@@ -136,7 +135,10 @@ def _write(path: Path, arrays: Mapping[str, np.ndarray], metadata: dict[str, str
     if path.suffix == ".safetensors":
         import safetensors.numpy
 
-        safetensors.numpy.save_file(dict(arrays), path, metadata)
+        try:
+            safetensors.numpy.save_file(dict(arrays), path, metadata)
+        except safetensors.SafetensorError as error:
+            raise OSError(str(error)) from error
         return
     import torch
 
