@@ -1,6 +1,8 @@
 """Settings that hold for every test: eight CPU devices, float64 available, quick compilation, warnings are errors."""
 
 import os
+import shutil
+import tempfile
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # LLVM's optimisations take longer than the tiny networks of the tests save; XLA's own passes stay on.
@@ -10,3 +12,19 @@ os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_FLAGS}"
 import jax  # noqa: E402  (the flags are read at import)
 
 jax.config.update("jax_enable_x64", True)
+
+_COMPILED = "FCN_JAX_TESTS_COMPILED"
+
+
+def pytest_configure(config):
+    """Let tests that compile one and the same program share it, in this run alone, over all of its processes."""
+    if not hasattr(config, "workerinput"):
+        os.environ[_COMPILED] = tempfile.mkdtemp(prefix="fcn_jax_tests_")
+    jax.config.update("jax_compilation_cache_dir", os.environ[_COMPILED])
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+
+
+def pytest_unconfigure(config):
+    """Remove what was compiled."""
+    if not hasattr(config, "workerinput"):
+        shutil.rmtree(os.environ[_COMPILED], ignore_errors=True)
