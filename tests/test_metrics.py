@@ -1,6 +1,7 @@
 import numpy as np
 import pytest
 import torch
+import torchvision_import  # noqa: F401  (before torchmetrics, which imports torchvision)
 from torchmetrics.classification import MulticlassAccuracy, MulticlassJaccardIndex
 
 from fcn_jax import metrics

@@ -7,20 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from torchvision_import import torchvision
 
 from fcn_jax import weights
 from fcn_jax.models.classifier import VGGClassifier
-
-try:
-    import torchvision.models
-except RuntimeError:
-    # torchvision's wheel cannot load its compiled operators beside another build of torch than its own, such as the one
-    # for CPUs, and its import then fails at the two that it describes to torch's compiler. Classifiers need neither, so
-    # it is enough to declare them; a declaration lasts as long as its object.
-    OPERATORS = torch.library.Library("torchvision", "DEF")
-    for operator in ("nms", "qnms"):
-        OPERATORS.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    import torchvision.models
 
 # Sums in another order, 19 layers deep: tens of roundings in float64; in float32 more, by torch's fast convolutions.
 LIMITS = {"float32": 1e-5, "float64": 1e-11}
