@@ -9,10 +9,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fcn_jax.models import upsample
+from fcn_jax.models import transposed_conv as forms
 from fcn_jax.models.conv_cpu import conv2d
 from fcn_jax.models.layers import Compute
-from fcn_jax.models.upsample import TransposedConv, bilinear_kernel, resize_bilinear, transposed_conv
+from fcn_jax.models.transposed_conv import transposed_conv
+from fcn_jax.models.upsample import TransposedConv, bilinear_kernel, resize_bilinear
 
 # (kernel, stride, padding, output_padding): the families' own (k = 2s; 3, 2, 1, 1), and others that torch has; where
 # output padding reaches past the last input pixel's kernel, zeros follow.
@@ -84,9 +85,35 @@ def test_phases_of_an_odd_kernel_multiply_every_tap_once(k, p, monkeypatch):
         shapes.append(kernel.shape[:2])
         return conv2d(x, kernel, *args, **kwargs)
 
-    monkeypatch.setattr(upsample, "conv2d", recording)
+    monkeypatch.setattr(forms, "conv2d", recording)
     transposed_conv(jnp.zeros((1, 4, 4, 2)), jnp.zeros((k, k, 2, 2)), 2, p, 1)
     assert len(shapes) == 4 and sum(rows * columns for rows, columns in shapes) == k * k
+
+
+@pytest.mark.parametrize(("k", "s", "p"), [(4, 2, 1), (16, 8, 4), (16, 8, 0), (6, 2, 2), (5, 3, 1)])
+def test_all_phases_at_once_and_one_row_at_a_time_are_the_same(k, s, p, monkeypatch):
+    """The CPU has the one form, every other platform the other one."""
+    rng = np.random.default_rng(2)
+    x, w = jnp.asarray(rng.normal(size=(2, 3, 4, 3))), jnp.asarray(rng.normal(size=(k, k, 3, 5)))
+
+    def run(x, w):
+        def value(x, w):
+            y = transposed_conv(x, w, s, p)
+            return (y**2).sum(), y
+
+        return jax.value_and_grad(value, (0, 1), has_aux=True)(x, w)
+
+    def products(platform):
+        text = jax.jit(run).trace(x, w).lower(lowering_platforms=(platform,)).as_text()
+        return text.count("stablehlo.while"), text.count("stablehlo.dot_general")
+
+    assert products("cuda") == products("tpu") == (0, 3)
+    whole = (2 * s - 2 * p + k) % s == 0
+    assert (products("cpu")[0] > 0) is whole
+    ours = run(x, w)
+    monkeypatch.setattr(forms, "_has_whole_cells", lambda *_: False)
+    for one, other in zip(jax.tree.leaves(ours), jax.tree.leaves(run(x, w)), strict=True):
+        assert relative(one, other) <= 1e-14
 
 
 def gradients(x, w, s, p, op, precision=None):

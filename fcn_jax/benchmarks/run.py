@@ -225,6 +225,7 @@ def _sample(runner: Runner, calls: int, queued: bool, clock: Callable[[], float]
     began = clock()
     out: Any = None
     for _ in range(calls):
+        out = None  # as training does, give the results before back, so that their memory serves again
         out = runner.call()
         if not queued:
             runner.wait(out)

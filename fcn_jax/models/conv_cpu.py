@@ -15,6 +15,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from fcn_jax.models.platform import by_platform
+
 __all__ = ["conv2d"]
 
 Padding = tuple[tuple[int, int], ...]
@@ -55,11 +57,11 @@ def conv2d(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def _conv(x: jax.Array, kernel: jax.Array, padding: Padding, precision: Any) -> jax.Array:
-    return jax.lax.platform_dependent(
+    return by_platform(
         x,
         kernel,
         cpu=lambda x, kernel: _conv_cpu(x, kernel, padding, precision),
-        default=lambda x, kernel: _conv_lax(x, kernel, padding, precision),
+        plain=lambda x, kernel: _conv_lax(x, kernel, padding, precision),
     )
 
 
@@ -82,8 +84,8 @@ def _conv_bwd(padding: Padding, precision: Any, saved: tuple[jax.Array, jax.Arra
     # Up to here the product reads the kernel as it is, where a convolution needs it flipped and transposed.
     gradient_x_cpu = gradient_x(_product if _has_few_pixels(dy, saved[1], 4) else _conv_lax)
     # Two dispatches, so that one whose result nobody needs (of the image, of a frozen layer) is dropped.
-    dx = jax.lax.platform_dependent(*saved, dy, cpu=gradient_x_cpu, default=gradient_x(_conv_lax))
-    dkernel = jax.lax.platform_dependent(*saved, dy, cpu=gradient_kernel_cpu, default=gradient_kernel(_conv_lax))
+    dx = by_platform(*saved, dy, cpu=gradient_x_cpu, plain=gradient_x(_conv_lax))
+    dkernel = by_platform(*saved, dy, cpu=gradient_kernel_cpu, plain=gradient_kernel(_conv_lax))
     return dx, dkernel
 
 

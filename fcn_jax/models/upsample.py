@@ -1,8 +1,7 @@
-"""Upsampling: transposed convolution in its polyphase form, and bilinear interpolation."""
+"""Upsampling layers: transposed convolution with its bilinear start, and bilinear interpolation."""
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import flax.linen as nn
@@ -10,115 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fcn_jax.models.conv_cpu import conv2d
 from fcn_jax.models.layers import Compute
+from fcn_jax.models.transposed_conv import transposed_conv
 
-__all__ = ["TransposedConv", "bilinear_init", "bilinear_kernel", "resize_bilinear", "transposed_conv"]
-
-
-def transposed_conv(
-    x: jax.Array, kernel: jax.Array, stride: int, padding: int = 0, output_padding: int = 0, precision: Any = None
-) -> jax.Array:
-    """Convolve with the stride on the output side, exactly, with no zeros inserted.
-
-    out[o] = sum over i of x[i] kernel[o + padding - i stride], per axis. Output pixels that share their phase, the
-    remainder of o + padding by the stride, meet the same ceil(k / stride) taps per axis, so the sum is a dense product
-    of the shifted inputs with the kernel cut into stride x stride phases, and the gradient is matrix products too. An
-    odd kernel, whose phases differ in their taps, is convolved phase by phase at stride 2. Equal to
-    ``torch.nn.functional.conv_transpose2d`` with the kernel's axes in the order k, k, in, out.
-
-    Args:
-        x: (b, h, w, c_in).
-        kernel: (k, k, c_in, c_out).
-        stride: the factor s of the upsampling.
-        padding: rows and columns cut from every side of the full output.
-        output_padding: rows and columns kept beyond that at the bottom and right.
-        precision: of the product, see ``jax.lax.Precision``.
-
-    Returns:
-        (b, h', w', c_out) with h' = (h - 1) s - 2 padding + k + output_padding, and w' likewise.
-    """
-    b, h, w, c_in = x.shape
-    k, c_out = kernel.shape[0], kernel.shape[3]
-    out_h, out_w = ((n - 1) * stride - 2 * padding + k + output_padding for n in (h, w))
-    if stride == 2 and k % 2 and padding <= k - 2:
-        return _doubled(x, kernel, padding, (out_h, out_w), precision)
-    taps = -(-k // stride)
-    whole = taps * stride
-    kernel = jnp.pad(kernel, ((0, whole - k), (0, whole - k), (0, 0), (0, 0)))
-    kernel = kernel.reshape(taps, stride, taps, stride, c_in, c_out).transpose(0, 2, 4, 1, 3, 5)
-    rows, columns = h + taps - 1, w + taps - 1
-    margin = (taps - 1, taps - 1)
-    x = jnp.pad(x, ((0, 0), margin, margin, (0, 0)))
-    shifts = [
-        x[:, taps - 1 - i : taps - 1 - i + rows, taps - 1 - j : taps - 1 - j + columns]
-        for i in range(taps)
-        for j in range(taps)
-    ]
-    patches = jnp.concatenate(shifts, axis=-1).reshape(b * rows * columns, taps * taps * c_in)
-    cells = _matmul(patches, kernel.reshape(taps * taps * c_in, stride * stride * c_out), precision)
-    full = cells.reshape(b, rows, columns, stride, stride, c_out).transpose(0, 1, 3, 2, 4, 5)
-    full = full.reshape(b, rows * stride, columns * stride, c_out)
-    # Output padding may reach past the last whole cell, where no input pixel arrives.
-    beyond = max(0, k + output_padding - padding - whole)
-    full = jnp.pad(full, ((0, 0), (0, beyond), (0, beyond), (0, 0)))
-    return full[:, padding : padding + out_h, padding : padding + out_w]
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _matmul(x: jax.Array, y: jax.Array, precision: Any) -> jax.Array:
-    """Multiply (m, k) by (k, n), where the product is by far the largest and its gradient not to be copied."""
-    return jnp.matmul(x, y, precision=precision)
-
-
-def _matmul_fwd(x: jax.Array, y: jax.Array, precision: Any) -> Any:
-    return _matmul(x, y, precision), (x, y)
-
-
-def _matmul_bwd(precision: Any, saved: tuple[jax.Array, jax.Array], dz: jax.Array) -> tuple[jax.Array, jax.Array]:
-    x, y = saved
-    # Both products read one dz as it is. JAX's own rule multiplies by dz transposed, which XLA copies on the CPU; the
-    # barriers keep it from coming back to that.
-    dz = jax.lax.optimization_barrier(dz)
-    dy = jnp.matmul(jax.lax.optimization_barrier(x.T), dz, precision=precision)
-    return jnp.matmul(dz, y.T, precision=precision), dy
-
-
-_matmul.defvjp(_matmul_fwd, _matmul_bwd)
-
-
-def _doubled(x: jax.Array, kernel: jax.Array, padding: int, size: tuple[int, int], precision: Any) -> jax.Array:
-    """Convolve with stride 2 on the output side and an odd kernel, each phase by itself.
-
-    out[2 n + q] = sum over t of x[n + d - t] kernel[2 t + r] with q + padding = 2 d + r, per axis: a convolution of x
-    with the taps r, r + 2, ... in reverse. The four phases have k k taps between them, where one product for all has
-    (k + 1)(k + 1).
-
-    Args:
-        x: (b, h, w, c_in).
-        kernel: (k, k, c_in, c_out) with an odd k.
-        padding: at most k - 2.
-        size: h' and w' of the result.
-        precision: of the products.
-
-    Returns:
-        (b, h', w', c_out).
-    """
-    cells = [-(-n // 2) for n in size]
-
-    def phase(row: int, column: int) -> jax.Array:
-        (down, r), (right, s) = divmod(row + padding, 2), divmod(column + padding, 2)
-        taps = kernel[r::2, s::2][::-1, ::-1]
-        rows, columns, _, _ = taps.shape
-        margins = (
-            (rows - 1 - down, cells[0] - x.shape[1] + down),
-            (columns - 1 - right, cells[1] - x.shape[2] + right),
-        )
-        return conv2d(x, taps, (1, 1), margins, precision=precision)
-
-    full = jnp.stack([jnp.stack([phase(row, 0), phase(row, 1)], axis=3) for row in (0, 1)], axis=2)
-    full = full.reshape(x.shape[0], 2 * cells[0], 2 * cells[1], kernel.shape[3])
-    return full[:, : size[0], : size[1]]
+__all__ = ["TransposedConv", "bilinear_init", "bilinear_kernel", "resize_bilinear"]
 
 
 def bilinear_kernel(k: int) -> np.ndarray:
