@@ -27,7 +27,7 @@ from fcn_jax.data.datasets import load
 from fcn_jax.data.labels import decode_image
 from fcn_jax.data.pipeline import make_eval_batches
 from fcn_jax.data.transforms import resize_image
-from fcn_jax.errors import InputError, unknown
+from fcn_jax.errors import InputError, Stopped, unknown
 from fcn_jax.evaluation.evaluate import evaluate, make_predictor, spread
 from fcn_jax.evaluation.figures import overlay, save_confusion, save_palette_png, save_panel
 from fcn_jax.evaluation.inference import make_image_predictor
@@ -281,6 +281,9 @@ def guarded(command: Callable[[Arguments], int], arguments: Arguments) -> int:
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except Stopped as stop:
+        print(stop, file=sys.stderr)
+        return 128 + stop.number
     except KeyboardInterrupt:
         print("stopped; the same command goes on from the last checkpoint", file=sys.stderr)
         return 130  # 128 + SIGINT, as shells have it

@@ -150,6 +150,9 @@ class TrainConfig:
     """Write a picture of labels and predictions every so many training steps."""
     remat: bool = False
     """Recompute each encoder stage in the backward pass instead of storing it."""
+    nonfinite: Literal["stop", "skip"] = "stop"
+    """Where the loss or its gradient is infinite or NaN the update is not made; then the run stops, or goes on and
+    counts the step as skipped."""
     seed: int = 0
 
 

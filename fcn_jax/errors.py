@@ -1,10 +1,10 @@
-"""The one exception that a user's own mistake raises."""
+"""The exceptions that a command line turns into a line and an exit code."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 
-__all__ = ["InputError", "unknown"]
+__all__ = ["InputError", "Stopped", "unknown"]
 
 
 class InputError(ValueError):
@@ -12,6 +12,18 @@ class InputError(ValueError):
 
     The command lines print it as one line and exit with code 2. As a ``ValueError`` it is what library callers expect.
     """
+
+
+class Stopped(Exception):
+    """A signal ended a command in good order; the message says what was kept.
+
+    The exit code is 128 + ``number``, the signal's, as shells have it.
+    """
+
+    def __init__(self, message: str, number: int):
+        """Say what was kept, and which signal it was."""
+        super().__init__(message)
+        self.number = number
 
 
 def unknown(kind: str, name: object, known: Iterable[str]) -> InputError:

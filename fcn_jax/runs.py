@@ -10,12 +10,18 @@ import subprocess
 import time
 import typing
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from fcn_jax.config import Config
 from fcn_jax.errors import InputError
+
+try:
+    import fcntl
+except ImportError:  # not a Unix: two processes in one folder are not kept apart
+    fcntl = None  # type: ignore[assignment]
 
 __all__ = [
     "DatasetInfo",
@@ -39,6 +45,7 @@ _FREE_FIELDS = frozenset(
         "parallel",
         "train.log_every",
         "train.keep_last",
+        "train.nonfinite",
         "train.pictures_every",
     }
 )
@@ -177,6 +184,33 @@ class RunFolder:
         except OSError as error:
             raise InputError(f"cannot write to {self.path}: {error.strerror}; give another --run") from error
 
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keep other processes from training in this folder; the system lets go when the process ends, however it does.
+
+        Raises:
+            InputError: another process has it, or it cannot be written.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            file = (self.path / ".lock").open("a+")
+        except OSError as error:
+            raise InputError(f"cannot write to {self.path}: {error.strerror}; give another --run") from error
+        with file:
+            if fcntl is not None:
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except OSError:
+                    file.seek(0)
+                    raise InputError(
+                        f"{self.path} is being trained by another process ({file.read().strip() or 'unknown'}); "
+                        "wait for its end, stop it, or give another --run"
+                    ) from None
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {platform.node()}\n")
+            file.flush()
+            yield
+
     def _check_same(self, old: dict[str, Any], new: dict[str, Any]) -> None:
         changed = [name for name in new if name not in _FREE_FIELDS and old.get(name) != new[name]]
         if changed:
@@ -219,8 +253,17 @@ class RunFolder:
             except json.JSONDecodeError:
                 return
 
-    def drop_rows_after(self, step: int) -> None:
-        """Forget rows of steps after this one: a resumed run writes them again."""
-        kept = [row for row in self.rows() if row["step"] <= step]
+    def drop_rows_after(self, step: int, with_validation: bool = True) -> None:
+        """Forget what a run that is taken up at a step writes again: the rows of later steps.
+
+        Args:
+            step: that was saved.
+            with_validation: whether its validation was done by then; its row goes where it was not.
+        """
+
+        def stays(row: dict[str, Any]) -> bool:
+            return row["step"] < step or row["step"] == step and (with_validation or row["kind"] != "val")
+
+        kept = [row for row in self.rows() if stays(row)]
         if self.metrics_file.exists():
             _write_whole(self.metrics_file, "".join(json.dumps(row) + "\n" for row in kept))

@@ -8,7 +8,7 @@ import pytest
 from fcn_jax.config import Config, DataConfig
 from fcn_jax.errors import InputError
 from fcn_jax.runs import DatasetInfo, RunFolder
-from fcn_jax.training.checkpoint import Checkpoints, load_variables
+from fcn_jax.training.checkpoint import Checkpoints, load_variables, restore_newest
 from fcn_jax.training.setup import run_length
 from fcn_jax.training.step import TrainState
 
@@ -26,7 +26,7 @@ def _state(step):
 def _save(folder, scores, **options):
     checkpoints = Checkpoints(folder, **options)
     for step, score in scores.items():
-        checkpoints.save(_state(step), b'{"step": %d}' % step, score)
+        checkpoints.save(_state(step), {"data": {"step": step}}, score)
     checkpoints.close()
     return sorted(int(path.name) for path in folder.iterdir() if path.name.isdigit())
 
@@ -44,11 +44,11 @@ def test_an_undefined_score_never_is_the_best(tmp_path):
 def test_everything_comes_back_to_the_bit(tmp_path):
     _save(tmp_path / "a", {4: 0.5, 6: 0.4})
     checkpoints = Checkpoints(tmp_path / "a")
-    assert (checkpoints.latest_step(), checkpoints.best_step()) == (6, 4)
-    state, position = checkpoints.restore(6, _state(0))
-    jax.tree.map(np.testing.assert_array_equal, state, _state(6))
-    assert position == b'{"step": 6}'
+    assert checkpoints.best_step() == 4
     checkpoints.close()
+    step, state, progress, validated, notes = restore_newest(tmp_path / "a", _state(0))
+    jax.tree.map(np.testing.assert_array_equal, state, _state(6))
+    assert (step, progress, validated, notes) == (6, {"data": {"step": 6}}, True, ())
     like = {"params": {"w": jax.ShapeDtypeStruct((3,), jnp.float64)}, "batch_stats": {}}
     for which, step in (("best", 4), ("last", 6), ("4", 4)):
         variables, found = load_variables(tmp_path / "a", which, like)

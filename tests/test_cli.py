@@ -209,7 +209,7 @@ def test_an_interrupted_command_says_how_to_go_on(capsys):
 def test_a_loss_that_is_no_number_ends_the_run_with_advice(capsys, tmp_path):
     arguments = ["shapes", *TINY, "--run", tmp_path / "run", "--data.cache-dir", tmp_path / "cache"]
     arguments += ["--optim.lr", "1e30", "--train.steps", "6", "--train.log-every", "1", "--optim.warmup-steps", "0"]
-    _fails(capsys, cli.run_train, arguments, "loss is", "--optim.lr")
+    _fails(capsys, cli.run_train, arguments, "step 2: loss", "learning rate", "000000", "--optim.lr")
 
 
 def test_summary_prints_the_layer_table(capsys):

@@ -109,7 +109,9 @@ def test_the_rows_of_all_processes_are_the_rows_of_one(count):
     parts = [
         _take(make_train_iterator(split, RANDOM, 8, 3, process_index=i, process_count=count), 6) for i in range(count)
     ]
-    joined = [{k: np.concatenate([part[step][k] for part in parts]) for k in ("image", "label")} for step in range(6)]
+    joined = [
+        {k: np.concatenate([part[step][k] for part in parts]) for k in ("image", "label", "name")} for step in range(6)
+    ]
     _same(whole, joined)
 
 

@@ -38,13 +38,13 @@ def test_nothing_is_compiled_after_the_first_step_and_the_first_validation(paral
         if event == "/jax/core/compile/backend_compile_duration":
             compiled.append(seconds)
 
-    log = loop._Logger.validation
+    log = loop.Logger.validation
 
     def noting(self, step, evaluation):
         at_validation.append(len(compiled))
         return log(self, step, evaluation)
 
-    monkeypatch.setattr(loop._Logger, "validation", noting)
+    monkeypatch.setattr(loop.Logger, "validation", noting)
     monitoring.register_event_duration_secs_listener(count)
     try:
         run(tmp_path, parallel=parallel)

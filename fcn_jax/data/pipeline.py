@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
+import os
+import signal
+import threading
 from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any, NotRequired, TypedDict
@@ -27,10 +31,11 @@ _WAITING = 4
 
 
 class TrainBatch(TypedDict):
-    """One training step's rows: image uint8 (b, h, w, 3) RGB, label uint8 (b, h, w) with 255 = ignore."""
+    """One training step's rows: image uint8 (b, h, w, 3) RGB, label uint8 (b, h, w) with 255 = ignore, and names."""
 
     image: np.ndarray
     label: np.ndarray
+    name: tuple[str, ...]
 
 
 class EvalBatch(TypedDict):
@@ -44,8 +49,9 @@ class EvalBatch(TypedDict):
     """int32 (b, 2), height and width of each image, where it is padded at the bottom and right."""
 
 
-def _augmented(record: Any, rng: np.random.Generator, config: DataConfig) -> dict[str, np.ndarray]:
-    return augment(decode(record), rng, config)
+def _augmented(record: Any, rng: np.random.Generator, config: DataConfig) -> dict[str, Any]:
+    example = decode(record)
+    return {**augment(example, rng, config), "name": example["name"]}
 
 
 def _sizes_differ() -> InputError:
@@ -55,10 +61,26 @@ def _sizes_differ() -> InputError:
     )
 
 
-def _stack(examples: Sequence[Any]) -> dict[str, np.ndarray]:
+def _stack(examples: Sequence[Any]) -> TrainBatch:
     if len({example["label"].shape for example in examples}) > 1:
         raise _sizes_differ()
-    return {key: np.stack([example[key] for example in examples]) for key in ("image", "label")}
+    image, label = (np.stack([example[key] for example in examples]) for key in ("image", "label"))
+    return {"image": image, "label": label, "name": tuple(example["name"] for example in examples)}
+
+
+def _start_worker(index: int, count: int) -> None:
+    """Leave signals to the process that started this one, and end with it, however it ends."""
+    del index, count
+    for number in (signal.SIGINT, signal.SIGTERM):  # a terminal and a scheduler send them to all processes of a job
+        signal.signal(number, signal.SIG_IGN)
+
+    def follow() -> None:
+        parent = multiprocessing.parent_process()
+        if parent is not None:
+            parent.join()
+            os._exit(1)
+
+    threading.Thread(target=follow, daemon=True).start()
 
 
 def _iterate(dataset: Any, buffer: int, workers: int = 0) -> Any:
@@ -68,7 +90,9 @@ def _iterate(dataset: Any, buffer: int, workers: int = 0) -> Any:
     if workers:
         if not flags.FLAGS.is_parsed():
             flags.FLAGS.mark_as_parsed()  # grain reads its own flags to start workers, and nobody parses them here
-        stream = stream.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=buffer))
+        stream = stream.mp_prefetch(
+            grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=buffer), _start_worker
+        )
     return iter(stream)
 
 

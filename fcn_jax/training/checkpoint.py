@@ -1,20 +1,45 @@
-"""Checkpoints of a run: the only file that knows orbax."""
+"""Checkpoints of a run: the only file that knows orbax.
+
+``checkpoints/STEP`` is a state that was validated; ``interrupted/STEP``, beside it, one that a signal ended the run at.
+Orbax writes a folder under another name and renames it once it is whole. What it does not notice, a changed byte in
+an array, our own digest does.
+"""
 
 from __future__ import annotations
 
-import json
+import hashlib
 import math
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from fcn_jax.errors import InputError
 from fcn_jax.training.step import TrainState
 
-__all__ = ["Checkpoints", "has_checkpoint", "load_variables"]
+__all__ = ["Checkpoints", "Restored", "has_checkpoint", "load_variables", "restore_newest"]
+
+
+class Restored(NamedTuple):
+    """A state read back."""
+
+    step: int
+    state: TrainState
+    progress: dict[str, Any]
+    """What the loop keeps beside the state; JSON."""
+    validated: bool
+    notes: tuple[str, ...]
+    """What a user should know: which newer checkpoints were damaged."""
+
+
+class _Damaged(Exception):
+    """A checkpoint cannot be read or is not what was saved; the message is one line."""
 
 
 def _mean_iu(metrics: dict[str, Any]) -> float:
@@ -22,15 +47,15 @@ def _mean_iu(metrics: dict[str, Any]) -> float:
 
 
 class Checkpoints:
-    """The checkpoints in one folder: the newest few, the best by mean IU, and those at a fixed interval for good.
+    """Saves a run's states: the newest few, the best by mean IU, and those at a fixed interval for good.
 
     Each holds three items: ``variables`` (params, batch_stats), ``training`` (optimiser state, step, key) and
-    ``position`` (where the data stand), with the validation scores as its metrics. Saving goes on in the background;
-    ``close`` waits for it.
+    ``progress`` (what the loop gives, and the digests of the other two), with the mean IU as its metric. Saving goes
+    on in the background; ``close`` waits for it.
     """
 
     def __init__(self, folder: Path, keep_last: int = 2, keep_steps: int | None = None):
-        """Open the folder, creating it if need be."""
+        """Open the folder, creating it if need be; what a killed process left half written is removed."""
         best = preservation_policy.BestN(get_metric_fn=_mean_iu, n=1)
         policies = [preservation_policy.LatestN(max(1, keep_last)), best]
         if keep_steps is not None:
@@ -41,57 +66,88 @@ class Checkpoints:
             best_mode="max",
             cleanup_tmp_directories=True,
         )
+        self._folder = folder
         self._manager = _open(folder, options)
 
-    def save(self, state: TrainState, position: bytes, mean_iu: float) -> None:
-        """Save the state at its step, copied to the host before this returns. An undefined score ranks lowest."""
-        variables = {"params": state.params, "batch_stats": state.batch_stats}
-        training = {"step": state.step, "opt_state": state.opt_state, "key": state.key}
-        self._manager.save(
-            int(state.step),
-            args=ocp.args.Composite(
-                variables=ocp.args.StandardSave(variables),
-                training=ocp.args.StandardSave(training),
-                position=ocp.args.JsonSave(json.loads(position)),
-            ),
-            metrics={"mean_iu": -1.0 if math.isnan(mean_iu) else mean_iu},
-        )
+    def save(self, state: TrainState, progress: dict[str, Any], mean_iu: float) -> None:
+        """Save a validated state, copied to the host before this returns. An undefined score ranks lowest.
 
-    def latest_step(self) -> int | None:
-        """Return the newest saved step, or None."""
-        return self._manager.latest_step()
+        Raises:
+            InputError: this state or the one before could not be written.
+        """
+        with _writing(self._folder):
+            metrics = {"mean_iu": -1.0 if math.isnan(mean_iu) else mean_iu}
+            self._manager.save(int(state.step), args=_items(state, progress), metrics=metrics)
+
+    def save_interrupted(self, state: TrainState, progress: dict[str, Any]) -> None:
+        """Save a state at any step, to go on from, and wait for it; nothing to do where this step is saved already.
+
+        Raises:
+            InputError: it could not be written.
+        """
+        step = int(state.step)
+        folder = _interrupted(self._folder)
+        with _writing(folder):
+            self._manager.wait_until_finished()
+            if self._manager.latest_step() == step or step in _steps(folder):
+                return
+            options = ocp.CheckpointManagerOptions(max_to_keep=1, cleanup_tmp_directories=True)
+            with _open(folder, options) as manager:
+                manager.save(step, args=_items(state, progress))
+                manager.wait_until_finished()
 
     def best_step(self) -> int | None:
         """Return the saved step of the best mean IU, or None."""
         return _best(self._manager)
 
-    def restore(self, step: int, like: TrainState) -> tuple[TrainState, bytes]:
-        """Read a state back, with the shapes and placement of ``like``, and the position of the data.
+    def close(self) -> None:
+        """Wait for what is being saved, and let go of the folder.
 
         Raises:
-            InputError: the checkpoint does not fit the model or cannot be read.
+            InputError: it could not be written.
         """
-        target = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
-        variables = {"params": target.params, "batch_stats": target.batch_stats}
-        training = {"step": target.step, "opt_state": target.opt_state, "key": target.key}
-        _check_shapes(Path(str(self._manager.directory)) / str(step), variables)
         try:
-            saved = self._manager.restore(
-                step,
-                args=ocp.args.Composite(
-                    variables=ocp.args.StandardRestore(variables),
-                    training=ocp.args.StandardRestore(training),
-                    position=ocp.args.JsonRestore(),
-                ),
-            )
-        except (ValueError, KeyError, OSError) as error:
-            raise _unfit(self._manager.directory / str(step), error) from error
-        return TrainState(**saved["variables"], **saved["training"]), json.dumps(saved["position"]).encode()
+            with _writing(self._folder):
+                self._manager.wait_until_finished()
+                newest = self._manager.latest_step()
+                if newest is not None and newest >= max(_steps(_interrupted(self._folder)), default=newest + 1):
+                    shutil.rmtree(_interrupted(self._folder))
+        finally:
+            with suppress(Exception):  # of the save that has failed: said once
+                self._manager.close()
 
-    def close(self) -> None:
-        """Wait for what is being saved, and let go of the folder."""
-        self._manager.wait_until_finished()
-        self._manager.close()
+
+def restore_newest(folder: Path, like: TrainState) -> Restored | None:
+    """Read the newest state of a run that is whole; newer ones are put aside as ``damaged-STEP``.
+
+    Args:
+        folder: the run's checkpoints.
+        like: a state with the shapes and the placement that the result is to have.
+
+    Returns:
+        None where nothing has been saved yet.
+
+    Raises:
+        InputError: there are checkpoints, and none can be read or fits the network.
+    """
+    found = [(step, False, _interrupted(folder)) for step in _steps(_interrupted(folder))]
+    found += [(step, True, folder) for step in _steps(folder)]
+    damaged: list[tuple[Path, str]] = []
+    for step, validated, parent in sorted(found, reverse=True):
+        try:
+            state, progress = _read(parent / str(step), like)
+        except _Damaged as error:
+            damaged.append((parent / str(step), str(error)))
+            continue
+        notes = tuple(f"{_put_aside(path)}: {error}; going on from step {step}" for path, error in damaged)
+        return Restored(step, state, progress, validated, notes)
+    if damaged:
+        what = "; ".join(f"{path.name}: {error}" for path, error in damaged)
+        raise InputError(
+            f"no checkpoint in {folder} can be read ({what}); "
+            "bring one back from a copy, or train anew with another --run"
+        )
+    return None
 
 
 def load_variables(folder: Path, which: str, like: Any) -> tuple[dict[str, Any], int]:
@@ -106,7 +162,7 @@ def load_variables(folder: Path, which: str, like: Any) -> tuple[dict[str, Any],
         The variables, and the step.
 
     Raises:
-        InputError: there is no such checkpoint, or it does not fit the model.
+        InputError: there is no such checkpoint, it is damaged, or it does not fit the model.
     """
     if not folder.is_dir():
         raise InputError(f"{folder} does not exist; the run has not saved a checkpoint yet")
@@ -114,22 +170,90 @@ def load_variables(folder: Path, which: str, like: Any) -> tuple[dict[str, Any],
     with _open(folder, options) as manager:
         steps = list(manager.all_steps())
         named = {"best": _best(manager), "last": manager.latest_step(), **{str(step): step for step in steps}}
-        step = named.get(which)
-        if step is None:
-            known = ", ".join(str(step) for step in steps) or "none"
-            raise InputError(f"{folder} has no checkpoint {which!r}; choose best, last or one of: {known}")
-        target = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
-        _check_shapes(folder / str(step), target)
-        try:
-            saved = manager.restore(step, args=ocp.args.Composite(variables=ocp.args.StandardRestore(target)))
-        except (ValueError, KeyError, OSError) as error:
-            raise _unfit(folder / str(step), error) from error
-    return dict(saved["variables"]), step
+    step = named.get(which)
+    if step is None:
+        known = ", ".join(str(step) for step in steps) or "none"
+        raise InputError(f"{folder} has no checkpoint {which!r}; choose best, last or one of: {known}")
+    target = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
+    try:
+        (variables,), _ = _read_items(folder / str(step), {"variables": target})
+    except _Damaged as error:
+        raise _unfit(folder / str(step), error) from error
+    return dict(variables), step
 
 
 def has_checkpoint(folder: Path) -> bool:
     """Tell whether a run's folder holds a checkpoint to resume from."""
-    return folder.is_dir() and any(path.name.isdigit() for path in folder.iterdir())
+    return bool(_steps(folder) or _steps(_interrupted(folder)))
+
+
+def _interrupted(folder: Path) -> Path:
+    return folder.with_name("interrupted")
+
+
+def _steps(folder: Path) -> list[int]:
+    return [int(path.name) for path in folder.iterdir() if path.name.isdigit()] if folder.is_dir() else []
+
+
+def _put_aside(path: Path) -> Path:
+    """Rename a damaged checkpoint, so that its step can be saved again."""
+    aside = path.with_name(f"damaged-{path.name}")
+    shutil.rmtree(aside, ignore_errors=True)
+    return path.rename(aside)
+
+
+def _parts(state: TrainState) -> dict[str, Any]:
+    """Split a state into what evaluation needs and what only training does."""
+    return {
+        "variables": {"params": state.params, "batch_stats": state.batch_stats},
+        "training": {"step": state.step, "opt_state": state.opt_state, "key": state.key},
+    }
+
+
+def _items(state: TrainState, progress: dict[str, Any]) -> ocp.args.Composite:
+    parts = _parts(state)
+    digests = {name: _digest(part) for name, part in parts.items()}
+    return ocp.args.Composite(
+        **{name: ocp.args.StandardSave(part) for name, part in parts.items()},
+        progress=ocp.args.JsonSave({**progress, "digests": digests}),
+    )
+
+
+def _digest(tree: Any) -> str:
+    """Return the SHA-256 of the names, types, shapes and bytes of all arrays."""
+    total = hashlib.sha256()
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        array = np.asarray(leaf)
+        total.update(f"{jax.tree_util.keystr(path)} {array.dtype} {array.shape}".encode())
+        total.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+    return total.hexdigest()
+
+
+def _read(path: Path, like: TrainState) -> tuple[TrainState, dict[str, Any]]:
+    parts = _parts(jax.tree.map(ocp.utils.to_shape_dtype_struct, like))
+    (variables, training), progress = _read_items(path, parts)
+    return TrainState(**variables, **training), progress
+
+
+def _read_items(path: Path, targets: dict[str, Any]) -> tuple[list[Any], dict[str, Any]]:
+    """Read some items of a checkpoint and its progress.
+
+    Raises:
+        _Damaged: the checkpoint is not whole, or of another network.
+    """
+    _check_shapes(path, targets["variables"])
+    items = {name: ocp.args.StandardRestore(target) for name, target in targets.items()}
+    try:
+        with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as reader:
+            saved = reader.restore(path, ocp.args.Composite(**items, progress=ocp.args.JsonRestore()))
+        progress = dict(saved["progress"])
+        digests = progress.pop("digests")
+        wrong = [name for name in items if digests[name] != _digest(saved[name])]
+    except Exception as error:  # whatever the parsers of damaged bytes come to
+        raise _Damaged(_first_line(error)) from error
+    if wrong:
+        raise _Damaged(f"{' and '.join(wrong)} are not what was saved")
+    return [saved[name] for name in items], progress
 
 
 def _open(folder: Path, options: ocp.CheckpointManagerOptions) -> ocp.CheckpointManager:
@@ -155,21 +279,32 @@ def _check_shapes(path: Path, wanted: Any) -> None:
     """Compare names and shapes before anything is read: orbax finds a difference halfway and leaves readers behind."""
     try:
         saved = _shapes(ocp.StandardCheckpointer().metadata(path / "variables").item_metadata.tree)
-    except (ValueError, KeyError, OSError, AttributeError) as error:
-        raise _unfit(path, error) from error
+    except Exception as error:  # as in _read_items
+        raise _Damaged(_first_line(error)) from error
     own = _shapes(wanted)
     for name in sorted(set(saved) | set(own)):
         if saved.get(name) != own.get(name):
             there, here = (str(shapes.get(name, "missing")) for shapes in (saved, own))
-            raise InputError(
-                f"checkpoint {path} does not fit this model: {name} is {there} there and {here} here; "
-                "use the run's own config.json"
-            )
+            raise _Damaged(f"{name} is {there} there and {here} in this model")
+
+
+@contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # a full disk comes out of tensorstore as a ValueError
+        raise InputError(
+            f"a checkpoint could not be saved in {folder} ({_first_line(error)}); those saved before are good: "
+            "make room, and the same command goes on from the newest"
+        ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or repr(error)).splitlines()[0][:200]
 
 
 def _unfit(path: Any, error: Exception) -> InputError:
-    first = (str(error).strip() or repr(error)).splitlines()[0][:200]
     return InputError(
-        f"checkpoint {path} does not fit this model or is damaged ({first}); "
-        "remove it to go on from an older one, or use the run's own config.json"
+        f"checkpoint {path} is damaged or does not fit this model ({_first_line(error)}); "
+        "choose another one, and use the run's own config.json"
     )

@@ -1,32 +1,33 @@
 """The training loop: its order of operations is the documentation.
 
 resume > given weights > scratch; then step, log, validate, save, draw; the best and the last checkpoints stay.
+Whatever ends the process, the same command takes the run up from what was saved and comes to the same end.
 """
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import json
+from collections.abc import Iterable, Iterator
+from contextlib import closing
 from typing import Any
 
 import jax
-import numpy as np
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from fcn_jax.config import Config
 from fcn_jax.data.datasets import Split
-from fcn_jax.data.pipeline import make_eval_batches, make_train_iterator
-from fcn_jax.errors import InputError
+from fcn_jax.data.pipeline import EvalBatch, make_eval_batches, make_train_iterator
+from fcn_jax.errors import InputError, Stopped
 from fcn_jax.evaluation.evaluate import Evaluation, Sample, evaluate, spread
 from fcn_jax.evaluation.figures import save_confusion, save_curves, save_panel
 from fcn_jax.metrics import Scores
-from fcn_jax.runs import DatasetInfo, RunFolder, seconds_since_start
-from fcn_jax.training.checkpoint import Checkpoints, has_checkpoint
+from fcn_jax.runs import DatasetInfo, RunFolder
+from fcn_jax.training.checkpoint import Checkpoints, has_checkpoint, restore_newest
+from fcn_jax.training.logger import Logger, event_writer, progress_bar
 from fcn_jax.training.setup import Trainer, make_trainer
-from fcn_jax.training.step import StepSums, TrainState
+from fcn_jax.training.signals import StopRequest, StopRequested, stop_request
+from fcn_jax.training.step import TrainState
 
 __all__ = ["score_table", "train", "validate"]
 
@@ -44,11 +45,22 @@ def score_table(scores: Scores, class_names: tuple[str, ...], title: str) -> Tab
     return table
 
 
-def validate(trainer: Trainer, config: Config, state: TrainState) -> Evaluation:
-    """Score the validation split with the current weights."""
+def validate(trainer: Trainer, config: Config, state: TrainState, stop: StopRequest | None = None) -> Evaluation:
+    """Score the validation split with the current weights.
+
+    Raises:
+        StopRequested: in between, where ``stop`` says so.
+    """
     variables = {"params": state.params, "batch_stats": state.batch_stats}
     batches = make_eval_batches(trainer.val, config.data, config.train.eval_batch_size)
-    return evaluate(trainer.predict, variables, batches, trainer.val.num_classes, spread(len(trainer.val)))
+    heeded = _heeding(stop or StopRequest(), batches)
+    return evaluate(trainer.predict, variables, heeded, trainer.val.num_classes, spread(len(trainer.val)))
+
+
+def _heeding(stop: StopRequest, batches: Iterable[EvalBatch]) -> Iterator[EvalBatch]:
+    for batch in batches:
+        stop.check()
+        yield batch
 
 
 def train(config: Config, console: Console) -> Scores:
@@ -62,175 +74,99 @@ def train(config: Config, console: Console) -> Scores:
         The scores of the last validation.
 
     Raises:
-        InputError: the config cannot be run, or the folder belongs to another run.
+        InputError: the config cannot be run, the folder belongs to another run or is in use, its checkpoints are all
+            damaged, something could not be written, or the loss is not finite. What was saved before stays good.
+        Stopped: by SIGINT or SIGTERM, with the state saved.
     """
-    from tensorboardX import SummaryWriter  # imports torch where that is installed, which only training should pay for
-
     folder = RunFolder(config.run)
     trainer = make_trainer(config, resuming=has_checkpoint(folder.checkpoints))
+
+    def say(message: str) -> None:
+        console.print(message, highlight=False, markup=False)
+
+    try:
+        with folder.locked(), stop_request(say) as stop:
+            return _train(config, console, folder, trainer, stop)
+    except OSError as error:
+        raise InputError(
+            f"{error.filename or folder.path}: {error.strerror or error}; what was saved before is good: "
+            "make room or mend the disk, and the same command goes on from there"
+        ) from error
+
+
+def _train(config: Config, console: Console, folder: RunFolder, trainer: Trainer, stop: StopRequest) -> Scores:
     info = DatasetInfo(trainer.train.dataset, trainer.train.class_names, trainer.train.palette)
     folder.start(config, info)
-    for note in trainer.notes:
+    restored = restore_newest(folder.checkpoints, trainer.state)
+    if restored is None and sum(row["kind"] == "val" for row in folder.rows()) > 2:
+        # Two may come before the first is written; with more, something was saved and is gone.
+        raise InputError(
+            f"{folder.path} has a log of several validations and no checkpoint in {folder.checkpoints}; "
+            "bring one back from a copy, or train anew with another --run"
+        )
+    for note in trainer.notes + (restored.notes if restored else ()):
         console.print(f"note: {note}", highlight=False, markup=False)
-    checkpoints = Checkpoints(folder.checkpoints, config.train.keep_last, trainer.length.keep_every)
+    state, step, validated = trainer.state, 0, True
+    unlogged: list[dict[str, Any]] = []
     batches = make_train_iterator(trainer.train, config.data, config.train.batch_size, config.train.seed)
-    state, step = trainer.state, 0
-    saved = checkpoints.latest_step()
-    if saved is not None:
-        state, position = checkpoints.restore(saved, state)
-        batches.set_state(position)
-        step = saved
+    if restored:
+        state, step, validated = restored.state, restored.step, restored.validated
+        batches.set_state(json.dumps(restored.progress["data"]).encode())
+        unlogged = restored.progress["unlogged"]
         console.print(f"resuming {config.run} at step {step}", highlight=False)
-    folder.drop_rows_after(step)
-    events = SummaryWriter(str(folder.events), purge_step=step or None)
-    logger = _Logger(folder, events, trainer, config, console)
-    evaluation = validate(trainer, config, state) if step == trainer.length.steps else None
-    try:
-        with _progress(console, trainer.length.steps, step, config.train.log_every) as advance:
-            while step < trainer.length.steps:
-                batch = logger.waiting(lambda: next(batches))
-                # Whatever else travels between host and device in a step is a mistake, and slow.
-                with jax.transfer_guard("disallow"):
-                    state, sums = trainer.parallel.step(state, trainer.parallel.place_batch(batch))
-                step += 1
-                logger.step(step, sums, advance)
-                if config.train.pictures_every and step % config.train.pictures_every == 0:
-                    _save_training_picture(folder, trainer, state, batch, step)
-                    logger.restart_clock()
-                if trainer.length.is_milestone(step):
-                    logger.flush(step)
-                    evaluation = validate(trainer, config, state)
-                    logger.validation(step, evaluation)
-                    checkpoints.save(state, batches.get_state(), evaluation.scores.mean_iu)
-                    console.print(score_table(evaluation.scores, info.class_names, f"step {step}, {config.data.val}"))
-                    _save_figures(folder, evaluation, trainer.val)
-                    logger.restart_clock()
-    finally:
-        checkpoints.close()
-        batches.close()
-        events.close()
+    folder.drop_rows_after(step, with_validation=validated)
+    evaluation: Evaluation | None = None
+    with (
+        event_writer(folder.events, step) as events,
+        closing(Checkpoints(folder.checkpoints, config.train.keep_last, trainer.length.keep_every)) as checkpoints,
+        closing(batches),
+    ):
+        logger = Logger(folder, events, trainer, config, console, unlogged)
+
+        def progress() -> dict[str, Any]:
+            return {"data": json.loads(batches.get_state()), "unlogged": logger.unlogged()}
+
+        def milestone() -> Evaluation:
+            logger.flush(step)
+            evaluation = validate(trainer, config, state, stop)
+            logger.validation(step, evaluation)
+            checkpoints.save(state, progress(), evaluation.scores.mean_iu)
+            console.print(score_table(evaluation.scores, info.class_names, f"step {step}, {config.data.val}"))
+            _save_figures(folder, evaluation, trainer.val)
+            logger.restart_clock()
+            return evaluation
+
+        try:
+            if not validated and trainer.length.is_milestone(step):
+                evaluation = milestone()
+            elif step == trainer.length.steps:
+                evaluation = validate(trainer, config, state, stop)
+            with progress_bar(console, trainer.length.steps, step, config.train.log_every) as advance:
+                while step < trainer.length.steps:
+                    stop.check()
+                    batch = logger.waiting(lambda: next(batches))
+                    # Whatever else travels between host and device in a step is a mistake, and slow.
+                    with jax.transfer_guard("disallow"):
+                        arrays = {key: batch[key] for key in ("image", "label")}
+                        state, sums = trainer.parallel.step(state, trainer.parallel.place_batch(arrays))
+                    step += 1
+                    logger.step(step, sums, batch["name"], advance)
+                    if config.train.pictures_every and step % config.train.pictures_every == 0:
+                        _save_training_picture(folder, trainer, state, batch, step)
+                        logger.restart_clock()
+                    if trainer.length.is_milestone(step):
+                        evaluation = milestone()
+        except StopRequested as request:
+            checkpoints.save_interrupted(state, progress())
+            raise Stopped(
+                f"stopped by {request} at step {step}, which is saved; the same command goes on from there",
+                request.number,
+            ) from None
+        best = checkpoints.best_step()
     assert evaluation is not None  # the last step is a milestone
     _save_figures(folder, evaluation, trainer.val)
-    console.print(f"best checkpoint: step {checkpoints.best_step()}; figures in {folder.figures}", highlight=False)
+    console.print(f"best checkpoint: step {best}; figures in {folder.figures}", highlight=False)
     return evaluation.scores
-
-
-class _Logger:
-    """Averages the loss between two rows without waiting for a step, and writes rows and events."""
-
-    def __init__(self, folder: RunFolder, events: Any, trainer: Trainer, config: Config, console: Console):
-        self._folder, self._events, self._trainer, self._config = folder, events, trainer, config
-        self._console = console
-        self._pending: list[StepSums] = []
-        self._timed = 0
-        self._waited = 0.0
-        self._last: StepSums | None = None
-        self._since: float | None = None
-
-    def waiting(self, take: Callable[[], Any]) -> Any:
-        """Take a batch and count the time that it took."""
-        before = time.perf_counter()
-        batch = take()
-        self._waited += time.perf_counter() - before
-        return batch
-
-    def step(self, step: int, sums: StepSums, advance: Callable[..., None]) -> None:
-        if self._since is None:
-            # The first step of this process compiled; what follows is timed from its end.
-            jax.block_until_ready(sums)
-            self.restart_clock()
-            first = seconds_since_start()
-            self._events.add_scalar("time/first_step_s", first, step)
-            self._console.print(f"first step {first:.1f} s after the start of the command", highlight=False)
-        else:
-            self._timed += 1
-            # One step runs while the next batch is taken. With more steps ahead, a batch that comes late would hide
-            # behind them, and the time waited for it would say nothing.
-            jax.block_until_ready(self._last)
-        self._last = sums
-        self._pending.append(sums)
-        if step % self._config.train.log_every == 0:
-            row = self.flush(step)
-            advance(step, row)
-        else:
-            advance(step, None)
-
-    def restart_clock(self) -> None:
-        """Leave out of the speed what was not training."""
-        self._since, self._timed, self._waited = time.perf_counter(), 0, 0.0
-
-    def flush(self, step: int) -> dict[str, Any] | None:
-        """Write the mean of the losses since the last row."""
-        if not self._pending:
-            return None
-        fetched = jax.device_get(self._pending)
-        assert self._since is not None
-        images, elapsed = self._timed * self._config.train.batch_size, time.perf_counter() - self._since
-        speed = images / elapsed if images else None
-        loss = float(np.mean([sums.loss for sums in fetched]))
-        if not np.isfinite(loss):
-            raise InputError(
-                f"the loss is {loss} by step {step}; what was saved before stays in {self._folder.path}: "
-                "try a lower --optim.lr, --optim.clip-norm or --optim.warmup-steps with another --run"
-            )
-        row = {
-            "kind": "train",
-            "step": step,
-            "epoch": step / self._trainer.length.epoch,
-            "loss": loss,
-            "grad_norm": float(np.mean([sums.grad_norm for sums in fetched])),
-            "lr": float(np.asarray(self._trainer.schedule(step - 1))),
-            "images_per_s": speed,
-            "data_wait": self._waited / elapsed if images else None,
-        }
-        self._pending = []
-        self.restart_clock()
-        self._folder.append(row)
-        for name in ("loss", "grad_norm", "lr", "images_per_s", "data_wait"):
-            if row[name] is not None:
-                self._events.add_scalar(f"train/{name}", row[name], step)
-        return row
-
-    def validation(self, step: int, evaluation: Evaluation) -> None:
-        scores = evaluation.scores.to_json()
-        row = {"kind": "val", "step": step, "epoch": step / self._trainer.length.epoch, "split": self._config.data.val}
-        self._folder.append({**row, "scores": scores, "confusion": evaluation.confusion.tolist()})
-        for name, value in scores.items():
-            if name != "per_class_iu" and value is not None:
-                self._events.add_scalar(f"val/{name}", value, step)
-        for name, iu in zip(self._trainer.val.class_names, scores["per_class_iu"], strict=True):
-            if iu is not None:
-                self._events.add_scalar(f"val_iu/{name}", iu, step)
-
-
-@contextmanager
-def _progress(console: Console, total: int, done: int, every: int) -> Iterator[Callable[..., None]]:
-    columns = (
-        TextColumn("step"),
-        MofNCompleteColumn(),
-        BarColumn(),
-        TextColumn("loss {task.fields[loss]}  {task.fields[speed]} images/s  data {task.fields[wait]}  left"),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=console, refresh_per_second=4) as progress:
-        task = progress.add_task("train", total=total, completed=done, loss="-", speed="-", wait="-")
-
-        def advance(step: int, row: dict[str, Any] | None) -> None:
-            fields: dict[str, Any] = {}
-            if row is not None:
-                speed = row["images_per_s"]
-                fields = {"loss": f"{row['loss']:.4g}", "speed": "-" if speed is None else f"{speed:.1f}"}
-                fields["wait"] = "-" if speed is None else f"{row['data_wait']:.0%}"
-            progress.update(task, completed=step, **fields)
-            # where no bar can be drawn, twenty lines say how far it is
-            if fields and not console.is_terminal and step * 20 // total > (step - every) * 20 // total:
-                console.print(
-                    f"step {step}/{total}  loss {fields['loss']}  {fields['speed']} images/s  "
-                    f"{fields['wait']} of it waiting for data",
-                    highlight=False,
-                )
-
-        yield advance
 
 
 def _save_figures(folder: RunFolder, evaluation: Evaluation, val: Split) -> None:

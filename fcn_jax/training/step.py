@@ -39,6 +39,8 @@ class StepSums(NamedTuple):
     pixels: jax.Array
     """Valid pixels, or the sum of their class weights."""
     grad_norm: jax.Array
+    finite: jax.Array
+    """Whether loss and gradient were; otherwise the step changed nothing but counters."""
 
 
 TrainStep = Callable[[TrainState, Batch], tuple[TrainState, StepSums]]
@@ -85,6 +87,8 @@ def make_train_step(
             whole batch.
         axis_name: the ``jax.pmap`` axis over which the batch is split; None where the batch is global.
 
+    A step whose loss or gradient is not finite leaves parameters, statistics and momentum as they are.
+
     Returns:
         ``train_step(state, batch) -> (state, sums)``; ``batch`` is the device's part under pmap, the global batch
         otherwise.
@@ -125,6 +129,8 @@ def make_train_step(
         # A batch without a single valid pixel has no gradient; its step only decays and coasts.
         scale = 1.0 if reduction == "sum" else 1.0 / jnp.maximum(sums.weight, jnp.finfo(sums.weight.dtype).tiny)
         grads = jax.tree.map(lambda g: g * scale, grads)
+        norm = optax.tree.norm(grads)
+        finite = jnp.isfinite(sums.total) & jnp.isfinite(norm)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         new = state.replace(
             step=state.step + 1,
@@ -132,9 +138,19 @@ def make_train_step(
             batch_stats=batch_stats,
             opt_state=opt_state,
         )
-        return new, StepSums(sums.total * scale, sums.weight, optax.tree.norm(grads))
+        return _unless(finite, new, state), StepSums(sums.total * scale, sums.weight, norm, finite)
 
     return train_step
+
+
+def _unless(finite: jax.Array, new: TrainState, old: TrainState) -> TrainState:
+    """Take the new state where the step was finite, and otherwise the old one with the new counters."""
+
+    def choose(new: jax.Array, old: jax.Array) -> jax.Array:
+        counter = jnp.issubdtype(new.dtype, jnp.integer)  # the schedule goes on
+        return new if counter else jnp.where(finite, new, old)
+
+    return jax.tree.map(choose, new, old)
 
 
 def _scan_parts(
