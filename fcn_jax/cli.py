@@ -8,6 +8,7 @@ import json
 import logging
 import re
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -275,7 +276,7 @@ COMMANDS: dict[str, Callable[[Arguments], int]] = {
 
 def guarded(command: Callable[[Arguments], int], arguments: Arguments) -> int:
     """Run a command; a user's mistake becomes one line on stderr and exit code 2."""
-    logging.getLogger("absl").setLevel(logging.ERROR)  # orbax announces its defaults
+    _quieten_orbax()
     try:
         return command(arguments)
     except InputError as error:
@@ -287,6 +288,20 @@ def guarded(command: Callable[[Arguments], int], arguments: Arguments) -> int:
     except KeyboardInterrupt:
         print("stopped; the same command goes on from the last checkpoint", file=sys.stderr)
         return 130  # 128 + SIGINT, as shells have it
+
+
+def _quieten_orbax() -> None:
+    """Keep orbax from announcing its defaults and, where a disk is full, each array's failure: it raises that too."""
+    for name in ("absl", "asyncio"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    warnings.filterwarnings("ignore", "coroutine .* was never awaited")
+    hook = sys.unraisablehook
+
+    def without_late_writes(failed: Any) -> None:
+        if str(failed.exc_value) != "Event loop is closed":
+            hook(failed)
+
+    sys.unraisablehook = without_late_writes
 
 
 def keep_compiled() -> None:

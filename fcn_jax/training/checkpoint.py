@@ -8,6 +8,7 @@ an array, our own digest does.
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 import shutil
 from collections.abc import Iterator
@@ -77,7 +78,7 @@ class Checkpoints:
         """
         with _writing(self._folder):
             metrics = {"mean_iu": -1.0 if math.isnan(mean_iu) else mean_iu}
-            self._manager.save(int(state.step), args=_items(state, progress), metrics=metrics)
+            self._manager.save(int(state.step), args=_items(state, {**progress, "metrics": metrics}), metrics=metrics)
 
     def save_interrupted(self, state: TrainState, progress: dict[str, Any]) -> None:
         """Save a state at any step, to go on from, and wait for it; nothing to do where this step is saved already.
@@ -139,6 +140,9 @@ def restore_newest(folder: Path, like: TrainState) -> Restored | None:
         except _Damaged as error:
             damaged.append((parent / str(step), str(error)))
             continue
+        # An older one whose score cannot be read would be in the way of choosing the best.
+        older = [(folder / str(other), "its score is lost") for other in _steps(folder) if other < step]
+        damaged += [(path, error) for path, error in older if _metrics(path) is None]
         notes = tuple(f"{_put_aside(path)}: {error}; going on from step {step}" for path, error in damaged)
         return Restored(step, state, progress, validated, notes)
     if damaged:
@@ -249,11 +253,21 @@ def _read_items(path: Path, targets: dict[str, Any]) -> tuple[list[Any], dict[st
         progress = dict(saved["progress"])
         digests = progress.pop("digests")
         wrong = [name for name in items if digests[name] != _digest(saved[name])]
+        wrong += ["metrics"] if progress.pop("metrics", None) != _metrics(path) else []
     except Exception as error:  # whatever the parsers of damaged bytes come to
         raise _Damaged(_first_line(error)) from error
     if wrong:
         raise _Damaged(f"{' and '.join(wrong)} are not what was saved")
     return [saved[name] for name in items], progress
+
+
+def _metrics(path: Path) -> dict[str, Any] | None:
+    """Return what orbax keeps as a checkpoint's metrics; None where there are none, or none that can be read."""
+    try:
+        metrics = json.loads((path / "metrics" / "metrics").read_text())
+        return metrics if isinstance(_mean_iu(metrics), float) else None
+    except (OSError, ValueError, LookupError, TypeError):
+        return None
 
 
 def _open(folder: Path, options: ocp.CheckpointManagerOptions) -> ocp.CheckpointManager:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -21,7 +20,46 @@ from fcn_jax.runs import RunFolder, seconds_since_start
 from fcn_jax.training.setup import Trainer
 from fcn_jax.training.step import StepSums
 
-__all__ = ["Logger", "event_writer", "progress_bar"]
+__all__ = ["Events", "Logger", "progress_bar"]
+
+
+class Events:
+    """TensorBoard events, which never stop a run: what cannot be written is in metrics.jsonl too.
+
+    tensorboardX's own ``SummaryWriter`` writes in a thread, and waits for ever once a full disk has ended that.
+    """
+
+    def __init__(self, folder: Path, step: int):
+        """Begin a file in the folder, for a run that is taken up at a step; events of later steps are superseded."""
+        # imports torch where that is installed, which only training should pay for
+        from tensorboardX.event_file_writer import EventsWriter
+        from tensorboardX.proto import event_pb2
+        from tensorboardX.summary import scalar
+
+        self._event, self._scalar = event_pb2.Event, scalar
+        folder.mkdir(parents=True, exist_ok=True)
+        self._writer = EventsWriter(str(folder / "events"))
+        if step:
+            start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+            self._write(event_pb2.Event(wall_time=time.time(), step=step, session_log=start))
+
+    def add_scalar(self, name: str, value: float, step: int) -> None:
+        """Write a number under a name."""
+        self._write(self._event(wall_time=time.time(), step=step, summary=self._scalar(name, value)))
+
+    def _write(self, event: Any) -> None:
+        with suppress(OSError):
+            self._writer.write_event(event)
+
+    def flush(self) -> None:
+        """Bring what was written to the disk."""
+        with suppress(OSError):
+            self._writer.flush()
+
+    def close(self) -> None:
+        """Close the file."""
+        with suppress(OSError):
+            self._writer.close()
 
 
 class Logger:
@@ -30,7 +68,7 @@ class Logger:
     def __init__(
         self,
         folder: RunFolder,
-        events: Any,
+        events: Events,
         trainer: Trainer,
         config: Config,
         console: Console,
@@ -106,7 +144,7 @@ class Logger:
             raise self._diverged(next(each for each in steps if not each["finite"]))
         assert self._since is not None
         images, elapsed = self._timed * self._config.train.batch_size, time.perf_counter() - self._since
-        row = {
+        row: dict[str, Any] = {
             "kind": "train",
             "step": step,
             "epoch": step / self._trainer.length.epoch,
@@ -148,31 +186,7 @@ class Logger:
         for name, iu in zip(self._trainer.val.class_names, scores["per_class_iu"], strict=True):
             if iu is not None:
                 self._events.add_scalar(f"val_iu/{name}", iu, step)
-
-
-@contextmanager
-def event_writer(folder: Path, step: int) -> Iterator[Any]:
-    """Open a writer of TensorBoard events that never stops a run: what cannot be written is in metrics.jsonl too.
-
-    Args:
-        folder: of the events.
-        step: at which the run is taken up; events of later steps are superseded.
-    """
-    from tensorboardX import SummaryWriter  # imports torch where that is installed, which only training should pay for
-
-    hook = threading.excepthook
-    # It writes in a thread, which a full disk ends with a traceback; with a bounded queue the run would then wait for
-    # it for ever.
-    threading.excepthook = lambda failed: None if issubclass(failed.exc_type, OSError) else hook(failed)
-    try:
-        writer = SummaryWriter(str(folder), max_queue=0, purge_step=step or None)
-        try:
-            yield writer
-        finally:
-            with suppress(OSError):
-                writer.close()
-    finally:
-        threading.excepthook = hook
+        self._events.flush()
 
 
 @contextmanager

@@ -24,7 +24,7 @@ from fcn_jax.evaluation.figures import save_confusion, save_curves, save_panel
 from fcn_jax.metrics import Scores
 from fcn_jax.runs import DatasetInfo, RunFolder
 from fcn_jax.training.checkpoint import Checkpoints, has_checkpoint, restore_newest
-from fcn_jax.training.logger import Logger, event_writer, progress_bar
+from fcn_jax.training.logger import Events, Logger, progress_bar
 from fcn_jax.training.setup import Trainer, make_trainer
 from fcn_jax.training.signals import StopRequest, StopRequested, stop_request
 from fcn_jax.training.step import TrainState
@@ -117,7 +117,7 @@ def _train(config: Config, console: Console, folder: RunFolder, trainer: Trainer
     folder.drop_rows_after(step, with_validation=validated)
     evaluation: Evaluation | None = None
     with (
-        event_writer(folder.events, step) as events,
+        closing(Events(folder.events, step)) as events,
         closing(Checkpoints(folder.checkpoints, config.train.keep_last, trainer.length.keep_every)) as checkpoints,
         closing(batches),
     ):

@@ -1,0 +1,156 @@
+"""Train for hours under random kills and faults, and compare the end with that of an undisturbed run: `make soak`.
+
+Every disturbed run is a short one of its own. It is started, killed at a moment drawn uniformly over the length of the
+undisturbed run (imports and compilation included), hurt in other ways in turn, and started again with the same command
+until it is done. Its last state, its rows but for times, and its checkpoints then have to be those of the undisturbed
+run. A longer run is watched from outside for memory and open files that grow.
+"""
+
+import argparse
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+TIMING = ("images_per_s", "data_wait")
+SHAPES = (
+    "shapes --data.shapes-size 32 32 --data.shapes-count 64 --model.width 0.03 --model.encoder vgg11 "
+    "--model.fc-features 8 --model.fc6-kernel 1 --train.batch-size 8 --train.log-every 3"
+).split()
+FAULTS = ("none", "workers", "torn checkpoint", "two kills", "signal first")
+
+
+def command(run, steps, every, workers=0):
+    """Return the command line of a run of some steps with a validation every so many."""
+    sizes = f"--train.steps {steps} --train.eval-every {every * 8 / 64} --data.workers {workers}"
+    return [sys.executable, str(ROOT / "train.py"), *SHAPES, *sizes.split(), "--run", str(run)]
+
+
+def start(arguments, log):
+    """Start a run, its output going to a file."""
+    return subprocess.Popen(arguments, stdout=log, stderr=subprocess.STDOUT, cwd=ROOT)
+
+
+def end(run):
+    """Return what a run came to: rows without times, the kept steps, digests of the last state, as saved."""
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    rows = [{key: value for key, value in row.items() if key not in TIMING} for row in rows]
+    steps = sorted(int(path.name) for path in (run / "checkpoints").iterdir() if path.name.isdigit())
+    progress = json.loads((run / "checkpoints" / str(steps[-1]) / "progress" / "metadata").read_text())
+    return {"rows": rows, "steps": steps, "digests": progress["digests"]}
+
+
+def tear(run):
+    """Cut the largest file of the newest checkpoint short, if there is one and an older one to fall back to."""
+    steps = sorted((path for path in (run / "checkpoints").glob("*") if path.name.isdigit()), key=lambda p: int(p.name))
+    if len(steps) > 1:
+        largest = max((path for path in steps[-1].rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+        os.truncate(largest, largest.stat().st_size // 2)
+
+
+def disturb(run, fault, seconds, draw, log):
+    """Run to the end through a kill and what the fault adds; returns how often it was started, and the exit code."""
+    workers = 2 if fault == "workers" else 0
+    arguments = command(run, 30, 5, workers)
+    signals = {"two kills": [signal.SIGKILL] * 2, "signal first": [signal.SIGTERM, signal.SIGKILL]}
+    starts = 0
+    for number in signals.get(fault, [signal.SIGKILL]):
+        process = start(arguments, log)
+        starts += 1
+        try:
+            process.wait(draw.uniform(0, seconds))
+        except subprocess.TimeoutExpired:
+            process.send_signal(number)
+        process.wait(120)
+        if fault == "torn checkpoint" and (run / "checkpoints").is_dir():
+            tear(run)
+    code = start(arguments, log).wait(300)
+    return starts + 1, code
+
+
+def kills(count, folder, seed):
+    """Disturb so many runs; returns how many came to the same end."""
+    draw = random.Random(seed)
+    with open(folder / "kills.log", "w") as log:
+        for _ in range(2):  # the first compiles; the second is as long as those that follow
+            shutil.rmtree(folder / "undisturbed", ignore_errors=True)
+            began = time.monotonic()
+            assert start(command(folder / "undisturbed", 30, 5), log).wait(600) == 0, f"see {log.name}"
+            seconds = time.monotonic() - began
+        expected = end(folder / "undisturbed")
+        print(f"undisturbed: {seconds:.1f} s, {len(expected['rows'])} rows", flush=True)
+        same = 0
+        for number in range(count):
+            fault, run = FAULTS[number % len(FAULTS)], folder / f"run{number}"
+            starts, code = disturb(run, fault, seconds, draw, log)
+            found = end(run) if code == 0 else None
+            same += found == expected
+            what = "same" if found == expected else f"DIFFERENT, exit code {code}, kept in {run}"
+            print(f"{number + 1}/{count} {fault}: {starts} starts, {what}", flush=True)
+            if found == expected:
+                shutil.rmtree(run)
+    print(f"kills: {same} of {count} runs ended bit-identical", flush=True)
+    return same == count
+
+
+def size(pid):
+    """Return the resident megabytes and open files of a process and its children."""
+    children = [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    pages = sum(int(Path(f"/proc/{each}/statm").read_text().split()[1]) for each in (pid, *children))
+    return pages * os.sysconf("SC_PAGE_SIZE") / 2**20, len(list(Path(f"/proc/{pid}/fd").iterdir()))
+
+
+def growth(steps, validations, folder):
+    """Watch a longer run; returns whether memory and open files stay level over its last three quarters."""
+    every = steps // validations
+    run, seen = folder / "long", []
+    with open(folder / "long.log", "w") as log:
+        process = start(command(run, steps, every), log)
+        while process.poll() is None:
+            time.sleep(1)
+            rows = run / "metrics.jsonl"
+            done = rows.read_text().count('"kind": "val"') if rows.exists() else 0
+            try:
+                megabytes, files = size(process.pid)
+            except OSError:  # it has just ended
+                continue
+            if done > len(seen):
+                seen.append((megabytes, files))
+                print(f"validation {done}: {megabytes:.0f} MB, {files} open files", flush=True)
+    quarter, last = seen[len(seen) // 4], seen[-1]
+    level = process.returncode == 0 and last[0] < 1.05 * quarter[0] and last[1] <= quarter[1] + 2
+    print(f"growth over {steps} steps, {validations} validations: {quarter} -> {last}, {'level' if level else 'GROWS'}")
+    return level
+
+
+def main():
+    """Run all parts; the exit code is 1 where one fails."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--kills", type=int, default=300)
+    parser.add_argument("--steps", type=int, default=2000, help="of the run that is watched; 0: leave it out")
+    parser.add_argument("--validations", type=int, default=20)
+    parser.add_argument("--cases", type=int, default=100_000, help="of damaged input; 0: leave them out")
+    parser.add_argument("--seed", type=int, default=0)
+    given = parser.parse_args()
+    folder = Path(tempfile.mkdtemp(prefix="fcn_jax_soak_"))
+    good = True
+    if given.kills:
+        good &= kills(given.kills, folder, given.seed)
+    if given.steps:
+        good &= growth(given.steps, given.validations, folder)
+    if given.cases:
+        fuzz = [sys.executable, str(ROOT / "tests" / "fuzzing.py"), "--cases", str(given.cases)]
+        good &= subprocess.run([*fuzz, "--seed", str(given.seed)], cwd=ROOT).returncode == 0
+    print(f"logs in {folder}")
+    return 0 if good else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
