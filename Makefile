@@ -6,7 +6,7 @@ VERSION := $(shell $(PYTHON) -c "import sys; print('%d.%d' % sys.version_info[:2
 VENV := .venv-$(VERSION)
 BIN := $(VENV)/bin
 
-.PHONY: demo test parity lint format clean
+.PHONY: demo test parity soak lint format clean
 
 demo: $(VENV)/ready
 	$(BIN)/python train.py shapes --run runs/demo
@@ -23,6 +23,12 @@ parity: $(PARITY:%=parity-%)
 
 parity-%: $(VENV)/ready-dev
 	$(BIN)/fcn-jax parity $* --dtype float64 --steps 10 --max-error 1e-9 --out runs/parity/$*
+
+# Hours of kills, faults and damaged input, docs/reliability.md; `make soak SOAK_KILLS=30` takes half an hour.
+SOAK_KILLS ?= 300
+
+soak: $(VENV)/ready-dev
+	$(BIN)/python tests/soak.py --kills $(SOAK_KILLS)
 
 lint: $(VENV)/ready-dev
 	$(BIN)/ruff check .

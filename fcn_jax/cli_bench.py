@@ -30,6 +30,7 @@ from fcn_jax.benchmarks.run import Result, release, run_row
 from fcn_jax.benchmarks.settings import NETWORKS, NUM_CLASSES, Settings, make_settings
 from fcn_jax.errors import InputError, unknown
 from fcn_jax.models import create_model
+from fcn_jax.models.platform import plain_forms
 from fcn_jax.recipes import RECIPES
 
 __all__ = ["bench", "main"]
@@ -56,6 +57,9 @@ def _parser() -> _Parser:
     parser.add_argument("--seconds", type=float, help="a sample is the mean of as many calls as fill this time")
     parser.add_argument("--image-size", type=int, metavar="N", help="height and width of the networks' images")
     parser.add_argument("--batch-size", type=int, metavar="N")
+    parser.add_argument(
+        "--plain-forms", action="store_true", help="on the CPU: leave out its own forms, to see what they give"
+    )
     parser.add_argument("--collectives", action="store_true", help="count what devices exchange in a training step")
     parser.add_argument("--pipeline", metavar="RECIPE", help="how many images a second a recipe's input pipeline gives")
     parser.add_argument("--data-dir", metavar="DIR", help="folder of the recipe's data set, with --pipeline")
@@ -83,7 +87,8 @@ def bench(arguments: Sequence[str]) -> int:
     if given.pipeline is not None:
         return _pipeline(given.pipeline, given.data_dir, settings, record, out, console)
     run = _collectives if given.collectives else _rows
-    return run(settings, given.only, record, out, console)
+    with plain_forms() if given.plain_forms else contextlib.nullcontext():
+        return run(settings, given.only, record, out, console)
 
 
 def _configure(given: argparse.Namespace) -> None:

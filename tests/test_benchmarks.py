@@ -23,7 +23,7 @@ from fcn_jax.benchmarks import (
 )
 from fcn_jax.benchmarks.report import matmul_rate, pool_sum, tables
 from fcn_jax.benchmarks.run import alternate, differences
-from fcn_jax.models import summarize
+from fcn_jax.models import summarize, transposed_conv
 
 SMOKE = make_settings("cpu", smoke=True)
 
@@ -282,3 +282,13 @@ def test_the_input_pipelines_speed_is_measured_by_workers(tmp_path, monkeypatch,
     assert cli_bench.main(["--pipeline", "nosuch"]) == 2
     assert cli_bench.main(["--pipeline", "camvid"]) == 2  # its data are nowhere
     assert all(line.startswith("error: ") for line in capsys.readouterr().err.splitlines())
+
+
+def test_the_cpus_own_forms_can_be_left_out(monkeypatch, capsys):
+    used = []
+    right = transposed_conv._phases_by_row
+    monkeypatch.setattr(transposed_conv, "_phases_by_row", lambda *args, **kw: used.append(0) or right(*args, **kw))
+    arguments = ["--smoke", "--device", "cpu", "--only", "upsample-k64*"]
+    assert cli_bench.main([*arguments, "--plain-forms"]) == 0 and not used
+    assert cli_bench.main(arguments) == 0 and used
+    assert "upsample-k64" in capsys.readouterr().out
