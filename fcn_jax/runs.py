@@ -10,7 +10,7 @@ import subprocess
 import time
 import typing
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -244,14 +244,14 @@ class RunFolder:
             file.write(json.dumps(row) + "\n")
 
     def rows(self) -> Iterator[dict[str, Any]]:
-        """Yield the rows of metrics.jsonl; a last one that was cut short is left out."""
+        """Yield the rows of metrics.jsonl; one that was cut short or damaged is left out."""
         if not self.metrics_file.exists():
             return
         for line in self.metrics_file.read_text(errors="replace").splitlines():
-            try:
-                yield json.loads(line)
-            except json.JSONDecodeError:
-                return
+            with suppress(ValueError, RecursionError):
+                row = json.loads(line)
+                if isinstance(row, dict) and isinstance(row.get("step"), int) and "kind" in row:
+                    yield row
 
     def drop_rows_after(self, step: int, with_validation: bool = True) -> None:
         """Forget what a run that is taken up at a step writes again: the rows of later steps.

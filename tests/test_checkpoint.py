@@ -98,13 +98,16 @@ def test_the_environment_of_the_start_stays(tmp_path):
 
 def test_rows_after_a_step_are_forgotten_and_a_torn_one_is_left_out(tmp_path):
     folder = RunFolder(tmp_path)
-    for step in (1, 2, 3):
-        folder.append({"step": step})
+    for step in (1, 2):
+        folder.append({"step": step, "kind": "train"})
+    with folder.metrics_file.open("a") as file:
+        file.write('{"sTep": 2, "kind": "val"}\n\x00[1, 2]\n[3]\n')
+    folder.append({"step": 3, "kind": "train"})
     with folder.metrics_file.open("a") as file:
         file.write('{"step": 4, "lo')
     assert [row["step"] for row in folder.rows()] == [1, 2, 3]
     folder.drop_rows_after(2)
-    assert folder.metrics_file.read_text() == '{"step": 1}\n{"step": 2}\n'
+    assert folder.metrics_file.read_text() == '{"step": 1, "kind": "train"}\n{"step": 2, "kind": "train"}\n'
 
 
 def test_epochs_become_steps():

@@ -114,6 +114,12 @@ def _train(config: Config, console: Console, folder: RunFolder, trainer: Trainer
         batches.set_state(json.dumps(restored.progress["data"]).encode())
         unlogged = restored.progress["unlogged"]
         console.print(f"resuming {config.run} at step {step}", highlight=False)
+        before, now = restored.progress["devices"], trainer.parallel.mesh.size
+        if before != now:
+            console.print(
+                f"note: saved with {before} devices, going on with {now}: sums may differ in the last bits",
+                highlight=False,
+            )
     folder.drop_rows_after(step, with_validation=validated)
     evaluation: Evaluation | None = None
     with (
@@ -124,7 +130,8 @@ def _train(config: Config, console: Console, folder: RunFolder, trainer: Trainer
         logger = Logger(folder, events, trainer, config, console, unlogged)
 
         def progress() -> dict[str, Any]:
-            return {"data": json.loads(batches.get_state()), "unlogged": logger.unlogged()}
+            position, devices = json.loads(batches.get_state()), trainer.parallel.mesh.size
+            return {"data": position, "unlogged": logger.unlogged(), "devices": devices}
 
         def milestone() -> Evaluation:
             logger.flush(step)
