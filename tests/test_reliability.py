@@ -352,6 +352,20 @@ def test_without_a_good_checkpoint_nothing_is_started_and_nothing_touched(saved,
         load_variables(folder, "4", like)
 
 
+@pytest.mark.parametrize("damage", [flip, Path.unlink, lambda path: path.write_text('{"mean_iu": "high"}')])
+def test_an_older_checkpoint_without_its_score_does_not_stand_in_the_way(damage, saved, tmp_path):
+    folder = tmp_path / "checkpoints"
+    shutil.copytree(saved, folder)
+    damage(folder / "2" / "metrics" / "metrics")
+    restored = restore_newest(folder, _state(0))
+    assert restored.step == 4 and "damaged-2: its score is lost" in restored.notes[0]
+    checkpoints = Checkpoints(folder)
+    checkpoints.save(_state(6), {"data": {}, "unlogged": []}, 0.7)
+    checkpoints.save(_state(8), {"data": {}, "unlogged": []}, 0.6)
+    checkpoints.close()
+    assert load_variables(folder, "best", {"params": _state(0).params, "batch_stats": _state(0).batch_stats})[1] == 6
+
+
 def test_a_run_with_a_damaged_checkpoint_comes_to_the_same_end(undisturbed, tmp_path, monkeypatch):
     config = in_folder(tmp_path)
     with monkeypatch.context() as patched, pytest.raises(Stopped):
