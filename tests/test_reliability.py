@@ -210,6 +210,9 @@ def test_a_signal_stops_after_the_step_with_the_state_saved(number, moment, save
         with pytest.raises(Stopped, match=f"stopped by {number.name} at step {saved}, which is saved") as stopped:
             train(config)
     assert stopped.value.number == number
+    # A validation is left as it stands; after a save there is nothing more to save.
+    assert (Path(config.run) / "interrupted" / str(saved)).is_dir() is (moment != "save")
+    assert (Path(config.run) / "checkpoints" / str(saved)).is_dir() is (moment == "save")
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
     assert f"resuming {config.run} at step {saved}" in train(config)
     assert_same(config, undisturbed)
@@ -350,6 +353,14 @@ def test_without_a_good_checkpoint_nothing_is_started_and_nothing_touched(saved,
     like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), like)
     with pytest.raises(InputError, match="4 is damaged"):
         load_variables(folder, "4", like)
+
+
+def test_a_score_that_was_changed_is_noticed(saved, tmp_path):
+    folder = tmp_path / "checkpoints"
+    shutil.copytree(saved, folder)
+    (folder / "4" / "metrics" / "metrics").write_text('{"mean_iu": 0.9}')
+    restored = restore_newest(folder, _state(0))
+    assert restored.step == 2 and "damaged-4: metrics are not what was saved" in restored.notes[0]
 
 
 @pytest.mark.parametrize("damage", [flip, Path.unlink, lambda path: path.write_text('{"mean_iu": "high"}')])
