@@ -35,6 +35,7 @@ from fcn_jax.evaluation.inference import make_image_predictor
 from fcn_jax.models import create_model, summarize
 from fcn_jax.recipes import DEFAULT_RECIPE, RECIPES
 from fcn_jax.runs import RunFolder
+from fcn_jax.training.distributed import is_writer, processes
 from fcn_jax.training.loop import score_table, train
 from fcn_jax.training.parallel import make_mesh
 from fcn_jax.training.trained import open_trained
@@ -124,10 +125,13 @@ def run_train(arguments: Arguments) -> int:
         lambda args: tyro.extras.overridable_config_cli(recipes, prog="train.py", description=_ABOUT, args=args),
         arguments,
     )
-    console = Console()
     recipe = RECIPES[arguments[0]]
-    console.print(f"{recipe.name}: {recipe.source}; score there: {recipe.score}", highlight=False)
-    train(config, console)
+    # It would take SIGTERM for itself.
+    jax.config.update("jax_enable_preemption_service", False)
+    with processes(config.distributed, config.num_processes, config.process_id):
+        console = Console(quiet=not is_writer())
+        console.print(f"{recipe.name}: {recipe.source}; score there: {recipe.score}", highlight=False)
+        train(replace(config, process_id=None), console)
     return 0
 
 

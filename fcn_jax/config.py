@@ -165,7 +165,14 @@ class Config:
     parallel: Literal["pmap", "mesh"] = "pmap"
     """Run the step under jax.pmap, or under jit on a mesh; the numbers are the same."""
     devices: int | None = None
-    """Number of devices to use; by default all."""
+    """Number of devices to use, over all processes; by default all."""
+    distributed: str | None = None
+    """Train in several processes, each started with the same command: `auto` where SLURM, a TPU pod, Kubernetes or Open
+    MPI tells each its place; elsewhere HOST:PORT of process 0, with `num_processes` and `process_id`."""
+    num_processes: int | None = None
+    """Number of processes, with `distributed` HOST:PORT."""
+    process_id: int | None = None
+    """Which process this is, from 0; process 0 writes and prints."""
     init: str | None = None
     """Start from these weights: a .safetensors or .pth file, or `vgg16-imagenet` and its like, which are fetched; they
     have to fill all that their layout has. By default from scratch."""

@@ -42,6 +42,9 @@ _FREE_FIELDS = frozenset(
         "data.download",
         "data.workers",
         "devices",
+        "distributed",
+        "num_processes",
+        "process_id",
         "parallel",
         "train.log_every",
         "train.keep_last",
@@ -51,6 +54,8 @@ _FREE_FIELDS = frozenset(
 )
 
 
+_SHOWN_AFTER = 60
+"""Seconds in which a file that one machine wrote is visible on another; NFS forgets after 60 that it was not there."""
 _IMPORTED = time.perf_counter()
 
 
@@ -147,9 +152,9 @@ def _write_whole(path: Path, text: str) -> None:
 class RunFolder:
     """The files of one run."""
 
-    def __init__(self, path: str | Path):
-        """Name the folder; nothing is touched yet."""
-        self.path = Path(path)
+    def __init__(self, path: str | Path, writes: bool = True):
+        """Name the folder; nothing is touched yet, and nothing is changed later unless this process ``writes``."""
+        self.path, self.writes = Path(path), writes
         self.config_file = self.path / "config.json"
         self.metrics_file = self.path / "metrics.jsonl"
         self.checkpoints = (self.path / "checkpoints").absolute()
@@ -165,6 +170,9 @@ class RunFolder:
         Raises:
             InputError: the folder belongs to a run with other settings or classes, or cannot be written.
         """
+        if not self.writes:
+            self._wait_until_started()
+            return
         now = json.loads(json.dumps(dataclasses.asdict(config)))
         content = {"config": now, "dataset": dataclasses.asdict(dataset), "environment": environment()}
         if self.config_file.exists():
@@ -184,6 +192,14 @@ class RunFolder:
         except OSError as error:
             raise InputError(f"cannot write to {self.path}: {error.strerror}; give another --run") from error
 
+    def _wait_until_started(self) -> None:
+        """Look for what the process that writes has written; a network disk may show it late."""
+        until = time.monotonic() + _SHOWN_AFTER
+        while not self.config_file.exists():
+            if time.monotonic() > until:
+                raise InputError(f"{self.path} is not there for every process; give a --run on a disk that all share")
+            time.sleep(0.1)
+
     @contextmanager
     def locked(self) -> Iterator[None]:
         """Keep other processes from training in this folder; the system lets go when the process ends, however it does.
@@ -191,6 +207,9 @@ class RunFolder:
         Raises:
             InputError: another process has it, or it cannot be written.
         """
+        if not self.writes:
+            yield
+            return
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             file = (self.path / ".lock").open("a+")
@@ -240,6 +259,8 @@ class RunFolder:
 
     def append(self, row: dict[str, Any]) -> None:
         """Add a row to metrics.jsonl."""
+        if not self.writes:
+            return
         with self.metrics_file.open("a") as file:
             file.write(json.dumps(row) + "\n")
 
@@ -265,5 +286,5 @@ class RunFolder:
             return row["step"] < step or row["step"] == step and (with_validation or row["kind"] != "val")
 
         kept = [row for row in self.rows() if stays(row)]
-        if self.metrics_file.exists():
+        if self.writes and self.metrics_file.exists():
             _write_whole(self.metrics_file, "".join(json.dumps(row) + "\n" for row in kept))

@@ -217,7 +217,9 @@ def _fill(examples: list[dict[str, Any]], batch_size: int) -> EvalBatch:
     return batch
 
 
-def make_eval_batches(split: Split, config: DataConfig, batch_size: int) -> Iterator[EvalBatch]:
+def make_eval_batches(
+    split: Split, config: DataConfig, batch_size: int, *, process_index: int = 0, process_count: int = 1
+) -> Iterator[EvalBatch]:
     """Yield every example once, in batches of equal size; labels keep their own size.
 
     The images and the labels of a batch have one size each. Examples are taken in order; one whose size is rare
@@ -227,13 +229,18 @@ def make_eval_batches(split: Split, config: DataConfig, batch_size: int) -> Iter
     Args:
         split: what to evaluate on.
         config: ``input_size`` is what images are resized to; without it they are padded to ``eval_multiple``.
-        batch_size: rows in each batch.
+        batch_size: rows in each batch, over all processes; a process yields its part of them, rounded up.
+        process_index: which process this is; it has every ``process_count``-th example.
+        process_count: number of processes.
     """
+    batch_size = -(-batch_size // process_count)
+    if process_index >= len(split):
+        return
     waiting: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     dataset = grain.MapDataset.source(split.source).map(
         partial(_prepared, config=config, many_sizes=split.image_size is None)
     )
-    for example in _iterate(dataset, 2 * batch_size):
+    for example in _iterate(dataset[process_index::process_count], 2 * batch_size):
         size = (*example["image"].shape, *example["label"].shape)
         waiting.setdefault(size, []).append(example)
         if len(waiting[size]) == batch_size:

@@ -55,8 +55,11 @@ class Checkpoints:
     on in the background; ``close`` waits for it.
     """
 
-    def __init__(self, folder: Path, keep_last: int = 2, keep_steps: int | None = None):
-        """Open the folder, creating it if need be; what a killed process left half written is removed."""
+    def __init__(self, folder: Path, keep_last: int = 2, keep_steps: int | None = None, writes: bool = True):
+        """Open the folder, creating it if need be; what a killed process left half written is removed.
+
+        Of several processes all take part in saving, and one ``writes``, or removes, what belongs to no process alone.
+        """
         best = preservation_policy.BestN(get_metric_fn=_mean_iu, n=1)
         policies = [preservation_policy.LatestN(max(1, keep_last)), best]
         if keep_steps is not None:
@@ -67,7 +70,7 @@ class Checkpoints:
             best_mode="max",
             cleanup_tmp_directories=True,
         )
-        self._folder = folder
+        self._folder, self._writes = folder, writes
         self._manager = _open(folder, options)
 
     def save(self, state: TrainState, progress: dict[str, Any], mean_iu: float) -> None:
@@ -110,20 +113,22 @@ class Checkpoints:
         try:
             with _writing(self._folder):
                 self._manager.wait_until_finished()
-                newest = self._manager.latest_step()
-                if newest is not None and newest >= max(_steps(_interrupted(self._folder)), default=newest + 1):
-                    shutil.rmtree(_interrupted(self._folder))
+                newest, interrupted = self._manager.latest_step(), _interrupted(self._folder)
+                superseded = newest is not None and all(step <= newest for step in _steps(interrupted))
+                if self._writes and superseded:
+                    shutil.rmtree(interrupted, ignore_errors=True)
         finally:
             with suppress(Exception):  # of the save that has failed: said once
                 self._manager.close()
 
 
-def restore_newest(folder: Path, like: TrainState) -> Restored | None:
+def restore_newest(folder: Path, like: TrainState, writes: bool = True) -> Restored | None:
     """Read the newest state of a run that is whole; newer ones are put aside as ``damaged-STEP``.
 
     Args:
         folder: the run's checkpoints.
         like: a state with the shapes and the placement that the result is to have.
+        writes: whether this process is the one of several to put damaged ones aside.
 
     Returns:
         None where nothing has been saved yet.
@@ -143,6 +148,8 @@ def restore_newest(folder: Path, like: TrainState) -> Restored | None:
         # An older one whose score cannot be read would be in the way of choosing the best.
         older = [(folder / str(other), "its score is lost") for other in _steps(folder) if other < step]
         damaged += [(path, error) for path, error in older if _metrics(path) is None]
+        if not writes:
+            damaged = []
         notes = tuple(f"{_put_aside(path)}: {error}; going on from step {step}" for path, error in damaged)
         return Restored(step, state, progress, validated, notes)
     if damaged:

@@ -14,9 +14,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from fcn_jax.config import Config
-from fcn_jax.errors import InputError
 from fcn_jax.evaluation.evaluate import Evaluation
 from fcn_jax.runs import RunFolder, seconds_since_start
+from fcn_jax.training.distributed import AgreedError
 from fcn_jax.training.setup import Trainer
 from fcn_jax.training.step import StepSums
 
@@ -29,8 +29,14 @@ class Events:
     tensorboardX's own ``SummaryWriter`` writes in a thread, and waits for ever once a full disk has ended that.
     """
 
-    def __init__(self, folder: Path, step: int):
-        """Begin a file in the folder, for a run that is taken up at a step; events of later steps are superseded."""
+    def __init__(self, folder: Path | None, step: int):
+        """Begin a file in the folder, for a run that is taken up at a step; events of later steps are superseded.
+
+        Without a folder nothing is written.
+        """
+        self._writer: Any = None
+        if folder is None:
+            return
         # imports torch where that is installed, which only training should pay for
         from tensorboardX.event_file_writer import EventsWriter
         from tensorboardX.proto import event_pb2
@@ -45,7 +51,8 @@ class Events:
 
     def add_scalar(self, name: str, value: float, step: int) -> None:
         """Write a number under a name."""
-        self._write(self._event(wall_time=time.time(), step=step, summary=self._scalar(name, value)))
+        if self._writer is not None:
+            self._write(self._event(wall_time=time.time(), step=step, summary=self._scalar(name, value)))
 
     def _write(self, event: Any) -> None:
         with suppress(OSError):
@@ -53,13 +60,15 @@ class Events:
 
     def flush(self) -> None:
         """Bring what was written to the disk."""
-        with suppress(OSError):
-            self._writer.flush()
+        if self._writer is not None:
+            with suppress(OSError):
+                self._writer.flush()
 
     def close(self) -> None:
         """Close the file."""
-        with suppress(OSError):
-            self._writer.close()
+        if self._writer is not None:
+            with suppress(OSError):
+                self._writer.close()
 
 
 class Logger:
@@ -166,9 +175,9 @@ class Logger:
     def _lr(self, step: int) -> float:
         return float(np.asarray(self._trainer.schedule(step - 1)))
 
-    def _diverged(self, step: dict[str, Any]) -> InputError:
+    def _diverged(self, step: dict[str, Any]) -> AgreedError:
         names = ", ".join(step["names"][:4]) + (", ..." if len(step["names"]) > 4 else "")
-        return InputError(
+        return AgreedError(
             f"step {step['step']}: loss {step['loss']:g} with a gradient of norm {step['grad_norm']:g}, at learning "
             f"rate {self._lr(step['step']):g}, on {names}; the update was not made, and what was saved in "
             f"{self._folder.path} before is good: go on with --train.nonfinite skip, or try a lower --optim.lr, "

@@ -7,11 +7,14 @@ Whatever ends the process, the same command takes the run up from what was saved
 from __future__ import annotations
 
 import json
+import signal
 from collections.abc import Iterable, Iterator
-from contextlib import closing
+from contextlib import closing, contextmanager
+from dataclasses import replace
 from typing import Any
 
 import jax
+import numpy as np
 from rich.console import Console
 from rich.table import Table
 
@@ -24,6 +27,16 @@ from fcn_jax.evaluation.figures import save_confusion, save_curves, save_panel
 from fcn_jax.metrics import Scores
 from fcn_jax.runs import DatasetInfo, RunFolder
 from fcn_jax.training.checkpoint import Checkpoints, has_checkpoint, restore_newest
+from fcn_jax.training.distributed import (
+    Agreement,
+    check_same,
+    from_writer,
+    gather,
+    is_writer,
+    leave_on_error,
+    share,
+    writer_first,
+)
 from fcn_jax.training.logger import Events, Logger, progress_bar
 from fcn_jax.training.setup import Trainer, make_trainer
 from fcn_jax.training.signals import StopRequest, StopRequested, stop_request
@@ -48,13 +61,18 @@ def score_table(scores: Scores, class_names: tuple[str, ...], title: str) -> Tab
 def validate(trainer: Trainer, config: Config, state: TrainState, stop: StopRequest | None = None) -> Evaluation:
     """Score the validation split with the current weights.
 
+    Each process scores its share of the images; samples are of its own.
+
     Raises:
-        StopRequested: in between, where ``stop`` says so.
+        StopRequested: in between, where ``stop`` says so and no other process is waiting for this one's counts.
     """
     variables = {"params": state.params, "batch_stats": state.batch_stats}
-    batches = make_eval_batches(trainer.val, config.data, config.train.eval_batch_size)
-    heeded = _heeding(stop or StopRequest(), batches)
-    return evaluate(trainer.predict, variables, heeded, trainer.val.num_classes, spread(len(trainer.val)))
+    batches = make_eval_batches(trainer.val, config.data, config.train.eval_batch_size, **share())
+    heeded = _heeding(stop, batches) if stop is not None and jax.process_count() == 1 else batches
+    own = len(trainer.val) // jax.process_count()  # images of the process that draws them, at least
+    evaluation = evaluate(trainer.predict, variables, heeded, trainer.val.num_classes, spread(own))
+    counts = gather(np.append(evaluation.confusion, evaluation.images)).sum(axis=0)
+    return replace(evaluation, confusion=counts[:-1].reshape(evaluation.confusion.shape), images=int(counts[-1]))
 
 
 def _heeding(stop: StopRequest, batches: Iterable[EvalBatch]) -> Iterator[EvalBatch]:
@@ -78,15 +96,21 @@ def train(config: Config, console: Console) -> Scores:
             damaged, something could not be written, or the loss is not finite. What was saved before stays good.
         Stopped: by SIGINT or SIGTERM, with the state saved.
     """
-    folder = RunFolder(config.run)
-    trainer = make_trainer(config, resuming=has_checkpoint(folder.checkpoints))
+    folder = RunFolder(config.run, writes=is_writer())
+    trainer = make_trainer(config, resuming=bool(from_writer(has_checkpoint(folder.checkpoints))))
 
     def say(message: str) -> None:
         console.print(message, highlight=False, markup=False)
 
+    with folder.locked(), stop_request(say) as stop, _named(folder):
+        return _train(config, console, folder, trainer, stop)
+
+
+@contextmanager
+def _named(folder: RunFolder) -> Iterator[None]:
+    """Turn what the disk says into a line for the user."""
     try:
-        with folder.locked(), stop_request(say) as stop:
-            return _train(config, console, folder, trainer, stop)
+        yield
     except OSError as error:
         raise InputError(
             f"{error.filename or folder.path}: {error.strerror or error}; what was saved before is good: "
@@ -96,8 +120,9 @@ def train(config: Config, console: Console) -> Scores:
 
 def _train(config: Config, console: Console, folder: RunFolder, trainer: Trainer, stop: StopRequest) -> Scores:
     info = DatasetInfo(trainer.train.dataset, trainer.train.class_names, trainer.train.palette)
-    folder.start(config, info)
-    restored = restore_newest(folder.checkpoints, trainer.state)
+    writer_first(lambda: folder.start(config, info))
+    restored = restore_newest(folder.checkpoints, trainer.state, folder.writes)
+    check_same({"the newest checkpoint": restored and restored.step})
     if restored is None and sum(row["kind"] == "val" for row in folder.rows()) > 2:
         # Two may come before the first is written; with more, something was saved and is gone.
         raise InputError(
@@ -108,7 +133,7 @@ def _train(config: Config, console: Console, folder: RunFolder, trainer: Trainer
         console.print(f"note: {note}", highlight=False, markup=False)
     state, step, validated = trainer.state, 0, True
     unlogged: list[dict[str, Any]] = []
-    batches = make_train_iterator(trainer.train, config.data, config.train.batch_size, config.train.seed)
+    batches = make_train_iterator(trainer.train, config.data, config.train.batch_size, config.train.seed, **share())
     if restored:
         state, step, validated = restored.state, restored.step, restored.validated
         batches.set_state(json.dumps(restored.progress["data"]).encode())
@@ -123,15 +148,24 @@ def _train(config: Config, console: Console, folder: RunFolder, trainer: Trainer
     folder.drop_rows_after(step, with_validation=validated)
     evaluation: Evaluation | None = None
     with (
-        closing(Events(folder.events, step)) as events,
-        closing(Checkpoints(folder.checkpoints, config.train.keep_last, trainer.length.keep_every)) as checkpoints,
+        closing(Events(folder.events if folder.writes else None, step)) as events,
+        closing(
+            Checkpoints(folder.checkpoints, config.train.keep_last, trainer.length.keep_every, folder.writes)
+        ) as checkpoints,
         closing(batches),
+        leave_on_error(),
+        _named(folder),
     ):
+        wanted = Agreement(trainer.parallel.mesh)
         logger = Logger(folder, events, trainer, config, console, unlogged)
 
         def progress() -> dict[str, Any]:
             position, devices = json.loads(batches.get_state()), trainer.parallel.mesh.size
             return {"data": position, "unlogged": logger.unlogged(), "devices": devices}
+
+        def heed_signals() -> None:
+            if wanted(stop.number is not None):
+                raise StopRequested(stop.number or signal.SIGTERM)  # of another process
 
         def milestone() -> Evaluation:
             logger.flush(step)
@@ -150,7 +184,7 @@ def _train(config: Config, console: Console, folder: RunFolder, trainer: Trainer
                 evaluation = validate(trainer, config, state, stop)
             with progress_bar(console, trainer.length.steps, step, config.train.log_every) as advance:
                 while step < trainer.length.steps:
-                    stop.check()
+                    heed_signals()
                     batch = logger.waiting(lambda: next(batches))
                     # Whatever else travels between host and device in a step is a mistake, and slow.
                     with jax.transfer_guard("disallow"):
@@ -158,7 +192,7 @@ def _train(config: Config, console: Console, folder: RunFolder, trainer: Trainer
                         state, sums = trainer.parallel.step(state, trainer.parallel.place_batch(arrays))
                     step += 1
                     logger.step(step, sums, batch["name"], advance)
-                    if config.train.pictures_every and step % config.train.pictures_every == 0:
+                    if folder.writes and config.train.pictures_every and step % config.train.pictures_every == 0:
                         _save_training_picture(folder, trainer, state, batch, step)
                         logger.restart_clock()
                     if trainer.length.is_milestone(step):
@@ -177,6 +211,8 @@ def _train(config: Config, console: Console, folder: RunFolder, trainer: Trainer
 
 
 def _save_figures(folder: RunFolder, evaluation: Evaluation, val: Split) -> None:
+    if not folder.writes:
+        return
     save_curves(folder.figures / "curves.png", folder.rows())
     save_confusion(folder.figures / "confusion.png", evaluation.confusion, val.class_names)
     save_panel(folder.figures / "panel.png", evaluation.samples, val.palette, val.class_names)

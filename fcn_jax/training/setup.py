@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
-import jax
 import numpy as np
 import optax
 
@@ -17,11 +18,13 @@ from fcn_jax.evaluation.evaluate import Predictor, make_predictor
 from fcn_jax.models import model_from_config
 from fcn_jax.models.fcn import FCN
 from fcn_jax.training.check import check_config
+from fcn_jax.training.distributed import check_same, digest, together, writer_first
 from fcn_jax.training.losses import Loss, make_loss, median_frequency_weights
 from fcn_jax.training.optim import make_optimizer, make_schedule
 from fcn_jax.training.parallel import Parallel, make_parallel, pick_devices
 from fcn_jax.training.start import start
 from fcn_jax.training.step import TrainState, make_train_step, new_state
+from fcn_jax.weights.fetch import PRETRAINED, fetch
 
 __all__ = ["Length", "Trainer", "make_trainer", "run_length"]
 
@@ -73,6 +76,7 @@ class Trainer:
     schedule: optax.Schedule
     parallel: Parallel
     predict: Predictor
+    """On the devices of this process alone; takes the state's variables."""
     state: TrainState
     """The start, placed on the devices."""
     notes: tuple[str, ...]
@@ -95,6 +99,20 @@ def _loss(config: Config, train: Split) -> Loss:
     return make_loss(config.loss.kind, class_weights, config.loss.hard_fraction)
 
 
+# Where a machine keeps its data, and what the launch says of a process.
+_OWN_FIELDS = ("data.dir", "data.cache_dir", "data.workers", "process_id")
+
+
+def _shared(config: Config) -> dict[str, Any]:
+    """Return what all processes of a run have to have in common, by name."""
+    flat = {
+        f"{room}.{name}" if isinstance(values, dict) else room: value
+        for room, values in dataclasses.asdict(config).items()
+        for name, value in (values.items() if isinstance(values, dict) else [(room, values)])
+    }
+    return {name: value for name, value in flat.items() if name not in _OWN_FIELDS}
+
+
 def make_trainer(config: Config, resuming: bool = False) -> Trainer:
     """Prepare a run; nothing is written but the prepared copy of the data.
 
@@ -106,9 +124,8 @@ def make_trainer(config: Config, resuming: bool = False) -> Trainer:
         InputError: the config asks for something that cannot be.
     """
     check_config(config)
-    if jax.process_count() > 1:
-        raise InputError("training in several processes is not there yet; start one, with all its devices")
-    train, val = load(config.data.train, config.data), load(config.data.val, config.data)
+    check_same(_shared(config))
+    train, val = writer_first(lambda: (load(config.data.train, config.data), load(config.data.val, config.data)))
     if train.class_names != val.class_names:
         raise InputError(
             f"{config.data.train} and {config.data.val} have different classes; choose splits that share them"
@@ -122,7 +139,10 @@ def make_trainer(config: Config, resuming: bool = False) -> Trainer:
         )
     length = run_length(config, len(train))
     model = model_from_config(config.model, train.num_classes, config.train.remat)
-    variables, notes = start(config, model, resuming)
+    for given in () if resuming else (config.init, config.init_from):
+        if given in PRETRAINED:
+            writer_first(partial(fetch, given))
+    variables, notes = together(lambda: start(config, model, resuming))  # orbax reads a run in all processes at once
     optimizer = make_optimizer(variables["params"], config.optim, length.steps, config.model.freeze_encoder)
     loss = _loss(config, train)
     if config.train.accumulate > 1 and "batch_stats" in variables:
@@ -141,6 +161,9 @@ def make_trainer(config: Config, resuming: bool = False) -> Trainer:
         )
 
     parallel = make_parallel(config.parallel, step, devices)
+    # One process may have another file under the same name.
+    check_same({"training images": len(train), "validation images": len(val), "starting weights": digest(variables)})
+    predict = make_predictor(model, config.data.preprocessing, parallel.mesh.local_mesh)
     return Trainer(
         model=model,
         train=train,
@@ -148,7 +171,7 @@ def make_trainer(config: Config, resuming: bool = False) -> Trainer:
         length=length,
         schedule=make_schedule(config.optim, length.steps),
         parallel=parallel,
-        predict=make_predictor(model, config.data.preprocessing, parallel.mesh),
+        predict=lambda variables, *rest, **options: predict(parallel.local(variables), *rest, **options),
         state=parallel.place_state(new_state(variables, optimizer, config.train.seed)),
         notes=notes,
     )

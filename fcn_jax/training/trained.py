@@ -40,7 +40,7 @@ def open_trained(run: str | Path, which: str = "best") -> Trained:
     size = config.data.crop_size or config.data.input_size or (64, 64)
     like = jax.eval_shape(lambda key: init_variables(model, key, size), jax.random.key(0))
     like = {"params": like["params"], "batch_stats": like.get("batch_stats", {})}
-    sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     like = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), like)
     variables, step = load_variables(folder.checkpoints, which, like)
     return Trained(config, dataset, model, variables, step)

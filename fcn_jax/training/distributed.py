@@ -1,0 +1,311 @@
+"""One run in several processes: how they find each other, who writes, how they agree, and how they end.
+
+Every process runs the same commands in the same order; what is called here is called by all of them. In a single
+process everything here returns at once.
+"""
+
+from __future__ import annotations
+
+import re
+import socket
+import time
+import traceback
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax._src.distributed import global_state as state  # for its client, as orbax does: JAX has no public one
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from fcn_jax.errors import InputError, Stopped
+from fcn_jax.training.liveness import AGAIN, Liveness, leave
+
+__all__ = [
+    "AgreedError",
+    "Agreement",
+    "check_same",
+    "digest",
+    "from_writer",
+    "gather",
+    "is_writer",
+    "leave_on_error",
+    "processes",
+    "share",
+    "together",
+    "writer_first",
+]
+
+_HEARTBEAT = 60
+"""Seconds after which JAX aborts a process that has lost another one, should ``Liveness`` not have ended it before."""
+_SHUTDOWN = 60
+"""Seconds for which the first process that is done waits for the last, which may be drawing figures."""
+_START = 300
+"""Seconds in which all processes have to be there; a cluster does not start them at once."""
+_OF_ANOTHER = re.compile("gloo|nccl|connection|coordination|UNAVAILABLE|DEADLINE_EXCEEDED|ABORTED|CANCELLED", re.I)
+"""What the errors of collectives and barriers have in them where another process is gone."""
+_MESSAGE = 1024
+"""Bytes of a message from one process to the others."""
+
+T = TypeVar("T")
+
+
+class AgreedError(InputError):
+    """A user's mistake that every process knows of, so that all of them stop here."""
+
+
+_IN_ORDER = (AgreedError, Stopped, SystemExit)
+"""What all processes raise together."""
+
+
+@contextmanager
+def processes(
+    distributed: str | None, num_processes: int | None = None, process_id: int | None = None
+) -> Iterator[None]:
+    """Be one of the processes of a run for as long as the context lasts.
+
+    It has to be entered before anything asks JAX for a device. An error of this process alone ends it at once, without
+    a farewell to the others, who would wait for it: they notice by the lost connection.
+
+    Args:
+        distributed: None for a single process; "auto" where the environment tells each process its place (SLURM, TPU
+            pods, Kubernetes, Open MPI); or the HOST:PORT at which process 0 waits for the others.
+        num_processes: how many there are; with HOST:PORT only.
+        process_id: which one this is, 0 ... num_processes - 1; with HOST:PORT only.
+
+    Raises:
+        InputError: these do not go together, or the processes do not find each other.
+    """
+    _check(distributed, num_processes, process_id)
+    if distributed is None:
+        yield
+        return
+    _connect(distributed, num_processes, process_id)
+    liveness = Liveness(state.client, state.process_id, state.num_processes)
+    with leave_on_error():
+        try:
+            yield
+        except _IN_ORDER:
+            liveness.stop()
+            jax.distributed.shutdown()
+            raise
+        liveness.stop()
+        jax.distributed.shutdown()
+
+
+def _check(distributed: str | None, num_processes: int | None, process_id: int | None) -> None:
+    both = f"--num-processes {num_processes} --process-id {process_id}"
+    if distributed in (None, "auto"):
+        if num_processes is not None or process_id is not None:
+            raise InputError(
+                f"expected {both} with --distributed HOST:PORT alone, got --distributed {distributed}; "
+                "name the address of process 0, or leave them out"
+            )
+        return
+    assert distributed is not None
+    address = re.fullmatch(r"(\[[^\]]+\]|[^:\s]+):(\d+)", distributed)
+    if address is None or not 0 < int(address[2]) < 2**16:
+        raise InputError(f"expected --distributed auto or HOST:PORT, got {distributed}; a port is in 1 ... 65535")
+    if num_processes is None or process_id is None:
+        raise InputError(
+            f"--distributed {distributed} needs --num-processes and --process-id, got {both}; "
+            "give both, or --distributed auto where the cluster tells them"
+        )
+    if not 0 <= process_id < num_processes:
+        raise InputError(f"expected 0 <= --process-id < --num-processes, got {both}; process ids count from 0")
+
+
+def _connect(distributed: str, num_processes: int | None, process_id: int | None) -> None:
+    waits: dict[str, Any] = {
+        "initialization_timeout": _START,
+        "heartbeat_timeout_seconds": _HEARTBEAT,
+        "shutdown_timeout_seconds": _SHUTDOWN,
+    }
+    if distributed == "auto":
+        try:
+            jax.distributed.initialize(**waits)
+        except (ValueError, KeyError) as error:
+            raise InputError(
+                "--distributed auto: no SLURM, TPU pod, Kubernetes or Open MPI tells this process its place "
+                f"({error}); start it there, or give --distributed HOST:PORT --num-processes N --process-id I"
+            ) from error
+        except RuntimeError as error:
+            raise _not_found(distributed, error) from error
+        return
+    if process_id != 0:
+        _wait_for_address(distributed)
+    try:
+        # Detection is off: inside of a SLURM job it would take all devices but one away, whatever the address.
+        jax.distributed.initialize(
+            distributed, num_processes, process_id, cluster_detection_method="deactivate", **waits
+        )
+    except RuntimeError as error:
+        raise _not_found(distributed, error) from error
+
+
+def _wait_for_address(address: str) -> None:
+    """Return once something listens there: JAX would abort the process, with a stack trace, where nothing does."""
+    host, _, port = address.rpartition(":")
+    until = time.monotonic() + _START
+    while True:
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
+            return
+        except OSError as error:
+            if time.monotonic() > until:
+                raise _not_found(address, error) from error
+        time.sleep(0.5)
+
+
+def _not_found(distributed: str, error: Exception) -> InputError:
+    return InputError(
+        f"--distributed {distributed}: the processes did not find each other within {_START} s "
+        f"({_first_line(error)}); check address, port and firewall, and that all of them were started"
+    )
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or repr(error)).splitlines()[0][:200]
+
+
+@contextmanager
+def leave_on_error() -> Iterator[None]:
+    """End this process at once, without clean-up, where it fails and the others do not know; they are told.
+
+    Whatever it would wait for at its end, a barrier or what is half saved, may need them, and they wait for it. In a
+    single process nothing is changed.
+    """
+    try:
+        yield
+    except _IN_ORDER:
+        raise
+    except BaseException as error:
+        if state.client is None:
+            raise
+        leave(state.client, state.process_id, *_last_words(error))
+
+
+def _last_words(error: BaseException) -> tuple[str, int]:
+    """Return what to tell the user, and the exit code."""
+    if isinstance(error, InputError):
+        return f"error: {error}", 2
+    if isinstance(error, KeyboardInterrupt):
+        return "stopped; the same commands go on from the last checkpoint", 130
+    if isinstance(error, jax.errors.JaxRuntimeError) and _OF_ANOTHER.search(str(error)):
+        return (f"error: another process of the run ended or cannot be reached; {AGAIN} ({_first_line(error)})", 1)
+    return "".join(traceback.format_exception(error)), 1
+
+
+def is_writer() -> bool:
+    """Whether this is the process that writes files and talks to the user."""
+    return jax.process_index() == 0
+
+
+def share() -> dict[str, int]:
+    """Return which part of the data is this process's, as ``data.pipeline`` takes it."""
+    return {"process_index": jax.process_index(), "process_count": jax.process_count()}
+
+
+def gather(values: Any) -> np.ndarray:
+    """Return integers of all processes, (processes, *shape), by process; exact, up to 64 bits.
+
+    Args:
+        values: an array of one shape everywhere.
+    """
+    values = np.asarray(values, np.int64)
+    if jax.process_count() == 1:
+        return values[None]
+    # As pairs of 32 bits: JAX would cut 64 off unless told otherwise.
+    halves = np.atleast_1d(values).reshape(-1).view(np.uint32)
+    rows = np.asarray(multihost_utils.process_allgather(halves))
+    return np.ascontiguousarray(rows).view(np.int64).reshape(-1, *values.shape)
+
+
+def from_writer(value: int | None) -> int | None:
+    """Return what the writer has: one look at a folder that is being written to decides for all."""
+    known, number = gather([value is not None, value or 0])[0].tolist()
+    return number if known else None
+
+
+def together(action: Callable[[], T]) -> T:
+    """Run an action in every process; a user's mistake that one of them finds stops all.
+
+    Raises:
+        AgreedError: in every process, with the message of the first that failed.
+    """
+    if jax.process_count() == 1:
+        return action()
+    message, result = b"", None
+    try:
+        result = action()
+    except InputError as error:
+        message = (str(error) or repr(error)).encode()[:_MESSAGE]
+    for index, row in enumerate(gather(np.frombuffer(message.ljust(_MESSAGE, b"\0"), np.int64))):
+        text = row.tobytes().rstrip(b"\0").decode(errors="replace")
+        if text:
+            raise AgreedError(text if index == 0 else f"process {index}: {text}")
+    return result  # type: ignore[return-value]
+
+
+def writer_first(action: Callable[[], T]) -> T:
+    """Run an action in the writer and then in the others, who find what it fetched where they share a disk.
+
+    Raises:
+        AgreedError: as ``together`` does.
+    """
+    if jax.process_count() == 1:
+        return action()
+    mine = is_writer()
+    first = together(action if mine else lambda: None)
+    rest = together((lambda: None) if mine else action)
+    return first if mine else rest  # type: ignore[return-value]
+
+
+def digest(tree: Any) -> int:
+    """Return a checksum of a tree of arrays that this process can read."""
+    total = 0
+    for leaf in jax.tree.leaves(tree):
+        total = zlib.crc32(np.ascontiguousarray(leaf).view(np.uint8).data, total)
+    return total
+
+
+def check_same(facts: Mapping[str, Any]) -> None:
+    """Raise where the processes were not started alike: they would compute different things, or wait for each other.
+
+    Args:
+        facts: values by name, compared by their ``repr``; the same names everywhere.
+
+    Raises:
+        AgreedError: in every process, with the names of what differs.
+    """
+    rows = gather([zlib.crc32(repr(value).encode()) for value in facts.values()])
+    wrong = [name for name, column in zip(facts, rows.T, strict=True) if np.any(column != column[0])]
+    if wrong:
+        raise AgreedError(
+            f"the processes differ in {', '.join(wrong)}; start all of them with the same settings and files"
+        )
+
+
+class Agreement:
+    """Whether any process wants something, say to stop, learnt by all of them at the same call.
+
+    An answer is that to the call before: nobody waits for a number that is still on its way between machines.
+    """
+
+    def __init__(self, mesh: Mesh):
+        """Ask over the devices of a mesh, which all processes share."""
+        self._spread = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
+        self._add = jax.jit(jnp.sum, out_shardings=NamedSharding(mesh, PartitionSpec()))
+        self._pending: jax.Array | None = None
+
+    def __call__(self, mine: bool) -> bool:
+        """Tell what this process wants; return whether any wanted it at the last call (alone: at this one)."""
+        if jax.process_count() == 1:
+            return mine
+        flags = np.full(len(self._spread.mesh.local_mesh.devices.flat), mine, np.int32)
+        before, self._pending = self._pending, self._add(jax.make_array_from_process_local_data(self._spread, flags))
+        return before is not None and bool(before)
