@@ -289,6 +289,11 @@ def guarded(command: Callable[[Arguments], int], arguments: Arguments) -> int:
     except Stopped as stop:
         print(stop, file=sys.stderr)
         return 128 + stop.number
+    except OSError as error:  # a file that cannot be written or a path that cannot be named, wherever that shows
+        if error.filename is None:
+            raise
+        print(f"error: {error.filename}: {error.strerror}; check the path and the disk", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print("stopped; the same command goes on from the last checkpoint", file=sys.stderr)
         return 130  # 128 + SIGINT, as shells have it

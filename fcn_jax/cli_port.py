@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -87,10 +88,17 @@ def port(given: PortArguments) -> None:
     if given.num_classes is not None:
         num_classes = given.num_classes
     model = create_model(name, 21 if num_classes is None else num_classes, **options)
-    variables = init_variables(model, jax.random.key(given.seed))
+    init = partial(init_variables, model)
+    # Shapes first: what a file says of its network may be larger than any memory, and its tensors show whether it is.
+    key = jax.random.key(given.seed)
     variables, report = weights.load_with_report(
-        given.source, model, variables, given.allow_missing, given.allow_unexpected
+        given.source, model, jax.eval_shape(init, key), given.allow_missing, given.allow_unexpected
     )
+    if report.left:
+        initial = init(key)
+        variables = jax.tree.map(
+            lambda filled, value: value if isinstance(filled, jax.ShapeDtypeStruct) else filled, variables, initial
+        )
     report = replace(report, preprocessing=given.preprocessing or info.preprocessing)
     _make_folder(file.parent)
     weights.save(file, model, variables, report.preprocessing, given.layout)

@@ -77,6 +77,8 @@ class DataConfig:
     """Mirror left-right with probability 1/2 in training."""
     jitter: float = 0.0
     """Strength of the random brightness, contrast and saturation in training; 0.2 means factors in [0.8, 1.2]."""
+    unreadable: Literal["error", "skip"] = "error"
+    """Images and masks that are not there or cannot be read: stop, or leave them out and say how many."""
     workers: int = 0
     """Processes that decode and augment; the batches are the same for every number."""
     shapes_size: tuple[int, int] = (96, 96)

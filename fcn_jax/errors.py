@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-__all__ = ["InputError", "Stopped", "unknown"]
+__all__ = ["InputError", "Stopped", "UnreadableError", "first_line", "unknown"]
 
 
 class InputError(ValueError):
@@ -24,6 +24,16 @@ class Stopped(Exception):
         """Say what was kept, and which signal it was."""
         super().__init__(message)
         self.number = number
+
+
+class UnreadableError(InputError):
+    """A file of a data set is not there, cut short, too large or of another type; it may be left out of the set."""
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error of some library, shortened, to be told in ours."""
+    text = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return text if len(text) <= 200 else text[:197] + "..."
 
 
 def unknown(kind: str, name: object, known: Iterable[str]) -> InputError:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
 import platform
 import subprocess
 import time
+import types
 import typing
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -16,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from fcn_jax.config import Config
-from fcn_jax.errors import InputError
+from fcn_jax.errors import InputError, first_line
 
 try:
     import fcntl
@@ -110,7 +112,9 @@ def seconds_since_start() -> float:
         return time.perf_counter() - _IMPORTED
 
 
-def _build(cls: Any, values: dict[str, Any], where: str) -> Any:
+def _build(cls: Any, values: Any, where: str) -> Any:
+    if not isinstance(values, dict):
+        raise InputError(f"{where} is {_short(values)}, expected an object; restore the file or train again")
     hints = typing.get_type_hints(cls)
     unknown = sorted(set(values) - set(hints))
     if unknown:
@@ -118,21 +122,51 @@ def _build(cls: Any, values: dict[str, Any], where: str) -> Any:
             f"{where} has unknown fields {', '.join(unknown)}; it was written by another version of fcn_jax"
         )
 
-    def value(name: str, raw: Any) -> Any:
-        if dataclasses.is_dataclass(hints[name]):
-            return _build(hints[name], raw, where)
-        return tuple(tuple(x) if isinstance(x, list) else x for x in raw) if isinstance(raw, list) else raw
+    return cls(**{name: _value(hints[name], raw, f"{where}: {name}") for name, raw in values.items()})
 
-    return cls(**{name: value(name, raw) for name, raw in values.items()})
+
+def _value(hint: Any, raw: Any, where: str) -> Any:
+    """Return a value of JSON as the annotated type, lists as tuples; an InputError where it is of another type."""
+    if dataclasses.is_dataclass(hint):
+        return _build(hint, raw, where)
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin is tuple and isinstance(raw, list):
+        each = arguments[:1] * len(raw) if arguments[-1] is Ellipsis else arguments
+        if len(each) == len(raw):
+            return tuple(_value(kind, item, where) for kind, item in zip(each, raw, strict=True))
+    elif origin is typing.Literal:
+        if any(type(raw) is type(choice) and raw == choice for choice in arguments):
+            return raw
+    elif origin in (types.UnionType, typing.Union):
+        for kind in arguments:
+            with contextlib.suppress(InputError):
+                return _value(kind, raw, where)
+    # As Python has it, an int will do for a float; but a bool, which Python takes for an int, will not.
+    elif type(raw) is hint or (hint is float and type(raw) is int):
+        return raw
+    shown = hint.__name__ if isinstance(hint, type) and origin is None else str(hint).replace("typing.", "")
+    raise InputError(f"{where} is {_short(raw)}, expected {shown}; restore the file or train again")
+
+
+def _short(raw: Any) -> str:
+    text = json.dumps(raw)
+    return text if len(text) <= 60 else text[:57] + "..."
 
 
 def config_from_json(values: dict[str, Any], where: str = "config.json") -> Config:
     """Rebuild a config from what ``dataclasses.asdict`` and JSON made of it.
 
     Raises:
-        InputError: fields that this version does not know.
+        InputError: fields that this version does not know, or values of another type.
     """
     return _build(Config, values, where)
+
+
+def _check_palette(dataset: DatasetInfo, where: str) -> None:
+    if len(dataset.palette) != len(dataset.class_names) or not all(
+        0 <= c < 256 for rgb in dataset.palette for c in rgb
+    ):
+        raise InputError(f"{where}: expected a colour of three bytes for each class; restore the file or train again")
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -247,6 +281,7 @@ class RunFolder:
         try:
             content = json.loads(self.config_file.read_text())
             dataset = _build(DatasetInfo, content["dataset"], str(self.config_file))
+            _check_palette(dataset, str(self.config_file))
             return config_from_json(content["config"], str(self.config_file)), dataset
         except FileNotFoundError:
             raise InputError(
@@ -254,8 +289,10 @@ class RunFolder:
             ) from None
         except InputError:
             raise
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise InputError(f"{self.config_file} is damaged ({error}); restore it or train again") from error
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+            raise InputError(
+                f"{self.config_file} is damaged ({first_line(error)}); restore it or train again"
+            ) from error
 
     def append(self, row: dict[str, Any]) -> None:
         """Add a row to metrics.jsonl."""

@@ -229,7 +229,7 @@ def test_bad_files_are_refused_by_name_and_nothing_is_left(root, config, damage,
     damage(root)
     with pytest.raises(InputError, match=message) as caught:
         datasets.load("folder/train", config)
-    assert type(caught.value) is InputError and "\n" not in str(caught.value)
+    assert "\n" not in str(caught.value)
     assert list((tmp_path / "cache").glob("folder/*")) == []
 
 
@@ -293,7 +293,7 @@ def test_an_interrupted_preparation_is_not_taken_for_a_finished_one(root, config
     shutil.move(copy, copy.with_name(".unfinished-abc"))
     (copy.with_name(".unfinished-abc") / "summary.json").unlink()
     assert len(datasets.load("folder/train", config)) == 2
-    assert json.loads((copy / "summary.json").read_text()) == {"examples": 2, "image_size": [12, 16]}
+    assert json.loads((copy / "summary.json").read_text()) == {"examples": 2, "image_size": [12, 16], "skipped": []}
 
 
 def _load_in_process(config, queue):

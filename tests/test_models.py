@@ -44,9 +44,9 @@ def test_an_unknown_name_lists_the_known_ones():
         ("fcn8s", {"encoder": "vgg12"}, "vgg11, vgg13, vgg16, vgg19"),
         ("fcn8s", {"encoder_norm": "group"}, "unknown encoder_norm 'group'"),
         ("fcn8s", {"pool": "same"}, "ceil, floor"),
-        ("fcn8s", {"width": 0}, "expected width > 0"),
+        ("fcn8s", {"width": 0}, "expected 0 < width <= 64"),
         ("fcn8s", {"dropout_rate": 1.0}, "expected 0 <= dropout_rate < 1"),
-        ("fcn8s", {"fc_features": 0}, "expected fc_features >= 1"),
+        ("fcn8s", {"fc_features": 0}, r"expected fc_features in 1 \.\.\. 1048576"),
     ],
 )
 def test_an_option_that_does_not_apply_is_an_error(name, options, message):

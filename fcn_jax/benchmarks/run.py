@@ -16,6 +16,7 @@ import jax
 from fcn_jax.benchmarks.machine import meter
 from fcn_jax.benchmarks.rows import Numbers, Row, Runner
 from fcn_jax.benchmarks.settings import Settings
+from fcn_jax.errors import first_line
 from fcn_jax.numerics.measures import square_sums
 
 __all__ = ["OURS", "Result", "SideResult", "alternate", "differences", "release", "run_row"]
@@ -154,7 +155,7 @@ def run_row(row: Row, settings: Settings, clock: Callable[[], float] = time.perf
                 make = functools.partial(pair.theirs, variant)
                 runner, numbers = _set_up(result, variant, make, clock, torch=True)
             except RuntimeError as error:  # torch's own, of its allocator and its compiler among them
-                result.notes.append(f"{variant}: {_first_line(error)}")
+                result.notes.append(f"{variant}: {first_line(error)}")
                 continue
             result.errors[variant] = differences(expected, numbers)
             runners[variant] = runner
@@ -167,12 +168,8 @@ def run_row(row: Row, settings: Settings, clock: Callable[[], float] = time.perf
             _time(result, runners, settings, clock)
     except RuntimeError as error:  # XLA's are, too
         result.status = "failed"
-        result.notes.append(_first_line(error))
+        result.notes.append(first_line(error))
     return result
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0][:200]
 
 
 def _is_wrong(errors: Mapping[str, Mapping[str, float]], tolerances: Mapping[str, float]) -> bool:

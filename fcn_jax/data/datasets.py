@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from fcn_jax.config import DataConfig
@@ -12,6 +13,10 @@ from fcn_jax.data.labels import decode_image, decode_label
 from fcn_jax.data.listing import Listing
 from fcn_jax.data.prepare import Examples, Record, prepare, read_summary
 from fcn_jax.errors import InputError, unknown
+
+_log = logging.getLogger(__name__)
+_SHOWN = 3
+"""Files that were left out, named in a note."""
 
 __all__ = ["DATASETS", "Source", "Split", "decode", "load"]
 
@@ -49,6 +54,8 @@ class Split:
     source: Source
     image_size: tuple[int, int] | None = None
     """Height and width where all images share them, else None."""
+    skipped: tuple[str, ...] = ()
+    """Why each image that was left out could not be read."""
 
     def __len__(self) -> int:
         """Return the number of examples."""
@@ -67,12 +74,12 @@ def decode(record: Record) -> dict[str, Any]:
 
 
 def load(spec: str, config: DataConfig) -> Split:
-    """Open a split, preparing its copy in ``config.cache_dir`` if need be.
+    """Open a split, preparing its copy in ``config.cache_dir`` if need be; say how many images were left out, if any.
 
     Args:
         spec: DATASET/SPLIT, as in ``camvid/train``.
-        config: where the data lie; ``dir``, ``classes``, ``download``, ``cache_dir`` and the ``shapes_*`` fields are
-            read.
+        config: where the data lie; ``dir``, ``classes``, ``download``, ``unreadable``, ``cache_dir`` and the
+            ``shapes_*`` fields are read.
 
     Raises:
         InputError: an unknown data set or split, a missing folder or file, or files that are not what they should be.
@@ -85,14 +92,25 @@ def load(spec: str, config: DataConfig) -> Split:
     splits, listing_of = DATASETS[dataset]
     if split not in splits:
         raise unknown(f"split of {dataset}", split, splits)
-    listing = listing_of(split, config)
+    listing = replace(listing_of(split, config), unreadable=config.unreadable)
     copy = prepare(listing, config.cache_dir)
-    size = read_summary(copy)["image_size"]
+    summary = read_summary(copy)
+    if skipped := summary["skipped"]:
+        more = f", and {len(skipped) - _SHOWN} more" if len(skipped) > _SHOWN else ""
+        _log.warning(
+            "note: %s: %d of %d images are left out: %s%s",
+            spec,
+            len(skipped),
+            len(listing.entries),
+            "; ".join(skipped[:_SHOWN]),
+            more,
+        )
     return Split(
         dataset=dataset,
         split=split,
         class_names=listing.class_names,
         palette=listing.palette,
         source=Examples(copy),
-        image_size=None if size is None else (size[0], size[1]),
+        image_size=summary["image_size"],
+        skipped=tuple(skipped),
     )

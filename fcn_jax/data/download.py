@@ -10,15 +10,19 @@ import tarfile
 import tempfile
 import urllib.error
 import urllib.request
+import zlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from fcn_jax.errors import InputError
+from fcn_jax.errors import InputError, first_line
 
 __all__ = ["ARCHIVES", "Archive", "fetch"]
 
 _log = logging.getLogger(__name__)
 _TIMEOUT = 60  # seconds without a byte
+_MOST_GROWTH = 50
+"""VOC's archives are not packed, SBD's grows less than twofold; headers are a small part of them all."""
 
 
 @dataclass(frozen=True)
@@ -82,6 +86,20 @@ def _get(archive: Archive, target: Path) -> None:
         part.unlink(missing_ok=True)
 
 
+def _bounded(packed: int) -> Callable[[tarfile.TarInfo, str], tarfile.TarInfo]:
+    """Return tarfile's filter of data, nothing outside of the folder, that also stops at a multiple of ``packed``."""
+    left = _MOST_GROWTH * packed
+
+    def check(member: tarfile.TarInfo, path: str) -> tarfile.TarInfo:
+        nonlocal left
+        left -= member.size
+        if left < 0:
+            raise tarfile.TarError(f"it unpacks to more than {_MOST_GROWTH} times its size")
+        return tarfile.data_filter(member, path)
+
+    return check
+
+
 def fetch(archive: Archive, folder: Path) -> Path:
     """Return ``folder``/``archive.content``; download and unpack the archive first where it is not there.
 
@@ -106,14 +124,16 @@ def fetch(archive: Archive, folder: Path) -> Path:
         work = Path(tempfile.mkdtemp(prefix=".unfinished-", dir=folder))
         try:
             with tarfile.open(target) as tar:
-                tar.extractall(work, filter="data")
+                tar.extractall(work, filter=_bounded(target.stat().st_size))
             place.parent.mkdir(parents=True, exist_ok=True)
             if not place.is_dir():
                 os.replace(work / archive.content, place)
         finally:
             shutil.rmtree(work, ignore_errors=True)
-    except tarfile.TarError as error:
-        raise InputError(f"{target}: cannot be unpacked ({error}); remove it and fetch it again") from error
+    except (tarfile.TarError, zlib.error, EOFError, ValueError, OverflowError) as error:  # what a damaged file raises
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"{target}: cannot be unpacked ({first_line(error)}); remove it and fetch it again") from error
     except OSError as error:
         raise InputError(
             f"--data.dir {folder}: cannot be written to, or {target} does not hold {archive.content} ({error})"

@@ -11,11 +11,12 @@ Masks hold class ids in one 8-bit channel (or as palette indices); 255 marks pix
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 
 from fcn_jax.config import DataConfig
 from fcn_jax.data.labels import IGNORE, palette_for
-from fcn_jax.data.listing import Listing, folder_of, pairs_by_name, read_bytes, read_files
+from fcn_jax.data.listing import Listing, folder_of, pairs_by_name, path_of, read_files, read_text
 from fcn_jax.errors import InputError
 
 __all__ = ["SPLITS", "listing", "read_classes"]
@@ -31,11 +32,8 @@ def read_classes(path: Path) -> tuple[str, ...]:
         raise InputError(
             f"{path}: not there; write one class name per line (the first is class 0), or give --data.classes"
         )
-    try:
-        names = tuple(line.strip() for line in read_bytes(path).decode("utf-8-sig").splitlines() if line.strip())
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}: not a UTF-8 text file; write one class name per line") from error
-    twice = sorted({name for name in names if names.count(name) > 1})
+    names = tuple(line.strip() for line in read_text(path, "class name").splitlines() if line.strip())
+    twice = sorted(name for name, count in Counter(names).items() if count > 1)
     if twice:
         raise InputError(f"{path}: lists {twice[0]!r} twice; each class has one line")
     if not 2 <= len(names) < IGNORE:
@@ -61,6 +59,6 @@ def _folders(root: Path, split: str) -> tuple[Path, Path]:
 def listing(split: str, config: DataConfig) -> Listing:
     """List a split of the folder; image and mask are paired by their names without suffix."""
     root = folder_of(config, "folder", "images, masks and classes.txt")
-    names = read_classes(Path(config.classes).expanduser() if config.classes else root / "classes.txt")
+    names = read_classes(path_of(config.classes, "--data.classes") if config.classes else root / "classes.txt")
     entries = pairs_by_name(*_folders(root, split), _IMAGES, _MASKS)
     return Listing("folder", split, names, palette_for(len(names)), entries, read_files)

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
+import struct
+from typing import Any
 
 import cv2
 import numpy as np
 
-from fcn_jax.errors import InputError
+from fcn_jax.errors import InputError, UnreadableError
 
 __all__ = [
     "CAMVID_CLASSES",
     "CAMVID_PALETTE",
     "IGNORE",
+    "MOST_PIXELS",
     "VOC_CLASSES",
     "check_label",
     "check_pair",
@@ -25,6 +29,10 @@ __all__ = [
 
 IGNORE = 255
 """The label of pixels that count neither in the loss nor in the scores."""
+
+MOST_PIXELS = 2**27
+"""Larger pictures (11585 x 11585) are not decoded: a header of a few bytes can claim any size, and reading takes up to
+16 bytes a pixel."""
 
 VOC_CLASSES = tuple(
     "background aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse motorbike person "
@@ -78,8 +86,8 @@ def palette_for(num_classes: int) -> tuple[tuple[int, int, int], ...]:
     return tuple((int(r), int(g), int(b)) for r, g, b in voc_palette(num_classes))
 
 
-def _unreadable(name: str, kind: str) -> InputError:
-    return InputError(f"{name}: not a readable {kind}; the file may be cut short or of another type: replace it")
+def _unreadable(name: str, kind: str) -> UnreadableError:
+    return UnreadableError(f"{name}: not a readable {kind}; the file may be cut short or of another type: replace it")
 
 
 def _complete(data: bytes) -> bool:
@@ -91,17 +99,84 @@ def _complete(data: bytes) -> bool:
     if data.startswith(_JPEG):
         return data.find(b"\xff\xd9", data.rfind(b"\xff\xda")) >= 0
     if data.startswith(_PNG):
-        return b"\0\0\0\0IEND\xaeB`\x82" in data
+        return _png_ends(data)
     return len(data) > 0
 
 
-def _imdecode(data: bytes, flags: int) -> np.ndarray | None:
-    if not _complete(data):
-        return None
+def _png_ends(data: bytes) -> bool:
+    """Whether a PNG's chunks, each of the length that it says, lead to its end marker.
+
+    OpenCV sets aside what a chunk says, up to 2 GiB, before it finds that the file is shorter.
+    """
+    at = len(_PNG)
+    while data[at + 4 : at + 8] != b"IEND":
+        if at + 12 > len(data):
+            return False
+        at += 12 + int.from_bytes(data[at : at + 4], "big")
+    return at + 12 <= len(data)
+
+
+def _open(data: bytes) -> Any:
+    """Read an image's header with Pillow, by the plugin of its first bytes; None where it is of no type that we read.
+
+    ``Image.open`` would ask all plugins, of which one runs Ghostscript, and warns of sizes that are allowed here.
+    """
+    # Here, so that PNG images and grey masks need OpenCV alone.
+    from PIL import (
+        BmpImagePlugin,
+        GifImagePlugin,
+        JpegImagePlugin,
+        PngImagePlugin,
+        PpmImagePlugin,
+        TiffImagePlugin,
+        WebPImagePlugin,
+    )
+
+    plugins: dict[bytes, Any] = {
+        _PNG: PngImagePlugin.PngImageFile,
+        _JPEG: JpegImagePlugin.JpegImageFile,
+        b"BM": BmpImagePlugin.BmpImageFile,
+        b"GIF8": GifImagePlugin.GifImageFile,
+        b"II*\0": TiffImagePlugin.TiffImageFile,
+        b"MM\0*": TiffImagePlugin.TiffImageFile,
+        b"RIFF": WebPImagePlugin.WebPImageFile,
+        **{b"P%d" % kind: PpmImagePlugin.PpmImageFile for kind in range(1, 7)},
+    }
+    plugin = next((plugin for start, plugin in plugins.items() if data.startswith(start)), None)
+    return None if plugin is None else plugin(io.BytesIO(data))
+
+
+def _size(data: bytes) -> tuple[int, int] | None:
+    """Return width and height as the header has them; None where there is no such header."""
+    if data.startswith(_PNG):
+        return struct.unpack(">II", data[16:24]) if data[12:16] == b"IHDR" else None
     try:
-        return cv2.imdecode(np.frombuffer(data, np.uint8), flags)
-    except cv2.error:
+        with contextlib.closing(_open(data)) as image:
+            return image.size
+    except Exception:  # Pillow raises many kinds for a damaged header
         return None
+
+
+def _check_size(size: tuple[int, int], name: str) -> None:
+    if size[0] * size[1] > MOST_PIXELS:
+        raise UnreadableError(
+            f"{name}: its header says {size[0]} x {size[1]} pixels, and at most {MOST_PIXELS} are read; "
+            "cut the picture into smaller ones"
+        )
+
+
+def _imdecode(data: bytes, flags: int, name: str, kind: str) -> np.ndarray:
+    size = _size(data) if _complete(data) else None
+    if size is None:
+        raise _unreadable(name, kind)
+    _check_size(size, name)
+    try:
+        image = cv2.imdecode(np.frombuffer(data, np.uint8), flags)
+    except cv2.error as error:
+        raise _unreadable(name, kind) from error
+    if image is None:
+        raise _unreadable(name, kind)
+    return image
 
 
 def decode_image(data: bytes, name: str) -> np.ndarray:
@@ -111,18 +186,16 @@ def decode_image(data: bytes, name: str) -> np.ndarray:
     bits, and an EXIF orientation is applied.
 
     Args:
-        data: a whole JPEG, PNG or other file that OpenCV reads.
+        data: a whole JPEG, PNG, BMP, GIF, PNM, TIFF or WebP file.
         name: what an error calls the file.
 
     Returns:
         uint8 (h, w, 3), RGB in [0, 255].
 
     Raises:
-        InputError: the bytes are not a whole image.
+        UnreadableError: the bytes are not a whole image, or more than ``MOST_PIXELS``.
     """
-    image = _imdecode(data, cv2.IMREAD_COLOR)
-    if image is None:
-        raise _unreadable(name, "image")
+    image = _imdecode(data, cv2.IMREAD_COLOR, name, "image")
     return cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
 
 
@@ -139,16 +212,15 @@ def decode_label(data: bytes, name: str) -> np.ndarray:
         uint8 (h, w), class ids; the ids are not checked.
 
     Raises:
-        InputError: an RGB or JPEG mask, or bytes that are not a whole image.
+        InputError: an RGB or JPEG mask.
+        UnreadableError: bytes that are not a whole image, or more than ``MOST_PIXELS``.
     """
     if data.startswith(_JPEG):
         raise InputError(f"{name}: a JPEG mask has no exact class ids; save masks as PNG")
     # OpenCV turns palette indices into colours, so palette images (colour type 3 of a PNG) go through Pillow.
     if not data.startswith(_PNG) or data[25:26] == b"\x03":
         return _decode_palette(data, name)
-    label = _imdecode(data, cv2.IMREAD_UNCHANGED)
-    if label is None:
-        raise _unreadable(name, "mask")
+    label = _imdecode(data, cv2.IMREAD_UNCHANGED, name, "mask")
     if label.ndim != 2:
         raise _coloured(name)
     if label.dtype != np.uint8:
@@ -169,15 +241,16 @@ def _coloured(name: str) -> InputError:
 
 
 def _decode_palette(data: bytes, name: str) -> np.ndarray:
-    from PIL import Image  # here, so that grey masks and images need OpenCV alone
-
     if not _complete(data):
         raise _unreadable(name, "mask")
     try:
-        with Image.open(io.BytesIO(data)) as image:
+        with contextlib.closing(_open(data)) as image:
+            _check_size(image.size, name)
             mode = image.mode
             label = np.asarray(image)
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except UnreadableError:
+        raise
+    except Exception as error:  # Pillow raises many kinds for a damaged file
         raise _unreadable(name, "mask") from error
     if mode not in ("P", "L", "1"):
         raise _coloured(name)

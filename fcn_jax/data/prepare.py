@@ -18,10 +18,10 @@ import tensorflow_datasets as tfds
 from tensorflow_datasets.core import registered
 
 from fcn_jax.data.labels import IGNORE, check_label, check_pair, decode_image, encode_label
-from fcn_jax.data.listing import Listing, fingerprint
-from fcn_jax.errors import InputError
+from fcn_jax.data.listing import Listing, fingerprint, path_of
+from fcn_jax.errors import InputError, UnreadableError, first_line
 
-__all__ = ["Examples", "Record", "prepare", "read_summary"]
+__all__ = ["Examples", "Record", "Summary", "prepare", "read_summary"]
 
 _log = logging.getLogger(__name__)
 _SUMMARY = "summary.json"
@@ -57,6 +57,7 @@ with registered.skip_registration():  # it is built here from a listing, never b
             self._listing = listing
             self._sizes: set[tuple[int, int]] = set()
             self._ids = np.zeros(256, bool)
+            self._skipped: list[str] = []
             super().__init__(data_dir=data_dir, file_format="array_record")
 
         def _info(self) -> tfds.core.DatasetInfo:
@@ -79,15 +80,27 @@ with registered.skip_registration():  # it is built here from a listing, never b
         def _generate_examples(self) -> Iterator[tuple[int, Record]]:
             listing = self._listing
             for index, entry in enumerate(listing.entries):
-                image, label = listing.read(entry)
                 where = str(entry.label or entry.name)
-                check_pair(decode_image(image, str(entry.image or entry.name)), label, where)
+                try:
+                    image, label = listing.read(entry)
+                    pixels = decode_image(image, str(entry.image or entry.name))
+                except UnreadableError as error:
+                    if listing.unreadable == "error":
+                        raise
+                    self._skipped.append(str(error).partition("; ")[0])
+                    continue
+                check_pair(pixels, label, where)
                 check_label(label, len(listing.class_names), where)
                 self._sizes.add(label.shape)
                 self._ids[np.unique(label)] = True
                 yield index, {"image": image, "label": encode_label(label), "name": entry.name}
+            if len(self._skipped) == len(listing.entries):
+                raise InputError(
+                    f"{listing.dataset}/{listing.split}: none of its {len(self._skipped)} images can be read together "
+                    f"with its mask, as in {self._skipped[0]}; correct --data.dir or replace the files"
+                )
 
-        def summary(self) -> dict[str, Any]:
+        def summary(self) -> Summary:
             """Return what is known of the set once prepared; an InputError where its labels can teach nothing."""
             seen = set(np.flatnonzero(self._ids).tolist())
             if seen == {IGNORE}:
@@ -101,27 +114,41 @@ with registered.skip_registration():  # it is built here from a listing, never b
                     "and 255 means ignore; write class ids: 0, 1, 2, ..."
                 )
             size = next(iter(self._sizes)) if len(self._sizes) == 1 else None
-            return {"examples": len(self._listing.entries), "image_size": size}
+            examples = len(self._listing.entries) - len(self._skipped)
+            return {"examples": examples, "image_size": size, "skipped": self._skipped}
+
+
+def _damaged(folder: str | os.PathLike[str], error: Exception) -> InputError:
+    return InputError(
+        f"{os.fspath(folder)}: this prepared copy of a data set is damaged or gone ({first_line(error)}); "
+        "remove the folder, and the same command prepares it again"
+    )
 
 
 class Examples:
     """Random access to the stored examples of a prepared copy; what is pickled is its folder alone."""
 
     def __init__(self, folder: str | os.PathLike[str]):
-        """Open the prepared copy at ``folder``."""
+        """Open the prepared copy at ``folder``; an InputError where it is damaged or gone."""
         self._folder = os.fspath(folder)
-        builder: Any = tfds.builder_from_directory(self._folder)
         skip = {"image": tfds.decode.SkipDecoding(), "label": tfds.decode.SkipDecoding()}
-        self._source: Any = builder.as_data_source(_SPLIT, decoders=skip)
+        try:
+            builder: Any = tfds.builder_from_directory(self._folder)
+            self._source: Any = builder.as_data_source(_SPLIT, decoders=skip)
+        except Exception as error:  # a damaged copy fails anywhere in TFDS and ArrayRecord, with any exception
+            raise _damaged(self._folder, error) from error
 
     def __len__(self) -> int:
         """Return the number of examples."""
         return len(self._source)
 
     def __getitem__(self, index: int) -> Record:
-        """Return example ``index``, in the order of the listing."""
-        record = self._source[index]
-        return {"image": record["image"], "label": record["label"], "name": record["name"].decode()}
+        """Return example ``index``, in the order of the listing; an InputError where the copy is damaged or gone."""
+        try:
+            record = self._source[index]
+            return {"image": record["image"], "label": record["label"], "name": record["name"].decode()}
+        except Exception as error:  # as in __init__; a file cut short while it is open gives a record of None
+            raise _damaged(self._folder, error) from error
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickle as the folder, so that each worker process opens the files itself."""
@@ -132,9 +159,28 @@ class Examples:
         return f"Examples({self._folder!r})"
 
 
-def read_summary(folder: Path) -> dict[str, Any]:
-    """Return what ``prepare`` noted of a copy: ``examples`` and ``image_size`` ([h, w], or None where they differ)."""
-    return json.loads((folder / _SUMMARY).read_text())
+class Summary(TypedDict):
+    """What ``prepare`` notes of a copy."""
+
+    examples: int
+    image_size: tuple[int, int] | None
+    """Height and width; None where they differ."""
+    skipped: list[str]
+    """Why each entry that was left out could not be read."""
+
+
+def read_summary(folder: Path) -> Summary:
+    """Return what ``prepare`` noted of a copy; an InputError where it cannot be read."""
+    try:
+        content = json.loads((folder / _SUMMARY).read_text())
+        size = content["image_size"]
+        return {
+            "examples": int(content["examples"]),
+            "image_size": None if size is None else (int(size[0]), int(size[1])),
+            "skipped": [str(reason) for reason in content.get("skipped", ())],
+        }
+    except Exception as error:  # what a damaged file holds may fail anywhere
+        raise _damaged(folder, error) from error
 
 
 def prepare(listing: Listing, cache_dir: str) -> Path:
@@ -148,12 +194,12 @@ def prepare(listing: Listing, cache_dir: str) -> Path:
         cache_dir: copies go to ``cache_dir``/DATASET/SPLIT-FINGERPRINT.
 
     Raises:
-        InputError: no entries, a missing or unreadable file, a wrong label, or a cache folder that cannot be written
-            to.
+        InputError: no entries, a missing or unreadable file (unless the listing leaves those out), a wrong label, or a
+            cache folder that cannot be written to.
     """
     if not listing.entries:
         raise InputError(f"{listing.dataset}/{listing.split} has no images; correct --data.dir or the split's list")
-    parent = Path(cache_dir).expanduser() / listing.dataset
+    parent = path_of(cache_dir, "--data.cache-dir") / listing.dataset
     final = parent / f"{listing.split}-{fingerprint(listing)}"
     if (final / _SUMMARY).is_file():
         return final
@@ -174,9 +220,9 @@ def prepare(listing: Listing, cache_dir: str) -> Path:
         (written / _SUMMARY).write_text(json.dumps(builder.summary()))
         try:
             os.replace(written, final)
-        except OSError:
+        except OSError as error:
             if not (final / _SUMMARY).is_file():  # else another process was faster, with the same content
-                raise
+                raise _damaged(final, error) from error
     finally:
         shutil.rmtree(work, ignore_errors=True)
     return final

@@ -16,7 +16,8 @@ from fcn_jax.config import DataConfig
 from fcn_jax.data.download import ARCHIVES, fetch
 from fcn_jax.data.labels import VOC_CLASSES, palette_for
 from fcn_jax.data.listing import Entry, Listing, folder_of, names_in, read_bytes
-from fcn_jax.errors import InputError
+from fcn_jax.data.matfile import read_field
+from fcn_jax.errors import InputError, UnreadableError, first_line
 
 __all__ = ["SPLITS", "find", "listing", "read_segmentation"]
 
@@ -33,19 +34,17 @@ def find(folder: Path) -> Path | None:
 
 
 def read_segmentation(path: Path) -> np.ndarray:
-    """Return GTcls.Segmentation of an SBD ``cls`` file as uint8 (h, w), or raise InputError."""
-    from scipy.io import loadmat  # here: only SBD needs it, and it takes long to import
-
-    if not path.is_file():
-        read_bytes(path)  # the usual error for a missing file
+    """Return GTcls.Segmentation of an SBD ``cls`` file as uint8 (h, w), or raise UnreadableError."""
+    data = read_bytes(path)
     try:
-        truth = loadmat(path, variable_names=["GTcls"])["GTcls"]
-        label = np.asarray(truth["Segmentation"].flat[0])
-        if label.ndim != 2:
-            raise ValueError(f"Segmentation has shape {label.shape}")
-    except Exception as error:  # scipy raises many kinds for a damaged file, and none is of use to the reader
-        raise InputError(
-            f"{path}: not an SBD mask, a .mat file with GTcls.Segmentation ({error}); fetch it again"
+        label = read_field(data, "GTcls", "Segmentation")
+        if label.ndim != 2 or not label.size:
+            raise ValueError(f"Segmentation is {label.dtype} of shape {label.shape}")
+        if not np.isin(label, np.arange(256)).all():
+            raise ValueError("Segmentation holds numbers that are no class ids")
+    except ValueError as error:
+        raise UnreadableError(
+            f"{path}: not an SBD mask, a .mat file with GTcls.Segmentation ({first_line(error)}); fetch it again"
         ) from error
     return label.astype(np.uint8)
 

@@ -82,8 +82,8 @@ def save_confusion(path: Path, confusion: np.ndarray, class_names: Sequence[str]
     figure = Figure(figsize=(side, side))
     axes = figure.subplots()
     axes.imshow(share, cmap="Blues", vmin=0, vmax=1)
-    axes.set_xticks(range(n), class_names, rotation=90, fontsize=8)
-    axes.set_yticks(range(n), class_names, fontsize=8)
+    axes.set_xticks(range(n), class_names, rotation=90, fontsize=8, parse_math=False)  # a name may hold any signs
+    axes.set_yticks(range(n), class_names, fontsize=8, parse_math=False)
     axes.set(xlabel="predicted", ylabel="truth")
     for i, j in np.ndindex(n, n):
         if share[i, j] >= 0.005:
@@ -116,7 +116,9 @@ def save_panel(path: Path, samples: Sequence[Sample], palette: Palette, class_na
         for i in seen
     ]
     figure.subplots_adjust(left=0, right=1, bottom=0, top=1, wspace=0.02, hspace=0.02)
-    figure.legend(
+    legend = figure.legend(
         handles=patches, loc="upper center", ncol=min(12, len(patches)), fontsize=8, bbox_to_anchor=(0.5, -0.01)
     )
+    for text in legend.get_texts():
+        text.set_parse_math(False)
     _save(figure, path)

@@ -39,6 +39,10 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
     "dropout": ("element", "channel"),
     "precision": (None, "default", "high", "highest", *jax.lax.Precision),
 }
+# A file or a flag may ask for any size. These are far beyond every memory, and shapes of them can still be computed.
+_WIDEST = 64
+_LARGEST = 2**20
+_LARGEST_KERNEL = 64
 _DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 # Where the default crop at the output comes from: the reference's voc-fcn32s, 16s and 8s net.py.
 _OUTPUT_CROP = {32: 19, 16: 27, 8: 31}
@@ -142,25 +146,27 @@ def model_from_config(config: ModelConfig, num_classes: int, remat: bool = False
 
 
 def _is_count(value: Any, least: int = 1) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+    return isinstance(value, int) and not isinstance(value, bool) and least <= value <= _LARGEST
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, int | float) and not isinstance(value, bool) and -math.inf < value < math.inf
 
 
 def _check_numbers(settings: dict[str, Any]) -> None:
     width, rate = settings.get("width", 1.0), settings.get("dropout_rate", 0.0)
-    if not _is_number(width) or width <= 0:
-        raise InputError(f"expected width > 0, got {width!r}; 1.0 is the published network")
+    if not _is_number(width) or not 0 < width <= _WIDEST:
+        raise InputError(f"expected 0 < width <= {_WIDEST}, got {width!r}; 1.0 is the published network")
     if not _is_number(rate) or not 0 <= rate < 1:
         raise InputError(f"expected 0 <= dropout_rate < 1, got {rate!r}; 0 turns dropout off")
-    for option in ("fc_features", "fc6_kernel", "head_features"):
-        if not _is_count(settings.get(option, 1)):
-            raise InputError(f"expected {option} >= 1, got {settings[option]!r}; leave it out for the default")
+    for option, most in (("fc_features", _LARGEST), ("fc6_kernel", _LARGEST_KERNEL), ("head_features", _LARGEST)):
+        if not _is_count(settings.get(option, 1)) or settings.get(option, 1) > most:
+            raise InputError(
+                f"expected {option} in 1 ... {most}, got {settings[option]!r}; leave it out for the default"
+            )
     crop, scales = settings.get("crop", (0, 0, 0)), settings.get("skip_scales", (1.0, 1.0))
     if not isinstance(crop, tuple | list) or len(crop) != 3 or not all(_is_count(offset, 0) for offset in crop):
-        raise InputError(f"expected crop to be three offsets >= 0 (pool4, pool3, output), got {crop!r}")
+        raise InputError(f"expected crop to be three offsets in 0 ... {_LARGEST} (pool4, pool3, output), got {crop!r}")
     if not isinstance(scales, tuple | list) or len(scales) != 2 or not all(map(_is_number, scales)):
         raise InputError(f"expected skip_scales to be two factors (pool4, pool3), got {scales!r}")
 

@@ -36,6 +36,7 @@ _AT_LEAST: dict[str, float] = {
     "train.seed": 0,
     "train.steps": 1,
 }
+_LONGEST = 2**20  # pixels of a side; no memory holds such an image
 _ABOVE_ZERO = ("data.scale", "optim.step_every", "train.epochs", "train.eval_every", "train.keep_every")
 
 
@@ -45,6 +46,8 @@ def check_config(config: Config) -> None:
         _check(config, name, lambda number, least=least: number >= least, f">= {least:g}")
     for name in _ABOVE_ZERO:
         _check(config, name, lambda number: number > 0, "> 0")
+    for name in ("data.base_size", "data.crop_size", "data.input_size", "data.shapes_size"):
+        _check(config, name, lambda number: number <= _LONGEST, f"<= {_LONGEST}")
     multiple = config.data.eval_multiple
     if multiple != 1 and (multiple < 1 or multiple % MULTIPLE):
         raise InputError(f"expected --data.eval-multiple 1 or a multiple of {MULTIPLE}, got {multiple}")
@@ -58,6 +61,7 @@ def _check(config: Config, name: str, holds: Any, wanted: str) -> None:
     for part in name.split("."):
         value = {item.name: getattr(value, item.name) for item in dataclasses.fields(value)}[part]
     numbers = value if isinstance(value, tuple) else () if value is None else (value,)
-    if not all(math.isfinite(number) and holds(number) for number in numbers):
+    # Larger numbers fit in no array, wherever they would come to one.
+    if not all(-math.inf < number < 2**62 and holds(number) for number in numbers):
         flag = "--" + name.replace("_", "-")
         raise InputError(f"expected {flag} {wanted}, got {value}; `train.py RECIPE --help` shows its default")

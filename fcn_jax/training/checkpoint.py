@@ -21,7 +21,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
-from fcn_jax.errors import InputError
+from fcn_jax.errors import InputError, first_line
 from fcn_jax.training.step import TrainState
 
 __all__ = ["Checkpoints", "Restored", "has_checkpoint", "load_variables", "restore_newest"]
@@ -262,7 +262,7 @@ def _read_items(path: Path, targets: dict[str, Any]) -> tuple[list[Any], dict[st
         wrong = [name for name in items if digests[name] != _digest(saved[name])]
         wrong += ["metrics"] if progress.pop("metrics", None) != _metrics(path) else []
     except Exception as error:  # whatever the parsers of damaged bytes come to
-        raise _Damaged(_first_line(error)) from error
+        raise _Damaged(first_line(error)) from error
     if wrong:
         raise _Damaged(f"{' and '.join(wrong)} are not what was saved")
     return [saved[name] for name in items], progress
@@ -273,21 +273,21 @@ def _metrics(path: Path) -> dict[str, Any] | None:
     try:
         metrics = json.loads((path / "metrics" / "metrics").read_text())
         return metrics if isinstance(_mean_iu(metrics), float) else None
-    except (OSError, ValueError, LookupError, TypeError):
+    except Exception:  # as in _read_items
         return None
 
 
 def _open(folder: Path, options: ocp.CheckpointManagerOptions) -> ocp.CheckpointManager:
     try:
         return ocp.CheckpointManager(folder, options=options)
-    except (ValueError, KeyError, OSError) as error:
+    except Exception as error:  # as in _read_items
         raise _unfit(folder, error) from error
 
 
 def _best(manager: ocp.CheckpointManager) -> int | None:
     try:
         return manager.best_step()
-    except (ValueError, KeyError, OSError) as error:
+    except Exception as error:  # as in _read_items
         raise _unfit(manager.directory, error) from error
 
 
@@ -301,7 +301,7 @@ def _check_shapes(path: Path, wanted: Any) -> None:
     try:
         saved = _shapes(ocp.StandardCheckpointer().metadata(path / "variables").item_metadata.tree)
     except Exception as error:  # as in _read_items
-        raise _Damaged(_first_line(error)) from error
+        raise _Damaged(first_line(error)) from error
     own = _shapes(wanted)
     for name in sorted(set(saved) | set(own)):
         if saved.get(name) != own.get(name):
@@ -315,17 +315,13 @@ def _writing(folder: Path) -> Iterator[None]:
         yield
     except Exception as error:  # a full disk comes out of tensorstore as a ValueError
         raise InputError(
-            f"a checkpoint could not be saved in {folder} ({_first_line(error)}); those saved before are good: "
+            f"a checkpoint could not be saved in {folder} ({first_line(error)}); those saved before are good: "
             "make room, and the same command goes on from the newest"
         ) from error
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or repr(error)).splitlines()[0][:200]
-
-
 def _unfit(path: Any, error: Exception) -> InputError:
     return InputError(
-        f"checkpoint {path} is damaged or does not fit this model ({_first_line(error)}); "
+        f"checkpoint {path} is damaged or does not fit this model ({first_line(error)}); "
         "choose another one, and use the run's own config.json"
     )

@@ -22,7 +22,7 @@ from jax._src.distributed import global_state as state  # for its client, as orb
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from fcn_jax.errors import InputError, Stopped
+from fcn_jax.errors import InputError, Stopped, first_line
 from fcn_jax.training.liveness import AGAIN, Liveness, leave
 
 __all__ = [
@@ -164,12 +164,8 @@ def _wait_for_address(address: str) -> None:
 def _not_found(distributed: str, error: Exception) -> InputError:
     return InputError(
         f"--distributed {distributed}: the processes did not find each other within {_START} s "
-        f"({_first_line(error)}); check address, port and firewall, and that all of them were started"
+        f"({first_line(error)}); check address, port and firewall, and that all of them were started"
     )
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or repr(error)).splitlines()[0][:200]
 
 
 @contextmanager
@@ -196,7 +192,7 @@ def _last_words(error: BaseException) -> tuple[str, int]:
     if isinstance(error, KeyboardInterrupt):
         return "stopped; the same commands go on from the last checkpoint", 130
     if isinstance(error, jax.errors.JaxRuntimeError) and _OF_ANOTHER.search(str(error)):
-        return (f"error: another process of the run ended or cannot be reached; {AGAIN} ({_first_line(error)})", 1)
+        return (f"error: another process of the run ended or cannot be reached; {AGAIN} ({first_line(error)})", 1)
     return "".join(traceback.format_exception(error)), 1
 
 

@@ -16,6 +16,7 @@ from typing import Any
 import jax
 import numpy as np
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from fcn_jax.config import Config
@@ -47,14 +48,14 @@ __all__ = ["score_table", "train", "validate"]
 
 def score_table(scores: Scores, class_names: tuple[str, ...], title: str) -> Table:
     """Lay the four scores and each class's IU out as a table, to the last digit; a class that is nowhere has nan."""
-    table = Table(title=title)
+    table = Table(title=escape(title))
     table.add_column("score")
     table.add_column("value", justify="right")
     for name in ("pixel_accuracy", "mean_accuracy", "mean_iu", "frequency_weighted_iu"):
         table.add_row(name.replace("_", " "), repr(getattr(scores, name)))
     table.add_section()
     for name, iu in zip(class_names, scores.per_class_iu, strict=True):
-        table.add_row(f"IU {name}", repr(float(iu)))
+        table.add_row(f"IU {escape(name)}", repr(float(iu)))
     return table
 
 
@@ -138,7 +139,7 @@ def _train(config: Config, console: Console, folder: RunFolder, trainer: Trainer
         state, step, validated = restored.state, restored.step, restored.validated
         batches.set_state(json.dumps(restored.progress["data"]).encode())
         unlogged = restored.progress["unlogged"]
-        console.print(f"resuming {config.run} at step {step}", highlight=False)
+        console.print(f"resuming {config.run} at step {step}", highlight=False, markup=False)
         before, now = restored.progress["devices"], trainer.parallel.mesh.size
         if before != now:
             console.print(
@@ -206,7 +207,7 @@ def _train(config: Config, console: Console, folder: RunFolder, trainer: Trainer
         best = checkpoints.best_step()
     assert evaluation is not None  # the last step is a milestone
     _save_figures(folder, evaluation, trainer.val)
-    console.print(f"best checkpoint: step {best}; figures in {folder.figures}", highlight=False)
+    console.print(f"best checkpoint: step {best}; figures in {folder.figures}", highlight=False, markup=False)
     return evaluation.scores
 
 

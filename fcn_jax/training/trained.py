@@ -12,6 +12,7 @@ from fcn_jax.config import Config
 from fcn_jax.models import init_variables, model_from_config
 from fcn_jax.models.fcn import FCN
 from fcn_jax.runs import DatasetInfo, RunFolder
+from fcn_jax.training.check import check_config
 from fcn_jax.training.checkpoint import load_variables
 
 __all__ = ["Trained", "open_trained"]
@@ -36,6 +37,7 @@ def open_trained(run: str | Path, which: str = "best") -> Trained:
     """
     folder = RunFolder(run)
     config, dataset = folder.read_config()
+    check_config(config)
     model = model_from_config(config.model, len(dataset.class_names), config.train.remat)
     size = config.data.crop_size or config.data.input_size or (64, 64)
     like = jax.eval_shape(lambda key: init_variables(model, key, size), jax.random.key(0))

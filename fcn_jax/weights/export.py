@@ -13,13 +13,12 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
-from fcn_jax.errors import InputError, unknown
+from fcn_jax.errors import InputError, first_line, unknown
 from fcn_jax.models.catalog import describe_model
 from fcn_jax.models.fcn import FCN
 from fcn_jax.weights.layouts import Network, Preprocessing, check_fit, pair_up
 from fcn_jax.weights.names import COUNTER, list_parameters, to_torch_axes
 from fcn_jax.weights.published import LAYOUTS
-from fcn_jax.weights.torch_file import first_line
 
 __all__ = ["check_suffix", "nameless", "save", "to_torch"]
 

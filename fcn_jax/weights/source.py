@@ -10,10 +10,10 @@ from typing import Any, get_args
 
 import numpy as np
 
-from fcn_jax.errors import InputError, unknown
+from fcn_jax.errors import InputError, first_line, unknown
 from fcn_jax.weights.fetch import PRETRAINED, fetch
 from fcn_jax.weights.layouts import Preprocessing
-from fcn_jax.weights.torch_file import WRAPPERS, first_line, read_torch
+from fcn_jax.weights.torch_file import WRAPPERS, read_torch
 
 __all__ = ["Source", "TensorInfo", "Tensors", "open_source"]
 

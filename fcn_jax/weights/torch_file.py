@@ -17,9 +17,9 @@ from typing import Any
 
 import numpy as np
 
-from fcn_jax.errors import InputError
+from fcn_jax.errors import InputError, first_line
 
-__all__ = ["WRAPPERS", "first_line", "read_torch"]
+__all__ = ["WRAPPERS", "read_torch"]
 
 WRAPPERS = ("state_dict", "model_state_dict", "model")
 """Under which of its keys a checkpoint keeps the state dict."""
@@ -79,6 +79,7 @@ def read_torch(path: Path, head: bytes) -> Any:
             f"{path}: a TorchScript archive, not a state dict; if you trust it, write its state dict: "
             + _command(path, code)
         )
+    _check_bulk(path, zipped)
     try:
         with warnings.catch_warnings(), torch.serialization.safe_globals(_numpy_globals()):
             warnings.simplefilter("ignore")  # on pickle protocols; whether it could be read is answered below
@@ -86,12 +87,6 @@ def read_torch(path: Path, head: bytes) -> Any:
             return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     except Exception as error:  # a damaged file fails anywhere in the unpickler, with any exception
         raise _refusal(path, zipped, error) from error
-
-
-def first_line(error: BaseException) -> str:
-    """Return the first line of an error, shortened."""
-    text = (str(error).strip() or type(error).__name__).splitlines()[0]
-    return text if len(text) <= 120 else text[:117] + "..."
 
 
 def _numpy_globals() -> list[Any]:
@@ -156,8 +151,30 @@ def _is_torchscript(path: Path) -> bool:
     try:
         with zipfile.ZipFile(path) as archive:
             return any(name.endswith("/constants.pkl") or "/code/" in name for name in archive.namelist())
-    except (zipfile.BadZipFile, OSError):
+    except Exception:  # a damaged archive fails anywhere; whether it can be read is answered later
         return False
+
+
+def _check_bulk(path: Path, zipped: bool) -> None:
+    """Refuse a file of which a few bytes would take any amount of memory: packed records, bytearrays of a given size.
+
+    torch.save packs nothing, so that a file's records are no larger than itself.
+    """
+    try:
+        if zipped:
+            with zipfile.ZipFile(path) as archive:
+                packed = any(entry.compress_type or entry.file_size > path.stat().st_size for entry in archive.filelist)
+            if packed:
+                raise InputError(
+                    f"{path}: a packed archive, which torch.save does not write; unpack it, store it plain"
+                )
+    except InputError:
+        raise
+    except Exception:  # a damaged archive fails anywhere; whether it can be read is answered later
+        return
+    names, _ = _scan(path, zipped)
+    if ("builtins", "bytearray") in names and not any(_may_run_code(*name) for name in names):
+        raise InputError(f"{path}: holds bytearrays, which may be of any size; store model.state_dict() alone")
 
 
 def _may_run_code(module: str, name: str) -> bool:
