@@ -55,6 +55,22 @@ sys.exit(cli.guarded(cli.run_train, sys.argv[1:]))
 """
 
 
+# Asks one of the processes to stop, which all of them then do.
+ASKED = """
+import signal, sys
+from fcn_jax import cli
+from fcn_jax.data.pipeline import TrainIterator
+take = TrainIterator.__next__
+def asking(self):
+    if self._step == 3:
+        signal.raise_signal(signal.SIGTERM)
+    return take(self)
+TrainIterator.__next__ = asking
+sys.argv.pop(1)
+sys.exit(cli.guarded(cli.run_train, sys.argv[1:]))
+"""
+
+
 def _environment(devices):
     flags = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
     compiled = jax.config.jax_compilation_cache_dir
@@ -180,6 +196,18 @@ def test_two_processes_on_a_mesh_go_on_from_what_one_has_saved(reference, tmp_pa
     codes, outputs = _train(run, "--parallel", "mesh")
     assert codes == [0, 0] and "resuming" in outputs[0], outputs
     _check_equal(run, reference)
+
+
+def test_a_signal_to_one_process_stops_all_at_one_step(reference, tmp_path):
+    run = tmp_path / "run"
+    codes, outputs = _train(run, code=ASKED)
+    assert codes == [143, 143], outputs
+    (step,) = (int(path.name) for path in (run / "interrupted").iterdir())
+    assert step in (4, 5) and all(f"stopped by SIGTERM at step {step}, which is saved" in out for out in outputs)
+    codes, outputs = _train(run)
+    assert codes == [0, 0] and f"at step {step}" in " ".join(outputs[0].split()), outputs
+    _check_equal(run, reference)
+    assert not (run / "interrupted").exists()
 
 
 def test_processes_that_were_not_started_alike_stop_with_what_differs(tmp_path):
