@@ -1,8 +1,11 @@
 """Settings that hold for every test: eight CPU devices, float64 available, quick compilation, warnings are errors."""
 
+import gc
+import itertools
 import os
 import shutil
 import tempfile
+from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # LLVM's optimisations take longer than the tiny networks of the tests save; XLA's own passes stay on.
@@ -10,6 +13,7 @@ _FLAGS = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_le
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_FLAGS}"
 
 import jax  # noqa: E402  (the flags are read at import)
+import pytest  # noqa: E402
 
 jax.config.update("jax_enable_x64", True)
 
@@ -28,3 +32,16 @@ def pytest_unconfigure(config):
     """Remove what was compiled."""
     if not hasattr(config, "workerinput"):
         shutil.rmtree(os.environ[_COMPILED], ignore_errors=True)
+
+
+_MAPS = Path("/proc/self/maps")
+_TESTS = itertools.count(1)
+
+
+@pytest.fixture(autouse=True)
+def few_programs():
+    """Forget compiled programs now and then: Linux gives a process 65,530 mappings, and each program takes some."""
+    yield
+    if next(_TESTS) % 10 == 0 and _MAPS.exists() and _MAPS.read_bytes().count(b"\n") > 25_000:
+        jax.clear_caches()
+        gc.collect()
