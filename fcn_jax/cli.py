@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import inspect
 import io
 import json
 import logging
+import os
 import re
 import sys
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import cv2
 import jax
@@ -34,7 +37,7 @@ from fcn_jax.evaluation.figures import overlay, save_confusion, save_palette_png
 from fcn_jax.evaluation.inference import make_image_predictor
 from fcn_jax.models import create_model, summarize
 from fcn_jax.recipes import DEFAULT_RECIPE, RECIPES
-from fcn_jax.runs import RunFolder
+from fcn_jax.runs import RunFolder, write_whole
 from fcn_jax.training.distributed import is_writer, processes
 from fcn_jax.training.loop import score_table, train
 from fcn_jax.training.parallel import make_mesh
@@ -129,7 +132,7 @@ def run_train(arguments: Arguments) -> int:
     # It would take SIGTERM for itself.
     jax.config.update("jax_enable_preemption_service", False)
     with processes(config.distributed, config.num_processes, config.process_id):
-        console = Console(quiet=not is_writer())
+        console = Console(quiet=not is_writer(), file=cast(Any, _Output()))
         console.print(f"{recipe.name}: {recipe.source}; score there: {recipe.score}", highlight=False)
         train(replace(config, process_id=None), console)
     return 0
@@ -162,7 +165,7 @@ def run_eval(arguments: Arguments) -> int:
         "images": result.images,
         "step": trained.step,
     }
-    (folder.path / "eval.json").write_text(json.dumps(content, indent=2) + "\n")
+    write_whole(folder.path / "eval.json", json.dumps(content, indent=2) + "\n")
     save_confusion(folder.figures / "eval_confusion.png", result.confusion, split.class_names)
     save_panel(folder.figures / "eval_panel.png", result.samples, split.palette, split.class_names)
     print(f"scores in {folder.path / 'eval.json'}, figures in {folder.figures}")
@@ -290,13 +293,39 @@ def guarded(command: Callable[[Arguments], int], arguments: Arguments) -> int:
         print(stop, file=sys.stderr)
         return 128 + stop.number
     except OSError as error:  # a file that cannot be written or a path that cannot be named, wherever that shows
-        if error.filename is None:
+        if error.filename is None and error.errno not in _DISK:
             raise
-        print(f"error: {error.filename}: {error.strerror}; check the path and the disk", file=sys.stderr)
+        print(f"error: {error.filename or 'a file'}: {error.strerror}; check the path and the disk", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("stopped; the same command goes on from the last checkpoint", file=sys.stderr)
         return 130  # 128 + SIGINT, as shells have it
+
+
+_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EFBIG}
+
+
+class _Output:
+    """Standard output for a run, which goes on where nobody can read it any more: a closed pipe, a full disk."""
+
+    def __init__(self) -> None:
+        self._file = sys.stdout
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._file, name)
+
+    def write(self, text: str) -> int:
+        return self._lenient(lambda: self._file.write(text)) or 0
+
+    def flush(self) -> None:
+        self._lenient(self._file.flush)
+
+    def _lenient(self, action: Callable[[], Any]) -> Any:
+        try:
+            return action()
+        except OSError:
+            with open(os.devnull, "w") as nowhere:  # where what is left in buffers goes, too
+                os.dup2(nowhere.fileno(), self._file.fileno())
 
 
 def _quieten_orbax() -> None:
@@ -307,7 +336,7 @@ def _quieten_orbax() -> None:
     hook = sys.unraisablehook
 
     def without_late_writes(failed: Any) -> None:
-        if str(failed.exc_value) != "Event loop is closed":
+        if str(failed.exc_value) != "Event loop is closed" and not inspect.iscoroutine(failed.object):
             hook(failed)
 
     sys.unraisablehook = without_late_writes

@@ -33,6 +33,7 @@ __all__ = [
     "environment",
     "seconds_since_start",
     "versions",
+    "write_whole",
 ]
 
 # Where and how fast, not what: these may change between stop and resume.
@@ -176,10 +177,13 @@ def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _write_whole(path: Path, text: str) -> None:
+def write_whole(path: Path, text: str) -> None:
     """Write a file so that whoever reads it, after whatever happens, finds the old or the new one whole."""
     partial = path.with_suffix(".partial")
-    partial.write_text(text)
+    with partial.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
     partial.replace(path)
 
 
@@ -222,7 +226,7 @@ class RunFolder:
             content["environment"] = json.loads(self.config_file.read_text())["environment"]
         try:
             self.figures.mkdir(parents=True, exist_ok=True)
-            _write_whole(self.config_file, json.dumps(content, indent=2) + "\n")
+            write_whole(self.config_file, json.dumps(content, indent=2) + "\n")
         except OSError as error:
             raise InputError(f"cannot write to {self.path}: {error.strerror}; give another --run") from error
 
@@ -253,12 +257,14 @@ class RunFolder:
             if fcntl is not None:
                 try:
                     fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                except OSError:
+                except BlockingIOError:
                     file.seek(0)
                     raise InputError(
                         f"{self.path} is being trained by another process ({file.read().strip() or 'unknown'}); "
                         "wait for its end, stop it, or give another --run"
                     ) from None
+                except OSError:  # a disk that knows no locks: nobody is kept apart there
+                    pass
             file.truncate(0)
             file.write(f"process {os.getpid()} on {platform.node()}\n")
             file.flush()
@@ -311,17 +317,24 @@ class RunFolder:
                 if isinstance(row, dict) and isinstance(row.get("step"), int) and "kind" in row:
                     yield row
 
-    def drop_rows_after(self, step: int, with_validation: bool = True) -> None:
+    def drop_rows_after(self, step: int, with_validation: bool = True) -> int:
         """Forget what a run that is taken up at a step writes again: the rows of later steps.
 
         Args:
             step: that was saved.
             with_validation: whether its validation was done by then; its row goes where it was not.
+
+        Returns:
+            How many lines before the last cannot be read, and go as well.
         """
 
         def stays(row: dict[str, Any]) -> bool:
             return row["step"] < step or row["step"] == step and (with_validation or row["kind"] != "val")
 
-        kept = [row for row in self.rows() if stays(row)]
-        if self.writes and self.metrics_file.exists():
-            _write_whole(self.metrics_file, "".join(json.dumps(row) + "\n" for row in kept))
+        rows = list(self.rows())
+        lines = self.metrics_file.read_text(errors="replace").splitlines() if self.metrics_file.exists() else []
+        kept = [row for row in rows if stays(row)]
+        if self.writes and lines:
+            write_whole(self.metrics_file, "".join(json.dumps(row) + "\n" for row in kept))
+        torn = bool(lines) and (not rows or json.dumps(rows[-1]) != lines[-1])
+        return len(lines) - len(rows) - torn

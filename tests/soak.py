@@ -7,6 +7,7 @@ run. A longer run is watched from outside for memory and open files that grow.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import random
@@ -39,12 +40,15 @@ def start(arguments, log):
 
 
 def end(run):
-    """Return what a run came to: rows without times, the kept steps, digests of the last state, as saved."""
+    """Return what a run came to: rows without times, and the kept steps with their scores and digests, as saved."""
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     rows = [{key: value for key, value in row.items() if key not in TIMING} for row in rows]
     steps = sorted(int(path.name) for path in (run / "checkpoints").iterdir() if path.name.isdigit())
-    progress = json.loads((run / "checkpoints" / str(steps[-1]) / "progress" / "metadata").read_text())
-    return {"rows": rows, "steps": steps, "digests": progress["digests"]}
+    saved = [run / "checkpoints" / str(step) for step in steps]
+    digests = [json.loads((path / "progress" / "metadata").read_text())["digests"] for path in saved]
+    scores = [json.loads((path / "metrics" / "metrics").read_text()) for path in saved]
+    left = (run / "interrupted").exists()
+    return {"rows": rows, "steps": steps, "digests": digests, "scores": scores, "left": left}
 
 
 def tear(run):
@@ -109,24 +113,32 @@ def size(pid):
 
 def growth(steps, validations, folder):
     """Watch a longer run; returns whether memory and open files stay level over its last three quarters."""
-    every = steps // validations
     run, seen = folder / "long", []
     with open(folder / "long.log", "w") as log:
-        process = start(command(run, steps, every), log)
+        process = start(command(run, steps, steps // validations), log)
         while process.poll() is None:
-            time.sleep(1)
+            time.sleep(0.2)
             rows = run / "metrics.jsonl"
             done = rows.read_text().count('"kind": "val"') if rows.exists() else 0
-            try:
-                megabytes, files = size(process.pid)
-            except OSError:  # it has just ended
-                continue
-            if done > len(seen):
-                seen.append((megabytes, files))
-                print(f"validation {done}: {megabytes:.0f} MB, {files} open files", flush=True)
-    quarter, last = seen[len(seen) // 4], seen[-1]
-    level = process.returncode == 0 and last[0] < 1.05 * quarter[0] and last[1] <= quarter[1] + 2
-    print(f"growth over {steps} steps, {validations} validations: {quarter} -> {last}, {'level' if level else 'GROWS'}")
+            with contextlib.suppress(OSError):  # it has just ended
+                seen.append((done, *size(process.pid)))
+
+    def least(first, last):
+        """Return the least megabytes and files between two validations: a save has some open for a while."""
+        between = [(megabytes, files) for done, megabytes, files in seen if first <= done < last]
+        return [min(values) for values in zip(*between, strict=True)]
+
+    quarter = validations // 4
+    early, late = least(quarter, 2 * quarter), least(3 * quarter, validations)
+    if process.returncode or not early or not late:
+        print(f"the longer run did not come to its end, see {log.name}")
+        return False
+    level = late[0] < 1.05 * early[0] and late[1] <= early[1] + 2
+    print(
+        f"growth over {steps} steps and {validations} validations: second quarter {early[0]:.0f} MB and {early[1]} "
+        f"open files, last quarter {late[0]:.0f} MB and {late[1]}: {'level' if level else 'GROWS'}",
+        flush=True,
+    )
     return level
 
 

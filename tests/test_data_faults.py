@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import logging
+import multiprocessing
 import os
 import shutil
 from pathlib import Path
@@ -202,6 +203,20 @@ def test_a_prepared_copy_that_breaks_in_the_middle_of_an_epoch_is_named(config, 
     message = str(caught.value)
     assert message.startswith(f"{copy}: this prepared copy of a data set is damaged or gone (")
     assert "remove the folder, and the same command prepares it again" in message and "\n" not in message
+
+
+def test_a_worker_that_is_killed_is_named(config):
+    config = dataclasses.replace(config, workers=2, crop_size=(8, 8))
+    batches = make_train_iterator(datasets.load("folder/train", config), config, 2, 0)
+    next(batches)
+    for process in multiprocessing.active_children():
+        process.kill()
+    with pytest.raises(InputError, match="a data worker ended .* the same command goes on"):
+        for _ in range(1000):
+            next(batches)
+    batches.close()
+    next(batches)  # they are started again
+    batches.close()
 
 
 def test_a_prepared_copy_that_is_deleted_while_it_is_read_serves_to_the_end(config):

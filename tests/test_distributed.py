@@ -242,7 +242,7 @@ with d.processes(address, 2, index):
         except InputError as error:
             assert "a multiple of 2 processes" in str(error)
         else:
-            raise SystemExit("an uneven number of devices was taken")
+            raise AssertionError("an uneven number of devices was taken")
     stop = d.Agreement(make_mesh(pick_devices(None)))
     # asked for by process 1 at the second call, known to both at the third
     assert [stop(index == 1 and call == 1) for call in range(4)] == [False, False, True, False]
@@ -261,7 +261,7 @@ with d.processes(address, 2, index):
     except d.AgreedError as error:
         assert str(error) == "process 1: no images here; correct --data.dir"
     else:
-        raise SystemExit("the mistake of the other process went by")
+        raise AssertionError("the mistake of the other process went by")
     print("agreed", flush=True)
     if index == 1:
         raise InputError("a mistake of this process alone")

@@ -2,7 +2,6 @@
 
 import json
 import os
-import resource
 import shutil
 import signal
 import subprocess
@@ -130,6 +129,9 @@ elif moment == "in a save":
     killing(loop.Checkpoints, "save", lambda self, state, *rest: int(state.step) == 8, after=True)
 elif moment == "before the commit of the first":
     killing(atomicity.AtomicRenameTemporaryPath, "finalize", lambda *args: True)
+elif moment == "in the removal of an old one":
+    from orbax.checkpoint._src.path import deleter
+    killing(deleter.StandardCheckpointDeleter, "delete", lambda *args: True)
 elif moment == "after the last save":
     killing(loop.Checkpoints, "close", lambda *args: True, after=True)
 loop.train(config_from_json(json.loads(sys.argv[1])), Console())
@@ -149,10 +151,11 @@ def in_process(code, config, *arguments, **options):
 MOMENTS = {
     "in a step": (0, 4),
     "in a row": (0, 4),
-    "in a validation": (0, 4),
+    "in a validation": (2, 4),
     "in a save": (2, None),  # the write was in the background: it may or may not have come to its end
     "before the commit of the first": (0, 0),
     "after the last save": (0, 13),
+    "in the removal of an old one": (0, None),
 }
 
 
@@ -195,12 +198,19 @@ def signalling(monkeypatch, owner, name, number, when):
 
 @pytest.mark.parametrize(
     ("number", "moment", "saved"),
-    [(signal.SIGTERM, "step", 7), (signal.SIGINT, "validation", 8), (signal.SIGTERM, "save", 8)],
+    [
+        (signal.SIGHUP, "start", 0),
+        (signal.SIGTERM, "step", 7),
+        (signal.SIGINT, "validation", 8),
+        (signal.SIGTERM, "save", 8),
+    ],
 )
 def test_a_signal_stops_after_the_step_with_the_state_saved(number, moment, saved, undisturbed, tmp_path, monkeypatch):
     config = in_folder(tmp_path)
     with monkeypatch.context() as patched:
-        if moment == "step":
+        if moment == "start":
+            signalling(patched, loop, "progress_bar", number, lambda *args: True)
+        elif moment == "step":
             signalling(patched, loop.Logger, "step", number, lambda self, step, *rest: step == 7)
         elif moment == "validation":
             calls = []
@@ -236,7 +246,7 @@ def test_stopped_twice_at_the_same_step_and_with_other_devices(undisturbed, tmp_
             np.testing.assert_allclose(ours["loss"], theirs["loss"], rtol=1e-4)
 
 
-def test_the_exit_code_names_the_signal_and_a_second_one_leaves_at_once(tmp_path, capsys, monkeypatch):
+def test_the_exit_code_names_the_signal_and_a_second_one_leaves_at_once(undisturbed, tmp_path, capsys):
     def stopped(arguments):
         raise Stopped("stopped by SIGTERM at step 7, which is saved; the same command goes on from there", 15)
 
@@ -259,7 +269,55 @@ def test_the_exit_code_names_the_signal_and_a_second_one_leaves_at_once(tmp_path
     process.terminate()
     process.communicate(timeout=30)
     assert process.returncode == 143 and time.monotonic() - before < 5
-    assert train(in_folder(tmp_path))
+    train(in_folder(tmp_path))
+    assert_same(in_folder(tmp_path), undisturbed)
+
+
+@pytest.mark.parametrize("where", ["/dev/full", "a closed pipe"])
+def test_a_run_goes_on_where_nobody_can_read_what_it_says(where, tmp_path):
+    config = in_folder(tmp_path)
+    command = [sys.executable, "train.py", "shapes", "--run", config.run, "--data.cache-dir", config.data.cache_dir]
+    sizes = "--data.shapes-size 32 32 --data.shapes-count 16 --model.width 0.03 --model.encoder vgg11 --devices 1"
+    sizes += " --model.fc-features 8 --model.fc6-kernel 1 --train.batch-size 4 --train.steps 6 --train.eval-every 1"
+    reading, writing = os.pipe()
+    os.close(reading)
+    with os.fdopen(writing, "w") as pipe, open("/dev/full", "w") as full:
+        out = pipe if where == "a closed pipe" else full
+        done = subprocess.run(
+            [*command, *sizes.split()],
+            cwd=Path(__file__).parents[1],
+            env=environment(),
+            stdout=out,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert [row["step"] for row in RunFolder(config.run).rows() if row["kind"] == "val"] == [4, 6]
+
+
+def test_signals_to_all_processes_of_a_job_stop_the_run_alone(undisturbed, tmp_path):
+    config = in_folder(tmp_path, workers=2)
+    code = (
+        "import json, sys, time; from rich.console import Console; from fcn_jax.runs import config_from_json;"
+        "from fcn_jax import cli; from fcn_jax.data import pipeline; from fcn_jax.training import loop\n"
+        "iterate = pipeline._iterate\n"
+        "def noting(*args):\n"
+        "    print('starting workers' if args[2:] == (2,) else '', flush=True)\n"
+        "    return iterate(*args)\n"
+        "pipeline._iterate = noting\n"
+        "run = lambda _: loop.train(config_from_json(json.loads(sys.argv[1])), Console())\n"
+        "if __name__ == '__main__': sys.exit(cli.guarded(run, []))"
+    )
+    process = in_process(code, config, start_new_session=True)
+    for line in process.stdout:
+        if b"starting workers" in line:
+            break
+    time.sleep(1)  # they import what they need
+    os.killpg(process.pid, signal.SIGTERM)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 143 and b"stopped by SIGTERM at step" in errors, errors.decode()
+    train(config)
+    assert_same(config, undisturbed)
 
 
 # --- damage
@@ -297,7 +355,7 @@ DAMAGES = {"flipped": flip, "cut short": lambda path: os.truncate(path, path.sta
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_whatever_file_of_the_newest_checkpoint_is_damaged_the_state_is_one_that_was_saved(damage, saved, tmp_path):
     files = [path.relative_to(saved) for path in sorted((saved / "4").rglob("*")) if path.is_file()]
-    files = [path for path in files if path.stat if (saved / path).stat().st_size]
+    files = [path for path in files if (saved / path).stat().st_size]
     older = 0
     for number, file in enumerate(files):
         folder = tmp_path / str(number) / "checkpoints"
@@ -520,4 +578,3 @@ def test_a_loss_of_nan_names_the_step_and_the_images_and_can_be_skipped(tmp_path
 def test_the_config_of_a_process_is_the_config(tmp_path):
     config = in_folder(tmp_path)
     assert config_from_json(json.loads(json.dumps(asdict(config)))) == config
-    assert resource.getrlimit(resource.RLIMIT_FSIZE)[0] == resource.RLIM_INFINITY

@@ -19,7 +19,7 @@ from fcn_jax.config import DataConfig
 from fcn_jax.data.datasets import Split, decode
 from fcn_jax.data.labels import IGNORE, decode_label
 from fcn_jax.data.transforms import augment, output_size, pad, resize_image
-from fcn_jax.errors import InputError
+from fcn_jax.errors import InputError, first_line
 from fcn_jax.preprocessing import MEAN_COLOURS
 
 __all__ = ["EvalBatch", "TrainBatch", "TrainIterator", "class_frequencies", "make_eval_batches", "make_train_iterator"]
@@ -71,7 +71,7 @@ def _stack(examples: Sequence[Any]) -> TrainBatch:
 def _start_worker(index: int, count: int) -> None:
     """Leave signals to the process that started this one, and end with it, however it ends."""
     del index, count
-    for number in (signal.SIGINT, signal.SIGTERM):  # a terminal and a scheduler send them to all processes of a job
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # sent to all processes of a job, by who stops it
         signal.signal(number, signal.SIG_IGN)
 
     def follow() -> None:
@@ -110,12 +110,23 @@ class TrainIterator(Iterator[TrainBatch]):
         self._stream: Any = None
 
     def __next__(self) -> TrainBatch:
-        """Return the next batch; an InputError where its images differ in size."""
+        """Return the next batch; an InputError where its images differ in size or a worker is gone."""
         if self._stream is None:
             self._stream = _iterate(self._batches[self._step :], 2, self._workers)
-        batch = next(self._stream)
+        batch = self._take()
         self._step += 1
         return batch
+
+    def _take(self) -> TrainBatch:
+        try:
+            return next(self._stream)
+        except RuntimeError as error:  # grain's, of a worker that is gone
+            if "terminated unexpectedly" not in str(error):
+                raise
+            raise InputError(
+                f"a data worker ended ({first_line(error)}), mostly for want of memory: give --data.workers a smaller "
+                "number, and the same command goes on"
+            ) from error
 
     def get_state(self) -> bytes:
         """Return the position, and what it is a position in."""

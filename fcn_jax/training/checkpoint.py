@@ -71,6 +71,7 @@ class Checkpoints:
             cleanup_tmp_directories=True,
         )
         self._folder, self._writes = folder, writes
+        self._keep_last, self._keep_steps = max(1, keep_last), keep_steps
         self._manager = _open(folder, options)
 
     def save(self, state: TrainState, progress: dict[str, Any], mean_iu: float) -> None:
@@ -81,7 +82,9 @@ class Checkpoints:
         """
         with _writing(self._folder):
             metrics = {"mean_iu": -1.0 if math.isnan(mean_iu) else mean_iu}
-            self._manager.save(int(state.step), args=_items(state, {**progress, "metrics": metrics}), metrics=metrics)
+            items = _items(state, {**progress, "metrics": metrics})
+            if not self._manager.save(int(state.step), args=items, metrics=metrics):
+                raise ValueError(f"step {int(state.step)} is not after {self._manager.latest_step()}")
 
     def save_interrupted(self, state: TrainState, progress: dict[str, Any]) -> None:
         """Save a state at any step, to go on from, and wait for it; nothing to do where this step is saved already.
@@ -113,13 +116,20 @@ class Checkpoints:
         try:
             with _writing(self._folder):
                 self._manager.wait_until_finished()
-                newest, interrupted = self._manager.latest_step(), _interrupted(self._folder)
-                superseded = newest is not None and all(step <= newest for step in _steps(interrupted))
-                if self._writes and superseded:
-                    shutil.rmtree(interrupted, ignore_errors=True)
+                self._remove_superseded()
         finally:
             with suppress(Exception):  # of the save that has failed: said once
                 self._manager.close()
+
+    def _remove_superseded(self) -> None:
+        """Remove what a process that was killed between a save and the removal of older ones has left."""
+        steps, interrupted = sorted(self._manager.all_steps()), _interrupted(self._folder)
+        kept = {*steps[-self._keep_last :], self.best_step()}
+        for step in steps:
+            if step not in kept and (self._keep_steps is None or step % self._keep_steps):
+                self._manager.delete(step)
+        if self._writes and steps and all(step <= steps[-1] for step in _steps(interrupted)):
+            shutil.rmtree(interrupted, ignore_errors=True)
 
 
 def restore_newest(folder: Path, like: TrainState, writes: bool = True) -> Restored | None:
@@ -182,6 +192,11 @@ def load_variables(folder: Path, which: str, like: Any) -> tuple[dict[str, Any],
         steps = list(manager.all_steps())
         named = {"best": _best(manager), "last": manager.latest_step(), **{str(step): step for step in steps}}
     step = named.get(which)
+    if not steps and _steps(_interrupted(folder)):
+        raise InputError(
+            f"the run was stopped at step {max(_steps(_interrupted(folder)))}, before its first validation: "
+            "start the same command again, and it goes on to one"
+        )
     if step is None:
         known = ", ".join(str(step) for step in steps) or "none"
         raise InputError(f"{folder} has no checkpoint {which!r}; choose best, last or one of: {known}")
@@ -252,6 +267,8 @@ def _read_items(path: Path, targets: dict[str, Any]) -> tuple[list[Any], dict[st
     Raises:
         _Damaged: the checkpoint is not whole, or of another network.
     """
+    if (path / "position").is_dir() and not (path / "progress").exists():
+        raise _Damaged("it was written by an older version of fcn_jax, which can read it")
     _check_shapes(path, targets["variables"])
     items = {name: ocp.args.StandardRestore(target) for name, target in targets.items()}
     try:

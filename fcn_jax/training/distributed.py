@@ -58,7 +58,7 @@ class AgreedError(InputError):
     """A user's mistake that every process knows of, so that all of them stop here."""
 
 
-_IN_ORDER = (AgreedError, Stopped, SystemExit)
+_IN_ORDER = (AgreedError, Stopped)
 """What all processes raise together."""
 
 

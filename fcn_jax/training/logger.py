@@ -23,6 +23,12 @@ from fcn_jax.training.step import StepSums
 __all__ = ["Events", "Logger", "progress_bar"]
 
 
+_MOST_SKIPPED = 20
+"""Steps in a row that are skipped; parameters that are spoiled never recover."""
+_NAMES = 32
+"""Images of a batch that are named."""
+
+
 class Events:
     """TensorBoard events, which never stop a run: what cannot be written is in metrics.jsonl too.
 
@@ -88,6 +94,7 @@ class Logger:
         self._console = console
         self._fetched = list(unlogged)
         self._pending: list[tuple[int, StepSums, Sequence[str]]] = []
+        self._in_a_row = 0
         self._timed = 0
         self._waited = 0.0
         self._last: StepSums | None = None
@@ -143,14 +150,16 @@ class Logger:
         """Write a row with the means over the finite ones of the steps since the last row.
 
         Raises:
-            InputError: one was not finite, and the run is to stop there.
+            InputError: one was not finite, and the run is to stop there, or 20 in a row were not.
         """
         steps = self.unlogged()
         if not steps:
             return None
         finite = [each for each in steps if each["finite"]]
-        if len(finite) < len(steps) and self._config.train.nonfinite == "stop":
-            raise self._diverged(next(each for each in steps if not each["finite"]))
+        for each in steps:
+            self._in_a_row = 0 if each["finite"] else self._in_a_row + 1
+            if self._in_a_row and (self._config.train.nonfinite == "stop" or self._in_a_row == _MOST_SKIPPED):
+                raise self._diverged(each)
         assert self._since is not None
         images, elapsed = self._timed * self._config.train.batch_size, time.perf_counter() - self._since
         row: dict[str, Any] = {
@@ -176,7 +185,7 @@ class Logger:
         return float(np.asarray(self._trainer.schedule(step - 1)))
 
     def _diverged(self, step: dict[str, Any]) -> AgreedError:
-        names = ", ".join(step["names"][:4]) + (", ..." if len(step["names"]) > 4 else "")
+        names = ", ".join(step["names"][:_NAMES]) + (", ..." if len(step["names"]) > _NAMES else "")
         return AgreedError(
             f"step {step['step']}: loss {step['loss']:g} with a gradient of norm {step['grad_norm']:g}, at learning "
             f"rate {self._lr(step['step']):g}, on {names}; the update was not made, and what was saved in "

@@ -146,7 +146,11 @@ def _train(config: Config, console: Console, folder: RunFolder, trainer: Trainer
                 f"note: saved with {before} devices, going on with {now}: sums may differ in the last bits",
                 highlight=False,
             )
-    folder.drop_rows_after(step, with_validation=validated)
+    if restored is None and any(folder.rows()):
+        console.print("note: nothing was saved yet; starting from the beginning again, log included", highlight=False)
+    damaged_rows = folder.drop_rows_after(step, with_validation=validated)
+    if damaged_rows:
+        console.print(f"note: {damaged_rows} damaged rows of {folder.metrics_file} are left out", highlight=False)
     evaluation: Evaluation | None = None
     with (
         closing(Events(folder.events if folder.writes else None, step)) as events,
@@ -186,7 +190,13 @@ def _train(config: Config, console: Console, folder: RunFolder, trainer: Trainer
             with progress_bar(console, trainer.length.steps, step, config.train.log_every) as advance:
                 while step < trainer.length.steps:
                     heed_signals()
-                    batch = logger.waiting(lambda: next(batches))
+                    try:
+                        batch = logger.waiting(lambda: next(batches))
+                    except InputError:
+                        if jax.process_count() == 1:  # otherwise nobody would take part in saving
+                            stop.check()  # a worker that still starts ends by the signal that came for all
+                            checkpoints.save_interrupted(state, progress())
+                        raise
                     # Whatever else travels between host and device in a step is a mistake, and slow.
                     with jax.transfer_guard("disallow"):
                         arrays = {key: batch[key] for key in ("image", "label")}

@@ -42,7 +42,7 @@ class Length:
     def is_milestone(self, step: int) -> bool:
         """Whether this step is followed by a validation and a checkpoint."""
         kept = self.keep_every is not None and step % self.keep_every == 0
-        return step % self.eval_every == 0 or kept or step == self.steps
+        return step > 0 and (step % self.eval_every == 0 or kept or step == self.steps)
 
 
 def run_length(config: Config, examples: int) -> Length:
