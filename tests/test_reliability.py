@@ -185,6 +185,17 @@ def test_worker_processes_end_with_the_run_that_is_killed(tmp_path):
 # --- signals
 
 
+@pytest.fixture
+def heard():
+    """Signals as a terminal's foreground has them: nohup and shells' background jobs ignore some."""
+    before = {
+        number: signal.signal(number, signal.SIG_DFL) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    }
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
 def signalling(monkeypatch, owner, name, number, when):
     original = getattr(owner, name)
 
@@ -205,6 +216,7 @@ def signalling(monkeypatch, owner, name, number, when):
         (signal.SIGTERM, "save", 8),
     ],
 )
+@pytest.mark.usefixtures("heard")
 def test_a_signal_stops_after_the_step_with_the_state_saved(number, moment, saved, undisturbed, tmp_path, monkeypatch):
     config = in_folder(tmp_path)
     with monkeypatch.context() as patched:
@@ -228,6 +240,7 @@ def test_a_signal_stops_after_the_step_with_the_state_saved(number, moment, save
     assert_same(config, undisturbed)
 
 
+@pytest.mark.usefixtures("heard")
 def test_stopped_twice_at_the_same_step_and_with_other_devices(undisturbed, tmp_path, monkeypatch):
     config = in_folder(tmp_path)
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -318,6 +331,15 @@ def test_signals_to_all_processes_of_a_job_stop_the_run_alone(undisturbed, tmp_p
     assert process.returncode == 143 and b"stopped by SIGTERM at step" in errors, errors.decode()
     train(config)
     assert_same(config, undisturbed)
+
+
+def test_a_signal_that_is_ignored_stays_ignored(tmp_path, monkeypatch):
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+    try:
+        signalling(monkeypatch, loop, "progress_bar", signal.SIGHUP, lambda *args: True)
+        train(in_folder(tmp_path, train=replace(TINY.train, steps=1)))
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 # --- damage
@@ -435,6 +457,7 @@ def test_an_older_checkpoint_without_its_score_does_not_stand_in_the_way(damage,
     assert load_variables(folder, "best", {"params": _state(0).params, "batch_stats": _state(0).batch_stats})[1] == 6
 
 
+@pytest.mark.usefixtures("heard")
 def test_a_run_with_a_damaged_checkpoint_comes_to_the_same_end(undisturbed, tmp_path, monkeypatch):
     config = in_folder(tmp_path)
     with monkeypatch.context() as patched, pytest.raises(Stopped):
