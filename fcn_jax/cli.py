@@ -336,7 +336,9 @@ def _quieten_orbax() -> None:
     hook = sys.unraisablehook
 
     def without_late_writes(failed: Any) -> None:
-        if str(failed.exc_value) != "Event loop is closed" and not inspect.iscoroutine(failed.object):
+        late = str(failed.exc_value) == "Event loop is closed" or inspect.iscoroutine(failed.object)
+        unwritten = isinstance(failed.exc_value, OSError) and isinstance(failed.object, io.IOBase)
+        if not late and not unwritten:
             hook(failed)
 
     sys.unraisablehook = without_late_writes
