@@ -106,7 +106,7 @@ def test_rows_after_a_step_are_forgotten_and_a_torn_one_is_left_out(tmp_path):
     with folder.metrics_file.open("a") as file:
         file.write('{"step": 4, "lo')
     assert [row["step"] for row in folder.rows()] == [1, 2, 3]
-    folder.drop_rows_after(2)
+    assert folder.drop_rows_after(2) == 3  # damaged lines; the last was only cut short
     assert folder.metrics_file.read_text() == '{"step": 1, "kind": "train"}\n{"step": 2, "kind": "train"}\n'
 
 

@@ -298,7 +298,9 @@ def test_a_killed_first_process_ends_the_others():
     finally:
         _finish(started)
     # With process 0 JAX's service is gone, and JAX may abort before a line of ours.
-    assert started[1].returncode == 1 and "start all of them again" in printed or "another task died" in printed
+    # Ours where it is quicker, otherwise the words with which JAX aborts.
+    ours = started[1].returncode == 1 and "start all of them again" in printed
+    assert ours or (started[1].returncode == -6 and "another task died" in printed), started[1].returncode
 
 
 def test_an_address_where_nobody_listens_is_one_line(monkeypatch):

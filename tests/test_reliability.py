@@ -1,5 +1,6 @@
 """What happens to the process does not happen to the run: kills, signals, damage, a full disk, a loss of NaN."""
 
+import errno
 import json
 import os
 import shutil
@@ -596,6 +597,34 @@ def test_a_loss_of_nan_names_the_step_and_the_images_and_can_be_skipped(tmp_path
     monkeypatch.undo()
     # The run that stopped goes on, from what it had saved, when told to skip.
     assert "at step 4" in train(replace(config, train=replace(config.train, nonfinite="skip")))
+
+
+def test_steps_that_are_skipped_without_end_stop_the_run(tmp_path, monkeypatch):
+    train_config = replace(TINY.train, nonfinite="skip", steps=30, eval_every=30 * 4 / 16)
+    config = in_folder(tmp_path, train=train_config)
+    make = loop.make_trainer
+
+    def poisoned(*args, **kwargs):
+        trainer = make(*args, **kwargs)
+
+        def place(batch):
+            return trainer.parallel.place_batch({**batch, "image": batch["image"].astype(np.float32) * np.nan})
+
+        return replace(trainer, parallel=replace(trainer.parallel, place_batch=place))
+
+    monkeypatch.setattr(loop, "make_trainer", poisoned)
+    with pytest.raises(InputError, match="step 20: loss nan"):
+        train(config)
+    assert [row["skipped"] for row in RunFolder(config.run).rows()] == [3] * 6
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS])
+def test_a_disk_that_gives_no_name_is_one_line(number, capsys):
+    def failing(arguments):
+        raise OSError(number, os.strerror(number))
+
+    assert cli.guarded(failing, []) == 2
+    assert capsys.readouterr().err == f"error: a file: {os.strerror(number)}; check the path and the disk\n"
 
 
 def test_the_config_of_a_process_is_the_config(tmp_path):
