@@ -4,14 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import inspect
 import io
 import json
-import logging
-import os
 import re
 import sys
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,16 +22,18 @@ from rich.table import Table
 from fcn_jax.cli_bench import bench
 from fcn_jax.cli_parity import ParityArguments, parity
 from fcn_jax.cli_port import ExportArguments, PortArguments, export, port
+from fcn_jax.cli_sprint import sprint
 from fcn_jax.config import Config
 from fcn_jax.data.datasets import load
 from fcn_jax.data.labels import decode_image
 from fcn_jax.data.pipeline import make_eval_batches
 from fcn_jax.data.transforms import resize_image
 from fcn_jax.errors import InputError, Stopped, unknown
-from fcn_jax.evaluation.evaluate import evaluate, make_predictor, spread
-from fcn_jax.evaluation.figures import overlay, save_confusion, save_palette_png, save_panel
+from fcn_jax.evaluation.evaluate import PLAIN, Views, evaluate, make_predictor, spread
+from fcn_jax.evaluation.figures import overlay, save_confusion, save_palette_png, save_panel, save_predictions
 from fcn_jax.evaluation.inference import make_image_predictor
 from fcn_jax.models import create_model, summarize
+from fcn_jax.process import Output, keep_compiled, quieten_orbax
 from fcn_jax.recipes import DEFAULT_RECIPE, RECIPES
 from fcn_jax.runs import RunFolder, write_whole
 from fcn_jax.training.distributed import is_writer, processes
@@ -63,6 +61,10 @@ class EvalArguments:
     """Folder of the data set, where it is not where it was in training."""
     batch_size: int | None = None
     """Images at once; by default as in training, which gives the same numbers to the last digit."""
+    flip: bool = False
+    """Average the softmax of the image and of its mirror image."""
+    scales: tuple[float, ...] = (1.0,)
+    """Average the softmax of the image at these scales, as in 0.75 1 1.25."""
 
 
 @dataclass(frozen=True)
@@ -132,7 +134,7 @@ def run_train(arguments: Arguments) -> int:
     # It would take SIGTERM for itself.
     jax.config.update("jax_enable_preemption_service", False)
     with processes(config.distributed, config.num_processes, config.process_id):
-        console = Console(quiet=not is_writer(), file=cast(Any, _Output()))
+        console = Console(quiet=not is_writer(), file=cast(Any, Output()))
         console.print(f"{recipe.name}: {recipe.source}; score there: {recipe.score}", highlight=False)
         train(replace(config, process_id=None), console)
     return 0
@@ -151,23 +153,28 @@ def run_eval(arguments: Arguments) -> int:
         raise InputError(
             f"{name} has other classes than {given.run} was trained on; choose a split of {trained.dataset.name}"
         )
+    views = Views(given.scales, given.flip)
+    if views != PLAIN:
+        data = replace(data, eval_multiple=1)  # an image that is padded has no mirror image
     mesh = make_mesh(jax.devices()[: trained.config.devices])
     batches = make_eval_batches(split, data, given.batch_size or trained.config.train.eval_batch_size)
-    predict = make_predictor(trained.model, data.preprocessing, mesh)
+    predict = make_predictor(trained.model, data.preprocessing, mesh, views)
     result = evaluate(predict, trained.variables, batches, split.num_classes, spread(len(split)))
-    Console().print(score_table(result.scores, split.class_names, f"step {trained.step}, {name}"))
+    Console().print(score_table(result.scores, split.class_names, f"step {trained.step}, {name}, {views}"))
     folder = RunFolder(given.run)
     content = {
         "scores": result.scores.to_json(),
         "class_names": split.class_names,
         "confusion": result.confusion.tolist(),
         "split": name,
+        "views": str(views),
         "images": result.images,
         "step": trained.step,
     }
     write_whole(folder.path / "eval.json", json.dumps(content, indent=2) + "\n")
     save_confusion(folder.figures / "eval_confusion.png", result.confusion, split.class_names)
     save_panel(folder.figures / "eval_panel.png", result.samples, split.palette, split.class_names)
+    save_predictions(folder.figures / "eval_predictions.png", result.samples, split.palette, split.class_names)
     print(f"scores in {folder.path / 'eval.json'}, figures in {folder.figures}")
     return 0
 
@@ -269,6 +276,11 @@ def run_bench(arguments: Arguments) -> int:
     return bench(arguments)
 
 
+def run_sprint(arguments: Arguments) -> int:
+    """Train a recipe from memory, score it, and write a folder of small files."""
+    return sprint(arguments)
+
+
 COMMANDS: dict[str, Callable[[Arguments], int]] = {
     "train": run_train,
     "eval": run_eval,
@@ -278,12 +290,13 @@ COMMANDS: dict[str, Callable[[Arguments], int]] = {
     "export": run_export,
     "parity": run_parity,
     "bench": run_bench,
+    "sprint": run_sprint,
 }
 
 
 def guarded(command: Callable[[Arguments], int], arguments: Arguments) -> int:
     """Run a command; a user's mistake becomes one line on stderr and exit code 2."""
-    _quieten_orbax()
+    quieten_orbax()
     try:
         return command(arguments)
     except InputError as error:
@@ -303,54 +316,6 @@ def guarded(command: Callable[[Arguments], int], arguments: Arguments) -> int:
 
 
 _DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EFBIG}
-
-
-class _Output:
-    """Standard output for a run, which goes on where nobody can read it any more: a closed pipe, a full disk."""
-
-    def __init__(self) -> None:
-        self._file = sys.stdout
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._file, name)
-
-    def write(self, text: str) -> int:
-        return self._lenient(lambda: self._file.write(text)) or 0
-
-    def flush(self) -> None:
-        self._lenient(self._file.flush)
-
-    def _lenient(self, action: Callable[[], Any]) -> Any:
-        try:
-            return action()
-        except OSError:
-            with open(os.devnull, "w") as nowhere:  # where what is left in buffers goes, too
-                os.dup2(nowhere.fileno(), self._file.fileno())
-
-
-def _quieten_orbax() -> None:
-    """Keep orbax from announcing its defaults and, where a disk is full, each array's failure: it raises that too."""
-    for name in ("absl", "asyncio"):
-        logging.getLogger(name).setLevel(logging.CRITICAL)
-    warnings.filterwarnings("ignore", "coroutine .* was never awaited")
-    hook = sys.unraisablehook
-
-    def without_late_writes(failed: Any) -> None:
-        late = str(failed.exc_value) == "Event loop is closed" or inspect.iscoroutine(failed.object)
-        unwritten = isinstance(failed.exc_value, OSError) and isinstance(failed.object, io.IOBase)
-        if not late and not unwritten:
-            hook(failed)
-
-    sys.unraisablehook = without_late_writes
-
-
-def keep_compiled() -> None:
-    """Keep compiled programs on disk, so that a command's second start is quick; JAX's own settings go before ours."""
-    folder = Path("~/.cache/fcn_jax/compiled").expanduser()
-    if jax.config.jax_compilation_cache_dir is None:  # type: ignore[attr-defined]
-        with contextlib.suppress(OSError):  # where nothing can be kept, everything is compiled anew
-            folder.mkdir(parents=True, exist_ok=True)
-            jax.config.update("jax_compilation_cache_dir", str(folder))
 
 
 def _dispatch(arguments: Arguments) -> int:

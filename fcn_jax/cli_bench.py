@@ -14,11 +14,12 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import jax
 from rich.console import Console
 
+from fcn_jax.arguments import Parser
 from fcn_jax.benchmarks.collectives import step_collectives
 from fcn_jax.benchmarks.machine import cores_allowed, describe, load
 from fcn_jax.benchmarks.networks import network_rows
@@ -40,13 +41,8 @@ _WIDTH = 132
 """Columns of what goes into a file or a pipe."""
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise InputError(f"{message}; --help lists what there is")
-
-
-def _parser() -> _Parser:
-    parser = _Parser("fcn-jax bench", description="Measure speed against PyTorch, after checking that both agree.")
+def _parser() -> Parser:
+    parser = Parser("fcn-jax bench", description="Measure speed against PyTorch, after checking that both agree.")
     parser.add_argument("--device", choices=("cpu", "gpu"), help="by default what JAX computes on")
     parser.add_argument("--against", choices=("torch", "none"), default="torch", help="none: only ours, unchecked")
     parser.add_argument("--smoke", action="store_true", help="tiny sizes: runs everything, measures nothing")

@@ -80,7 +80,8 @@ class DataConfig:
     unreadable: Literal["error", "skip"] = "error"
     """Images and masks that are not there or cannot be read: stop, or leave them out and say how many."""
     workers: int = 0
-    """Processes that decode and augment; the batches are the same for every number."""
+    """Processes that decode and augment (threads of `sprint`; 0: one for each core); the batches are the same for
+    every number."""
     shapes_size: tuple[int, int] = (96, 96)
     """`shapes` only: height and width of the generated images."""
     shapes_count: int = 2048
@@ -97,6 +98,8 @@ class LossConfig:
     """Mean over the valid pixels of the global batch, or their sum (the paper)."""
     class_weights: Literal["none", "median"] | tuple[float, ...] = "none"
     """`median`: median-frequency balancing from the training labels."""
+    weight_power: float = 1.0
+    """Exponent on those weights: 1 balances the classes in full, 0.5 half-way between that and no weights."""
     hard_fraction: float = 1.0
     """Keep this fraction of each image's valid pixels, those of the largest loss."""
     aux_weight: float = 0.4

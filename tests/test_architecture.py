@@ -10,8 +10,9 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "fcn_jax"
 # A room imports only rooms above it.
 ORDER = [
-    "errors", "config", "recipes", "runs", "preprocessing", "models", "metrics", "weights", "data", "evaluation",
-    "training", "numerics", "benchmarks", "cli_port", "cli_parity", "cli_bench", "cli",
+    "errors", "config", "recipes", "runs", "arguments", "process", "preprocessing", "models", "metrics", "weights",
+    "data", "evaluation", "training", "numerics", "benchmarks", "cli_port", "cli_parity", "cli_bench", "cli_sprint",
+    "cli",
 ]  # fmt: skip
 
 BARE_IMAGE_LACKS = "grain tensorflow_datasets orbax tyro tensorflow tensorboardX safetensors scipy cv2 PIL matplotlib"

@@ -8,8 +8,8 @@ import pytest
 from fcn_jax.config import Config, DataConfig
 from fcn_jax.errors import InputError
 from fcn_jax.runs import DatasetInfo, RunFolder
+from fcn_jax.training.build import run_length
 from fcn_jax.training.checkpoint import Checkpoints, load_variables, restore_newest
-from fcn_jax.training.setup import run_length
 from fcn_jax.training.step import TrainState
 
 

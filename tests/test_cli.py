@@ -12,6 +12,7 @@ import trees
 from PIL import Image
 
 from fcn_jax import cli
+from fcn_jax.evaluation.evaluate import Views
 
 ROOT = Path(__file__).parents[1]
 TINY = ["--model.width", "0.05", "--model.encoder", "vgg11", "--model.fc-features", "8", "--train.steps", "1"]
@@ -124,6 +125,21 @@ def test_a_run_folder_of_another_run_is_not_touched(capsys, run):
     arguments = ["shapes", *TINY, "--run", run, "--data.cache-dir", run.parent / "cache"]
     _fails(capsys, cli.run_train, [*arguments, "--optim.lr", "0.5"], "optim.lr 0.1 (now 0.5)", "--run")
     assert (run / "config.json").read_bytes() == before
+
+
+def test_evaluation_over_views(capsys, run, monkeypatch):
+    _fails(capsys, cli.run_eval, ["--run", run, "--scales", "0"], "--scales", "0.1 ... 8")
+    counted, passed = set(), []
+    make = cli.make_predictor
+    monkeypatch.setattr(cli, "make_predictor", lambda *arguments: passed.append(arguments[3]) or make(*arguments))
+    for arguments, views in (([], "plain"), (["--flip", "--scales", "0.5", "1"], "4 views: scales 0.5 1, flip")):
+        assert cli.run_eval(["--run", str(run), *arguments]) == 0
+        saved = json.loads((run / "eval.json").read_text())
+        assert saved["views"] == views and views in " ".join(capsys.readouterr().out.split())
+        counted.add(int(np.sum(saved["confusion"])))
+    assert len(counted) == 1  # the same pixels
+    assert passed == [Views(), Views(scales=(0.5, 1.0), flip=True)]
+    assert (run / "figures/eval_predictions.png").is_file()
 
 
 def test_evaluation_of_what_is_not_there(capsys, run, tmp_path):

@@ -10,7 +10,7 @@ import pytest
 import trees
 
 from fcn_jax.config import DataConfig
-from fcn_jax.data import datasets, download
+from fcn_jax.data import datasets, download, sbd, voc
 from fcn_jax.errors import InputError
 
 
@@ -61,7 +61,7 @@ def test_an_archive_is_fetched_checked_and_unpacked(served, tmp_path):
 
 def test_voc_and_sbd_are_downloaded_into_one_folder_and_found_there(packed, tmp_path, monkeypatch):
     monkeypatch.setattr(download, "ARCHIVES", packed)
-    for module in (datasets.voc, datasets.sbd):
+    for module in (voc, sbd):
         monkeypatch.setattr(module, "ARCHIVES", packed)
     config = _config(tmp_path)
     assert datasets.load("sbd/train", config).source[0]["name"] == "2008_001"

@@ -8,8 +8,10 @@ from fcn_jax.evaluation.figures import (
     overlay,
     save_confusion,
     save_curves,
+    save_montage,
     save_palette_png,
     save_panel,
+    save_predictions,
 )
 
 PALETTE = ((0, 0, 0), (200, 10, 20), (3, 4, 5))
@@ -46,6 +48,29 @@ def test_panel_shows_each_samples_image_truth_and_prediction(tmp_path):
     for colour in ((0, 0, 250), PALETTE[1], PALETTE[2]):
         share = np.all(np.abs(picture.astype(int) - colour) <= 2, axis=-1).mean()
         assert 0.2 < share < 0.34  # a third of the picture each, less the legend and the titles
+
+
+def test_predictions_are_shown_without_image_and_truth(tmp_path):
+    image, label = np.full((4, 4, 3), (0, 0, 250), np.uint8), np.full((4, 4), 1, np.uint8)
+    samples = [Sample("a", image, label, np.full((4, 4), 2, np.uint8))] * 3
+    palette = ((0, 0, 0), (200, 10, 20), (10, 200, 20))
+    save_predictions(tmp_path / "predictions.png", samples, palette, ("x", "y", "z"))
+    picture = cv2.cvtColor(cv2.imread(str(tmp_path / "predictions.png")), cv2.COLOR_BGR2RGB).astype(int)
+    share = [np.all(np.abs(picture - colour) <= 2, axis=-1).mean() for colour in ((0, 0, 250), *palette[1:])]
+    assert share[0] == share[1] == 0 and 0.6 < share[2] < 0.8  # three of four cells
+
+
+def test_a_montage_has_image_truth_and_prediction_of_each_sample_pixel_by_pixel(tmp_path):
+    image = np.full((2, 2, 3), (0, 0, 250), np.uint8)
+    small = Sample("a", image, LABELS, np.zeros((2, 2), np.uint8))
+    large = Sample("b", image, np.ones((4, 4), np.uint8), np.ones((4, 4), np.uint8))
+    save_montage(tmp_path / "montage.png", [small, large], PALETTE)
+    picture = cv2.cvtColor(cv2.imread(str(tmp_path / "montage.png")), cv2.COLOR_BGR2RGB)
+    assert picture.shape == (12, 6, 3)
+    np.testing.assert_array_equal(
+        picture[:6, :2], np.concatenate([image, *(colour_labels(x, PALETTE) for x in (LABELS, LABELS * 0))])
+    )
+    assert np.all(picture[:4, 2:] == (0, 0, 250)) and np.all(picture[4:, 2:] == PALETTE[1])
 
 
 def test_curves_and_confusion_are_drawn_with_undefined_scores_among_them(tmp_path):

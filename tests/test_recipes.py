@@ -46,7 +46,7 @@ def easy(monkeypatch):
 def _tree(recipe, root):
     if recipe == "shapes":
         return ["--data.shapes-size", "32", "32", "--data.shapes-count", "16"]
-    if recipe == "camvid":
+    if recipe.startswith("camvid"):
         trees.camvid(root, {"train": 4, "val": 2}, suffix=".jpg")
     elif recipe == "voc-tramac":
         trees.voc(root, "2012", VOC_NAMES)
@@ -63,6 +63,9 @@ def _tree(recipe, root):
 SHRUNK = {
     "shapes": [*SCORE_NET, "--train.batch-size", "8"],
     "camvid": [*SCORE_NET, "--data.crop-size", "16", "16", "--data.workers", "0", "--train.batch-size", "4"],
+    "camvid-cpu": [
+        *SCORE_NET, "--data.input-size", "16", "20", "--data.crop-size", "16", "16", "--train.batch-size", "4",
+    ],
     "voc-paper-32s": [*SCORE_NET, "--optim.lr", "1e-7"],
     "voc-paper-16s": [*SCORE_NET, "--optim.lr", "1e-7"],
     "voc-paper-8s": [*SCORE_NET, "--optim.lr", "1e-7"],

@@ -1,33 +1,21 @@
-"""The data sets by name, and the one function that opens a split."""
+"""A split of a data set and the one function that opens it, through its prepared copy."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from fcn_jax.config import DataConfig
-from fcn_jax.data import camvid, folder, sbd, shapes, voc
+from fcn_jax.data.catalog import find
 from fcn_jax.data.labels import decode_image, decode_label
-from fcn_jax.data.listing import Listing
 from fcn_jax.data.prepare import Examples, Record, prepare, read_summary
-from fcn_jax.errors import InputError, unknown
 
 _log = logging.getLogger(__name__)
 _SHOWN = 3
 """Files that were left out, named in a note."""
 
-__all__ = ["DATASETS", "Source", "Split", "decode", "load"]
-
-DATASETS: dict[str, tuple[tuple[str, ...], Callable[[str, DataConfig], Listing]]] = {
-    "shapes": (shapes.SPLITS, shapes.listing),
-    "camvid": (camvid.SPLITS, camvid.listing),
-    "voc": (voc.SPLITS, voc.listing),
-    "sbd": (sbd.SPLITS, sbd.listing),
-    "folder": (folder.SPLITS, folder.listing),
-}
-"""Each data set's splits, and what lists one of them."""
+__all__ = ["Source", "Split", "decode", "load"]
 
 
 class Source(Protocol):
@@ -84,15 +72,7 @@ def load(spec: str, config: DataConfig) -> Split:
     Raises:
         InputError: an unknown data set or split, a missing folder or file, or files that are not what they should be.
     """
-    dataset, slash, split = spec.partition("/")
-    if not slash:
-        raise InputError(f"expected DATASET/SPLIT, got {spec!r}; as in 'shapes/train'")
-    if dataset not in DATASETS:
-        raise unknown("data set", dataset, DATASETS)
-    splits, listing_of = DATASETS[dataset]
-    if split not in splits:
-        raise unknown(f"split of {dataset}", split, splits)
-    listing = replace(listing_of(split, config), unreadable=config.unreadable)
+    listing = find(spec, config)
     copy = prepare(listing, config.cache_dir)
     summary = read_summary(copy)
     if skipped := summary["skipped"]:
@@ -106,8 +86,8 @@ def load(spec: str, config: DataConfig) -> Split:
             more,
         )
     return Split(
-        dataset=dataset,
-        split=split,
+        dataset=listing.dataset,
+        split=listing.split,
         class_names=listing.class_names,
         palette=listing.palette,
         source=Examples(copy),

@@ -122,15 +122,18 @@ def _open(data: bytes) -> Any:
     ``Image.open`` would ask all plugins, of which one runs Ghostscript, and warns of sizes that are allowed here.
     """
     # Here, so that PNG images and grey masks need OpenCV alone.
-    from PIL import (
-        BmpImagePlugin,
-        GifImagePlugin,
-        JpegImagePlugin,
-        PngImagePlugin,
-        PpmImagePlugin,
-        TiffImagePlugin,
-        WebPImagePlugin,
-    )
+    try:
+        from PIL import (
+            BmpImagePlugin,
+            GifImagePlugin,
+            JpegImagePlugin,
+            PngImagePlugin,
+            PpmImagePlugin,
+            TiffImagePlugin,
+            WebPImagePlugin,
+        )
+    except ImportError as error:
+        raise InputError("images that are not PNG need Pillow: pip install pillow") from error
 
     plugins: dict[bytes, Any] = {
         _PNG: PngImagePlugin.PngImageFile,
@@ -153,6 +156,8 @@ def _size(data: bytes) -> tuple[int, int] | None:
     try:
         with contextlib.closing(_open(data)) as image:
             return image.size
+    except InputError:
+        raise
     except Exception:  # Pillow raises many kinds for a damaged header
         return None
 
@@ -248,7 +253,7 @@ def _decode_palette(data: bytes, name: str) -> np.ndarray:
             _check_size(image.size, name)
             mode = image.mode
             label = np.asarray(image)
-    except UnreadableError:
+    except InputError:
         raise
     except Exception as error:  # Pillow raises many kinds for a damaged file
         raise _unreadable(name, "mask") from error

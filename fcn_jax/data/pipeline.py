@@ -7,22 +7,22 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from functools import partial
-from typing import Any, NotRequired, TypedDict
+from typing import Any
 
 import grain
 import numpy as np
 from absl import flags
 
 from fcn_jax.config import DataConfig
+from fcn_jax.data.batches import EvalBatch, TrainBatch, count_classes, eval_example, fill, sizes_differ, stack
 from fcn_jax.data.datasets import Split, decode
-from fcn_jax.data.labels import IGNORE, decode_label
-from fcn_jax.data.transforms import augment, output_size, pad, resize_image
+from fcn_jax.data.labels import decode_label
+from fcn_jax.data.transforms import augment, output_size
 from fcn_jax.errors import InputError, first_line
-from fcn_jax.preprocessing import MEAN_COLOURS
 
-__all__ = ["EvalBatch", "TrainBatch", "TrainIterator", "class_frequencies", "make_eval_batches", "make_train_iterator"]
+__all__ = ["TrainIterator", "class_frequencies", "make_eval_batches", "make_train_iterator"]
 
 _THREADS = 2
 """Threads that decode in one process; OpenCV leaves the interpreter free meanwhile."""
@@ -30,42 +30,9 @@ _WAITING = 4
 """Evaluation holds back at most so many batches' worth of images to fill batches of one size."""
 
 
-class TrainBatch(TypedDict):
-    """One training step's rows: image uint8 (b, h, w, 3) RGB, label uint8 (b, h, w) with 255 = ignore, and names."""
-
-    image: np.ndarray
-    label: np.ndarray
-    name: tuple[str, ...]
-
-
-class EvalBatch(TypedDict):
-    """Images of one size, uint8 (b, h, w, 3), and labels (b, H, W) at their own; rows with ``valid`` False fill up."""
-
-    image: np.ndarray
-    label: np.ndarray
-    name: tuple[str, ...]
-    valid: np.ndarray
-    extent: NotRequired[np.ndarray]
-    """int32 (b, 2), height and width of each image, where it is padded at the bottom and right."""
-
-
 def _augmented(record: Any, rng: np.random.Generator, config: DataConfig) -> dict[str, Any]:
     example = decode(record)
     return {**augment(example, rng, config), "name": example["name"]}
-
-
-def _sizes_differ() -> InputError:
-    return InputError(
-        "images of different sizes cannot share a batch: set --data.crop-size HEIGHT WIDTH (or --data.input-size), "
-        "or --train.batch-size 1"
-    )
-
-
-def _stack(examples: Sequence[Any]) -> TrainBatch:
-    if len({example["label"].shape for example in examples}) > 1:
-        raise _sizes_differ()
-    image, label = (np.stack([example[key] for example in examples]) for key in ("image", "label"))
-    return {"image": image, "label": label, "name": tuple(example["name"] for example in examples)}
 
 
 def _start_worker(index: int, count: int) -> None:
@@ -188,7 +155,7 @@ def make_train_iterator(
         )
     keeps_sizes = config.scale == (1.0, 1.0) and split.image_size is not None
     if batch_size > 1 and output_size(config) is None and not keeps_sizes:
-        raise _sizes_differ()
+        raise sizes_differ()
     examples = (
         grain.MapDataset.source(split.source)
         .seed(seed)
@@ -198,34 +165,13 @@ def make_train_iterator(
     )
     # Global batch k is parts k x process_count ... (k + 1) x process_count - 1. An endless stream leaves no remainder,
     # but without drop_remainder grain takes its length through a float, which overflows.
-    parts = examples.batch(batch_size // process_count, drop_remainder=True, batch_fn=_stack)
+    parts = examples.batch(batch_size // process_count, drop_remainder=True, batch_fn=stack)
     identity = {"seed": seed, "examples": len(split), "batch_size": batch_size}
     return TrainIterator(parts[process_index::process_count], identity, config.workers, start_step)
 
 
-def _prepared(record: Any, config: DataConfig, many_sizes: bool) -> dict[str, Any]:
-    example = decode(record)
-    if config.input_size is not None:
-        example["image"] = resize_image(example["image"], config.input_size)
-    elif many_sizes and config.eval_multiple > 1:
-        example["extent"] = np.array(example["label"].shape, np.int32)
-        height, width = (-(-n // config.eval_multiple) * config.eval_multiple for n in example["label"].shape)
-        example = pad(example, (height, width), MEAN_COLOURS[config.preprocessing])
-    return example
-
-
-def _fill(examples: list[dict[str, Any]], batch_size: int) -> EvalBatch:
-    short = batch_size - len(examples)
-    rows = [*examples, *[{**examples[-1], "label": np.full_like(examples[-1]["label"], IGNORE)}] * short]
-    batch: EvalBatch = {
-        "image": np.stack([row["image"] for row in rows]),
-        "label": np.stack([row["label"] for row in rows]),
-        "name": tuple(row["name"] for row in rows),
-        "valid": np.arange(batch_size) < len(examples),
-    }
-    if "extent" in rows[0]:
-        batch["extent"] = np.stack([row["extent"] for row in rows])
-    return batch
+def _eval_example(record: Any, config: DataConfig, many_sizes: bool) -> dict[str, Any]:
+    return eval_example(decode(record), config, many_sizes)
 
 
 def make_eval_batches(
@@ -249,34 +195,20 @@ def make_eval_batches(
         return
     waiting: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     dataset = grain.MapDataset.source(split.source).map(
-        partial(_prepared, config=config, many_sizes=split.image_size is None)
+        partial(_eval_example, config=config, many_sizes=split.image_size is None)
     )
     for example in _iterate(dataset[process_index::process_count], 2 * batch_size):
         size = (*example["image"].shape, *example["label"].shape)
         waiting.setdefault(size, []).append(example)
         if len(waiting[size]) == batch_size:
-            yield _fill(waiting.pop(size), batch_size)
+            yield fill(waiting.pop(size), batch_size)
         elif sum(map(len, waiting.values())) > _WAITING * batch_size:
-            yield _fill(waiting.pop(next(iter(waiting))), batch_size)  # the size that has waited longest
+            yield fill(waiting.pop(next(iter(waiting))), batch_size)  # the size that has waited longest
     for examples in waiting.values():
-        yield _fill(examples, batch_size)
+        yield fill(examples, batch_size)
 
 
 def class_frequencies(split: Split) -> np.ndarray:
-    """Count pixels per class, for median-frequency balancing.
-
-    Row 0 counts the pixels of each class c over the split, row 1 the valid pixels of the images in which c occurs;
-    the frequency of c is row 0 / row 1, its weight the median frequency over its own.
-
-    Returns:
-        int64 (2, num_classes).
-
-    Source: Eigen and Fergus 2015, section 6.3.2; the ignored pixels do not count.
-    """
-    counts = np.zeros((2, split.num_classes), np.int64)
-    for index in range(len(split)):
-        record = split.source[index]
-        label = decode_label(record["label"], record["name"])
-        pixels = np.bincount(label.ravel(), minlength=256)[: split.num_classes]
-        counts += np.stack([pixels, np.where(pixels > 0, pixels.sum(), 0)])
-    return counts
+    """Count a split's pixels per class, int64 (2, num_classes): ``batches.count_classes``."""
+    records = (split.source[index] for index in range(len(split)))
+    return count_classes((decode_label(record["label"], record["name"]) for record in records), split.num_classes)

@@ -12,16 +12,43 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from fcn_jax import metrics
+from fcn_jax.errors import InputError
 from fcn_jax.evaluation.padding import padded_logits
 from fcn_jax.models.fcn import FCN
 from fcn_jax.preprocessing import normalize
 
-__all__ = ["Evaluation", "Predictor", "Sample", "evaluate", "make_predictor", "spread"]
+__all__ = ["PLAIN", "Evaluation", "Predictor", "Sample", "Views", "evaluate", "make_predictor", "spread"]
 
 Predictor = Callable[..., np.ndarray]
 """(variables, RGB images uint8 (b, h, w, 3), label size (H, W), extents) -> classes uint8 (b, H, W).
 
 ``extents``, by default None, are height and width (b, 2) of each image where it is padded at the bottom and right."""
+
+
+@dataclass(frozen=True)
+class Views:
+    """The forms of an image over which the softmax is averaged."""
+
+    scales: tuple[float, ...] = (1.0,)
+    """Factors on height and width."""
+    flip: bool = False
+    """Each scale as it is and mirrored left-right."""
+
+    def __post_init__(self) -> None:
+        if not self.scales or not all(0.1 <= scale <= 8 for scale in self.scales):
+            raise InputError(f"expected --scales in 0.1 ... 8, got {self.scales}; 1 is the image's own size")
+
+    def __str__(self) -> str:
+        """Say it in a few words, as in "2 views: flip"; "plain" for the image alone."""
+        if self == PLAIN:
+            return "plain"
+        scales = [] if self.scales == (1.0,) else [f"scales {' '.join(f'{scale:g}' for scale in self.scales)}"]
+        names = scales + ["flip"] * self.flip
+        count = len(self.scales) * (1 + self.flip)
+        return f"{count} view{'s' * (count > 1)}: {', '.join(names)}"
+
+
+PLAIN = Views()
 
 
 @dataclass(frozen=True)
@@ -53,7 +80,11 @@ def spread(total: int, count: int = 6) -> frozenset[int]:
     return frozenset(np.linspace(0, total - 1, min(count, total), dtype=int).tolist())
 
 
-def make_predictor(model: FCN, preprocessing: str, mesh: Mesh | None = None) -> Predictor:
+def _resized(x: jax.Array, size: tuple[int, int]) -> jax.Array:
+    return x if x.shape[1:3] == size else jax.image.resize(x, (len(x), *size, x.shape[3]), "bilinear")
+
+
+def make_predictor(model: FCN, preprocessing: str, mesh: Mesh | None = None, views: Views = PLAIN) -> Predictor:
     """Make the function from images to class maps.
 
     Where the labels have another size than the image that the network sees (``data.input_size``), the logits are
@@ -63,20 +94,38 @@ def make_predictor(model: FCN, preprocessing: str, mesh: Mesh | None = None) -> 
         model: the network.
         preprocessing: what its weights expect.
         mesh: devices to spread a batch over, where its size is a multiple of theirs; by default one.
+        views: with more than the image itself, the class of the largest mean softmax over them is chosen, each
+            brought to the labels' size first. Only for images without ``extents``.
     """
 
-    def forward(
-        variables: Mapping[str, Any], images: jax.Array, size: tuple[int, int], extents: jax.Array | None
+    def logits_of(
+        variables: Mapping[str, Any], images: jax.Array, size: tuple[int, int], extents: jax.Array | None = None
     ) -> jax.Array:
-        images = normalize(images, preprocessing, model.param_dtype)
         logits: Any
         if extents is None:
             logits = model.apply(variables, images, train=False)
         else:
             logits = padded_logits(model, variables, images, extents)
-        if logits.shape[1:3] != size:
-            logits = jax.image.resize(logits, (logits.shape[0], *size, logits.shape[3]), "bilinear")
-        return jnp.argmax(logits, axis=-1).astype(jnp.uint8)
+        return _resized(logits.astype(jnp.promote_types(logits.dtype, jnp.float32)), size)
+
+    def forward(
+        variables: Mapping[str, Any], images: jax.Array, size: tuple[int, int], extents: jax.Array | None
+    ) -> jax.Array:
+        images = normalize(images, preprocessing, model.param_dtype)
+        if views == PLAIN:
+            scores = logits_of(variables, images, size, extents)
+        else:
+            if extents is not None:
+                raise ValueError("expected images without extents; evaluate with data.eval_multiple 1")
+            _, height, width, _ = images.shape
+            scores = jnp.zeros((len(images), *size, model.num_classes))
+            for scale in views.scales:
+                scaled = _resized(images, (max(1, round(height * scale)), max(1, round(width * scale))))
+                scores += jax.nn.softmax(logits_of(variables, scaled, size))
+                if views.flip:
+                    mirrored = logits_of(variables, scaled[:, :, ::-1], size)[:, :, ::-1]
+                    scores += jax.nn.softmax(mirrored)
+        return jnp.argmax(scores, axis=-1).astype(jnp.uint8)
 
     compiled = jax.jit(forward, static_argnums=2)
 

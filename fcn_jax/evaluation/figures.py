@@ -1,20 +1,30 @@
-"""The pictures of a run: curves, confusion matrix, panels, label maps."""
+"""The pictures of a run: curves, confusion matrix, panels, label maps.
+
+matplotlib is imported by what draws with it, so that label maps and montages need OpenCV alone.
+"""
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import cv2
 import numpy as np
-from matplotlib.figure import Figure
-from matplotlib.patches import Patch
-from PIL import Image
 
 from fcn_jax.evaluation.evaluate import Sample
 
-__all__ = ["colour_labels", "overlay", "save_confusion", "save_curves", "save_palette_png", "save_panel"]
+__all__ = [
+    "colour_labels",
+    "overlay",
+    "save_confusion",
+    "save_curves",
+    "save_montage",
+    "save_palette_png",
+    "save_panel",
+    "save_predictions",
+]
 
 Palette = Sequence[tuple[int, int, int]]
 _VOID = (224, 224, 192)  # the colour of VOC's void border
@@ -39,12 +49,20 @@ def overlay(image: np.ndarray, labels: np.ndarray, palette: Palette, strength: f
 
 def save_palette_png(path: Path, labels: np.ndarray, palette: Palette) -> None:
     """Write labels (h, w) as a palette PNG whose indices are the class ids, as VOC's masks are."""
+    from PIL import Image
+
     picture = Image.fromarray(labels.astype(np.uint8))
     picture.putpalette(_table(palette).ravel().tolist())
     picture.save(path)
 
 
-def _save(figure: Figure, path: Path) -> None:
+def _figure(size: tuple[float, float]) -> Any:
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=size)
+
+
+def _save(figure: Any, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110, bbox_inches="tight")
 
@@ -54,7 +72,7 @@ def save_curves(path: Path, rows: Iterable[dict[str, Any]]) -> None:
     rows = list(rows)
     train = [row for row in rows if row["kind"] == "train"]
     val = [row for row in rows if row["kind"] == "val"]
-    figure = Figure(figsize=(10, 3.6))
+    figure = _figure((10, 3.6))
     left, right = figure.subplots(1, 2)
     left.plot([row["step"] for row in train], [row["loss"] for row in train], linewidth=1)
     left.set(xlabel="step", ylabel="training loss")
@@ -79,7 +97,7 @@ def save_confusion(path: Path, confusion: np.ndarray, class_names: Sequence[str]
     total = confusion.sum(1, keepdims=True)
     share = np.divide(confusion, total, out=np.zeros(confusion.shape), where=total > 0)
     side = max(4.0, 0.45 * n + 2)
-    figure = Figure(figsize=(side, side))
+    figure = _figure((side, side))
     axes = figure.subplots()
     axes.imshow(share, cmap="Blues", vmin=0, vmax=1)
     axes.set_xticks(range(n), class_names, rotation=90, fontsize=8, parse_math=False)  # a name may hold any signs
@@ -94,26 +112,52 @@ def save_confusion(path: Path, confusion: np.ndarray, class_names: Sequence[str]
 
 def save_panel(path: Path, samples: Sequence[Sample], palette: Palette, class_names: Sequence[str]) -> None:
     """Draw image, truth and prediction of each sample below one another, with the classes that occur as a legend."""
-    if not samples:
+    columns = [
+        (sample.image, *(colour_labels(labels, palette) for labels in (sample.label, sample.prediction)))
+        for sample in samples
+    ]
+    seen = {int(i) for sample in samples for i in np.unique((sample.label, sample.prediction))}
+    _save_grid(path, columns, ("image", "truth", "prediction"), seen, palette, class_names)
+
+
+def save_predictions(path: Path, samples: Sequence[Sample], palette: Palette, class_names: Sequence[str]) -> None:
+    """Draw the predictions alone, in two rows: what can be shown of a set whose images may not be passed on."""
+    maps = [colour_labels(sample.prediction, palette) for sample in samples]
+    columns = [tuple(maps[i : i + 2]) for i in range(0, len(maps), 2)]
+    seen = {int(i) for sample in samples for i in np.unique(sample.prediction)}
+    _save_grid(path, columns, ("", ""), seen, palette, class_names)
+
+
+def _save_grid(
+    path: Path,
+    columns: Sequence[Sequence[np.ndarray]],
+    titles: Sequence[str],
+    seen: Iterable[int],
+    palette: Palette,
+    class_names: Sequence[str],
+) -> None:
+    """Draw columns of pictures, a title before each row, and a legend of the classes seen."""
+    from matplotlib.patches import Patch
+
+    if not columns:
         return
-    h, w = samples[0].label.shape
-    column = max(1.5, 12 / max(6, len(samples)))
-    figure = Figure(figsize=(column * len(samples), 3 * column * h / w))
-    grid = figure.subplots(3, len(samples), squeeze=False)
-    for axes_of, sample in zip(grid.T, samples, strict=True):
-        truth, guess = (colour_labels(labels, palette) for labels in (sample.label, sample.prediction))
-        for axes, picture in zip(axes_of, (sample.image, truth, guess), strict=True):
+    h, w = columns[0][-1].shape[:2]
+    width = max(1.5, 12 / max(3, len(columns)))
+    figure = _figure((width * len(columns), len(titles) * width * h / w))
+    grid = figure.subplots(len(titles), len(columns), squeeze=False)
+    for axes in grid.flat:
+        axes.set(xticks=(), yticks=())
+        axes.spines[:].set_visible(False)
+    for axes_of, column in zip(grid.T, columns, strict=True):
+        for axes, picture in zip(axes_of, column, strict=False):  # the last column may be short
             # An image that the network saw at another size than its label's fills the same cell.
             axes.imshow(picture, interpolation="nearest", extent=(0, w, h, 0))
-            axes.set(xticks=(), yticks=())
-            axes.spines[:].set_visible(False)
-    for axes, title in zip(grid[:, 0], ("image", "truth", "prediction"), strict=True):
+    for axes, title in zip(grid[:, 0], titles, strict=True):
         axes.set_ylabel(title, fontsize=9)
-    seen = np.unique(np.concatenate([np.unique((s.label, s.prediction)) for s in samples]))
     table = _table(palette) / 255
     patches = [
         Patch(facecolor=tuple(table[i]), edgecolor="grey", label=class_names[i] if i < len(class_names) else "void")
-        for i in seen
+        for i in sorted(seen)
     ]
     figure.subplots_adjust(left=0, right=1, bottom=0, top=1, wspace=0.02, hspace=0.02)
     legend = figure.legend(
@@ -122,3 +166,16 @@ def save_panel(path: Path, samples: Sequence[Sample], palette: Palette, class_na
     for text in legend.get_texts():
         text.set_parse_math(False)
     _save(figure, path)
+
+
+def save_montage(path: Path, samples: Sequence[Sample], palette: Palette) -> None:
+    """Write image, truth and prediction of each sample below one another, pixel by pixel; needs OpenCV alone."""
+    columns = []
+    for sample in samples:
+        truth, guess = (colour_labels(labels, palette) for labels in (sample.label, sample.prediction))
+        image = cv2.resize(sample.image, truth.shape[1::-1], interpolation=cv2.INTER_LINEAR)
+        columns.append(np.concatenate([image, truth, guess]))
+    height = max(len(column) for column in columns)
+    padded = [np.pad(column, ((0, height - len(column)), (0, 0), (0, 0))) for column in columns]
+    if not cv2.imwrite(str(path), cv2.cvtColor(np.concatenate(padded, axis=1), cv2.COLOR_RGB2BGR)):
+        raise OSError(errno.EIO, "could not be written", str(path))

@@ -23,6 +23,7 @@ _AT_LEAST: dict[str, float] = {
     "data.shapes_size": 16,
     "data.workers": 0,
     "loss.aux_weight": 0,
+    "loss.weight_power": 0,
     "optim.bias_lr": 0,
     "optim.head_lr": 0,
     "optim.poly_power": 0,
