@@ -1,9 +1,7 @@
-"""What happens to the process does not happen to the run: kills, signals, damage, a full disk, a loss of NaN."""
+"""What happens to the process does not happen to the run: kills, signals, outputs that nobody reads."""
 
-import errno
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -11,80 +9,14 @@ import time
 from dataclasses import asdict, replace
 from pathlib import Path
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
-from rich.console import Console
+from tiny_run import TINY, assert_same, end, environment, in_folder, in_process, signalling, train
 
 from fcn_jax import cli
-from fcn_jax.config import Config, DataConfig, ModelConfig, OptimConfig, TrainConfig
 from fcn_jax.errors import InputError, Stopped
-from fcn_jax.models import create_model, init_variables
 from fcn_jax.runs import RunFolder, config_from_json
 from fcn_jax.training import loop
-from fcn_jax.training.checkpoint import Checkpoints, load_variables, restore_newest
-from fcn_jax.training.losses import make_loss
-from fcn_jax.training.optim import make_optimizer
-from fcn_jax.training.step import TrainState, make_train_step, new_state
-
-TINY = Config(
-    devices=2,
-    model=ModelConfig(name="fcn8s", encoder="vgg11", encoder_norm="batch", width=0.03, fc_features=8, fc6_kernel=1),
-    data=DataConfig(shapes_size=(32, 32), shapes_count=16),
-    optim=OptimConfig(schedule="poly", lr=0.1),
-    train=TrainConfig(batch_size=4, steps=13, eval_every=4 * 4 / 16, log_every=3, eval_batch_size=4),
-)  # logged at 3, 4, 6, 8, 9, 12, 13, validated and saved at 4, 8, 12, 13
-TIMING = ("images_per_s", "data_wait")
-
-
-def train(config):
-    console = Console(record=True, width=200)
-    loop.train(config, console)
-    return console.export_text()
-
-
-def in_folder(folder, name="run", workers=0, **changes):
-    data = replace(TINY.data, cache_dir=str(folder / "cache"), workers=workers)
-    return replace(TINY, run=str(folder / name), data=data, **changes)
-
-
-def arrays(config):
-    """Return everything that the newest checkpoint holds."""
-    trainer = loop.make_trainer(config, resuming=True)
-    restored = restore_newest(RunFolder(config.run).checkpoints, trainer.state)
-    return restored.step, jax.tree.map(np.asarray, restored.state)
-
-
-def end(config):
-    """Return what a run came to: rows without times, the kept steps, the best one."""
-    folder = RunFolder(config.run)
-    rows = [{k: v for k, v in row.items() if k not in TIMING} for row in folder.rows()]
-    checkpoints = Checkpoints(folder.checkpoints)
-    best = checkpoints.best_step()
-    checkpoints.close()
-    assert not folder.checkpoints.with_name("interrupted").exists()
-    return rows, sorted(path.name for path in folder.checkpoints.iterdir()), best
-
-
-def assert_same(config, undisturbed):
-    (rows, steps, best), (step, state) = end(config), arrays(config)
-    assert rows == undisturbed["rows"]
-    assert (steps, best, step) == (undisturbed["steps"], undisturbed["best"], 13)
-    jax.tree.map(np.testing.assert_array_equal, state, undisturbed["state"])
-
-
-@pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory):
-    config = in_folder(tmp_path_factory.mktemp("undisturbed"))
-    train(config)
-    rows, steps, best = end(config)
-    assert [(row["kind"], row["step"]) for row in rows] == [
-        *[("train", 3), ("train", 4), ("val", 4), ("train", 6), ("train", 8), ("val", 8), ("train", 9)],
-        *[("train", 12), ("val", 12), ("train", 13), ("val", 13)],
-    ]
-    return {"rows": rows, "steps": steps, "best": best, "state": arrays(config)[1]}
-
 
 # --- kills
 
@@ -139,16 +71,6 @@ loop.train(config_from_json(json.loads(sys.argv[1])), Console())
 """
 
 
-def environment():
-    compiled = jax.config.jax_compilation_cache_dir
-    return {**os.environ, "JAX_ENABLE_X64": "1", "JAX_COMPILATION_CACHE_DIR": compiled}
-
-
-def in_process(code, config, *arguments, **options):
-    command = [sys.executable, "-c", code, json.dumps(asdict(config)), *arguments]
-    return subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options)
-
-
 MOMENTS = {
     "in a step": (0, 4),
     "in a row": (0, 4),
@@ -184,28 +106,6 @@ def test_worker_processes_end_with_the_run_that_is_killed(tmp_path):
 
 
 # --- signals
-
-
-@pytest.fixture
-def heard():
-    """Signals as a terminal's foreground has them: nohup and shells' background jobs ignore some."""
-    before = {
-        number: signal.signal(number, signal.SIG_DFL) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    }
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
-
-
-def signalling(monkeypatch, owner, name, number, when):
-    original = getattr(owner, name)
-
-    def instead(*args, **kwargs):
-        if when(*args):
-            signal.raise_signal(number)
-        return original(*args, **kwargs)
-
-    monkeypatch.setattr(owner, name, instead)
 
 
 @pytest.mark.parametrize(
@@ -343,185 +243,6 @@ def test_a_signal_that_is_ignored_stays_ignored(tmp_path, monkeypatch):
         signal.signal(signal.SIGHUP, before)
 
 
-# --- damage
-
-
-def _state(step):
-    return TrainState(
-        step=jnp.asarray(step, jnp.int32),
-        params={"w": jnp.arange(50.0) + step},
-        batch_stats={"mean": jnp.full((3,), float(step))},
-        opt_state=({"v": jnp.full((3,), -float(step))},),
-        key=jax.random.key_data(jax.random.key(step)),
-    )
-
-
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("saved") / "checkpoints"
-    checkpoints = Checkpoints(folder, keep_last=2)
-    for step in (2, 4):
-        checkpoints.save(_state(step), {"data": {"step": step}, "unlogged": []}, 0.5)
-    checkpoints.close()
-    return folder
-
-
-def flip(path):
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 16
-    path.write_bytes(content)
-
-
-DAMAGES = {"flipped": flip, "cut short": lambda path: os.truncate(path, path.stat().st_size // 2), "gone": Path.unlink}
-
-
-@pytest.mark.parametrize("damage", DAMAGES)
-def test_whatever_file_of_the_newest_checkpoint_is_damaged_the_state_is_one_that_was_saved(damage, saved, tmp_path):
-    files = [path.relative_to(saved) for path in sorted((saved / "4").rglob("*")) if path.is_file()]
-    files = [path for path in files if (saved / path).stat().st_size]
-    older = 0
-    for number, file in enumerate(files):
-        folder = tmp_path / str(number) / "checkpoints"
-        shutil.copytree(saved, folder)
-        DAMAGES[damage](folder / file)
-        step, state, progress, _, notes = restore_newest(folder, _state(0))
-        jax.tree.map(np.testing.assert_array_equal, state, _state(step))
-        assert progress == {"data": {"step": step}, "unlogged": []}
-        names = sorted(path.name for path in folder.iterdir())
-        if step == 4:  # the file says nothing that is needed
-            assert names == ["2", "4"] and notes == ()
-        else:
-            older += 1
-            assert names == ["2", "damaged-4"]
-            (note,) = notes
-            assert str(folder / "damaged-4") in note and "going on from step 2" in note
-    assert older >= 5 and len(files) > 20
-
-
-def test_a_bit_of_an_array_that_the_format_does_not_watch_is_noticed(tmp_path):
-    folder = tmp_path / "checkpoints"
-    weights = np.random.default_rng(0).normal(size=(64, 1000)).astype(np.float32)  # too many to be kept in an index
-    states = {step: _state(step).replace(params={"w": jnp.asarray(weights) + step}) for step in (2, 4)}
-    checkpoints = Checkpoints(folder)
-    for state in states.values():
-        checkpoints.save(state, {"data": {}, "unlogged": []}, 0.5)
-    checkpoints.close()
-    shutil.copytree(folder, tmp_path / "whole")
-    path = max((path for path in (folder / "4").rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
-    content = path.read_bytes()
-    noticed = []
-    for number in range(0, len(content), len(content) // 20):
-        shutil.rmtree(folder)
-        shutil.copytree(tmp_path / "whole", folder)
-        path.write_bytes(content[:number] + bytes([content[number] ^ 1]) + content[number + 1 :])
-        restored = restore_newest(folder, states[2])
-        jax.tree.map(np.testing.assert_array_equal, restored.state, states[restored.step])
-        noticed += restored.notes
-    assert sum("variables are not what was saved" in note for note in noticed) >= 15
-
-
-def test_without_a_good_checkpoint_nothing_is_started_and_nothing_touched(saved, tmp_path):
-    folder = tmp_path / "checkpoints"
-    shutil.copytree(saved, folder)
-    for step in (2, 4):
-        shutil.rmtree(folder / str(step) / "training")
-    with pytest.raises(InputError, match="no checkpoint in .* can be read .*4: .*2: .*--run"):
-        restore_newest(folder, _state(0))
-    assert sorted(path.name for path in folder.iterdir()) == ["2", "4"]
-    for path in (folder / "4" / "variables").rglob("d/*"):
-        flip(path)
-    like = {"params": _state(0).params, "batch_stats": _state(0).batch_stats}
-    like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), like)
-    with pytest.raises(InputError, match="4 is damaged"):
-        load_variables(folder, "4", like)
-
-
-def test_a_score_that_was_changed_is_noticed(saved, tmp_path):
-    folder = tmp_path / "checkpoints"
-    shutil.copytree(saved, folder)
-    (folder / "4" / "metrics" / "metrics").write_text('{"mean_iu": 0.9}')
-    restored = restore_newest(folder, _state(0))
-    assert restored.step == 2 and "damaged-4: metrics are not what was saved" in restored.notes[0]
-
-
-@pytest.mark.parametrize("damage", [flip, Path.unlink, lambda path: path.write_text('{"mean_iu": "high"}')])
-def test_an_older_checkpoint_without_its_score_does_not_stand_in_the_way(damage, saved, tmp_path):
-    folder = tmp_path / "checkpoints"
-    shutil.copytree(saved, folder)
-    damage(folder / "2" / "metrics" / "metrics")
-    restored = restore_newest(folder, _state(0))
-    assert restored.step == 4 and "damaged-2: its score is lost" in restored.notes[0]
-    checkpoints = Checkpoints(folder)
-    checkpoints.save(_state(6), {"data": {}, "unlogged": []}, 0.7)
-    checkpoints.save(_state(8), {"data": {}, "unlogged": []}, 0.6)
-    checkpoints.close()
-    assert load_variables(folder, "best", {"params": _state(0).params, "batch_stats": _state(0).batch_stats})[1] == 6
-
-
-@pytest.mark.usefixtures("heard")
-def test_a_run_with_a_damaged_checkpoint_comes_to_the_same_end(undisturbed, tmp_path, monkeypatch):
-    config = in_folder(tmp_path)
-    with monkeypatch.context() as patched, pytest.raises(Stopped):
-        signalling(patched, loop.Logger, "step", signal.SIGTERM, lambda self, step, *rest: step == 11)
-        train(config)
-    folder = Path(config.run)
-    shutil.rmtree(folder / "interrupted" / "11" / "progress")
-    shutil.rmtree(folder / "checkpoints" / "8" / "variables")
-    text = train(config)
-    assert "damaged-11" in text and "damaged-8" in text and "at step 4" in text
-    shutil.rmtree(folder / "checkpoints" / "damaged-8")
-    shutil.rmtree(folder / "interrupted", ignore_errors=True)
-    assert_same(config, undisturbed)
-    shutil.rmtree(folder / "checkpoints")
-    with pytest.raises(InputError, match="several validations and no checkpoint"):
-        train(config)
-
-
-# --- places that cannot be written
-
-
-def test_a_save_that_fails_is_named_and_what_was_saved_is_good(undisturbed, tmp_path, monkeypatch):
-    config = in_folder(tmp_path)
-    checkpoints, aside = Path(config.run) / "checkpoints", tmp_path / "aside"
-
-    def take_away(self, step, *rest):
-        if step == 7:
-            checkpoints.rename(aside)
-            checkpoints.symlink_to("/proc")  # where nobody may write, root included
-        return original(self, step, *rest)
-
-    original = loop.Logger.step
-    with monkeypatch.context() as patched, pytest.raises(InputError, match="could not be saved in .*checkpoints"):
-        patched.setattr(loop.Logger, "step", take_away)
-        train(config)
-    checkpoints.unlink()
-    aside.rename(checkpoints)
-    assert "at step 4" in train(config)
-    assert_same(config, undisturbed)
-
-
-def test_a_full_disk_is_one_line_and_what_was_saved_is_good(undisturbed, tmp_path):
-    config = in_folder(tmp_path)
-    code = (
-        "import json, resource, sys; from rich.console import Console; from fcn_jax.runs import config_from_json;"
-        "from fcn_jax import cli; from fcn_jax.training import loop; original = loop.Logger.step\n"
-        "def step(self, step, *rest):\n"
-        "    if step == 7: resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]), -1))\n"
-        "    return original(self, step, *rest)\n"
-        "loop.Logger.step = step\n"
-        "run = lambda _: loop.train(config_from_json(json.loads(sys.argv[1])), Console())\n"
-        "sys.exit(cli.guarded(run, []))"
-    )
-    for limit in ("10", "4096"):  # metrics.jsonl is stopped by the one, a checkpoint by the other
-        process = in_process(code, config, limit)
-        _, errors = process.communicate(timeout=120)
-        lines = [line for line in errors.decode().splitlines() if not line.startswith(("W0", "I0", "E0"))]
-        assert process.returncode == 2 and len(lines) == 1 and lines[0].startswith("error: "), errors.decode()
-        assert "saved before" in lines[0] and str(config.run) in lines[0]
-    assert "at step 4" in train(config)
-    assert_same(config, undisturbed)
-
-
 def test_a_second_process_in_a_runs_folder_is_refused(tmp_path):
     config = in_folder(tmp_path)
     with (
@@ -530,101 +251,6 @@ def test_a_second_process_in_a_runs_folder_is_refused(tmp_path):
     ):
         train(config)
     train(replace(config, train=replace(config.train, steps=1)))
-
-
-# --- divergence
-
-
-def _step(**options):
-    model = create_model("fcn8s", 3, encoder="vgg11", encoder_norm="batch", width=0.03, fc_features=8, fc6_kernel=1)
-    variables = init_variables(model, jax.random.key(0), (32, 32))
-    optimizer = make_optimizer(variables["params"], OptimConfig(schedule="poly"), 10)
-    step = jax.jit(make_train_step(model, optimizer, make_loss("softmax"), None, **options))
-    state = new_state(variables, optimizer, 0)
-    images = np.random.default_rng(0).normal(size=(2, 32, 32, 3)).astype(np.float32)
-    return step, state, {"image": images, "label": np.random.default_rng(1).integers(0, 3, (2, 32, 32))}
-
-
-@pytest.mark.parametrize("value", [np.nan, np.inf, 1e30])
-@pytest.mark.parametrize("accumulate", [1, 2])
-def test_a_step_that_is_not_finite_changes_counters_alone(value, accumulate):
-    step, state, batch = _step(accumulate=accumulate)
-    state, sums = step(state, batch)
-    assert bool(sums.finite)
-    bad = {**batch, "image": batch["image"].copy()}
-    bad["image"][1, 3, 4] = value
-    if value == 1e30:  # finite sums, and squares that are not
-        state = state.replace(params=jax.tree.map(lambda x: x * 1e30, state.params))
-    after, sums = step(state, bad)
-    assert not bool(sums.finite)
-    for name in ("params", "batch_stats"):
-        jax.tree.map(np.testing.assert_array_equal, getattr(after, name), getattr(state, name))
-    assert int(after.step) == int(state.step) + 1
-    counters, momenta = [], []
-    for old, new in zip(jax.tree.leaves(state.opt_state), jax.tree.leaves(after.opt_state), strict=True):
-        if jnp.issubdtype(old.dtype, jnp.integer):
-            counters.append(int(new) - int(old))
-        else:
-            momenta.append(np.array_equal(new, old))
-    assert counters and set(counters) == {1} and momenta and all(momenta)
-
-
-def test_a_loss_of_nan_names_the_step_and_the_images_and_can_be_skipped(tmp_path, monkeypatch):
-    config = in_folder(tmp_path)
-    make = loop.make_trainer
-
-    def poisoned(*args, **kwargs):
-        trainer = make(*args, **kwargs)
-        taken = []
-
-        def place(batch):
-            taken.append(0)
-            image = batch["image"].astype(np.float32)
-            return trainer.parallel.place_batch({**batch, "image": image * np.nan if len(taken) == 6 else image})
-
-        return replace(trainer, parallel=replace(trainer.parallel, place_batch=place))
-
-    monkeypatch.setattr(loop, "make_trainer", poisoned)
-    with pytest.raises(InputError, match=r"step 6: loss nan .* learning rate 0\.0\d+, on 0000\d\d, .*skip"):
-        train(config)
-    monkeypatch.setattr(loop, "make_trainer", lambda *args, **kwargs: make(*args, **kwargs))
-    skipping = in_folder(tmp_path, "skipping", train=replace(TINY.train, nonfinite="skip"))
-    monkeypatch.setattr(loop, "make_trainer", poisoned)
-    train(skipping)
-    rows = [row for row in RunFolder(skipping.run).rows() if row["kind"] == "train"]
-    assert {row["step"]: row["skipped"] for row in rows} == {3: 0, 4: 0, 6: 1, 8: 0, 9: 0, 12: 0, 13: 0}
-    assert all(np.isfinite(row["loss"]) for row in rows)
-    monkeypatch.undo()
-    # The run that stopped goes on, from what it had saved, when told to skip.
-    assert "at step 4" in train(replace(config, train=replace(config.train, nonfinite="skip")))
-
-
-def test_steps_that_are_skipped_without_end_stop_the_run(tmp_path, monkeypatch):
-    train_config = replace(TINY.train, nonfinite="skip", steps=30, eval_every=30 * 4 / 16)
-    config = in_folder(tmp_path, train=train_config)
-    make = loop.make_trainer
-
-    def poisoned(*args, **kwargs):
-        trainer = make(*args, **kwargs)
-
-        def place(batch):
-            return trainer.parallel.place_batch({**batch, "image": batch["image"].astype(np.float32) * np.nan})
-
-        return replace(trainer, parallel=replace(trainer.parallel, place_batch=place))
-
-    monkeypatch.setattr(loop, "make_trainer", poisoned)
-    with pytest.raises(InputError, match="step 20: loss nan"):
-        train(config)
-    assert [row["skipped"] for row in RunFolder(config.run).rows()] == [3] * 6
-
-
-@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS])
-def test_a_disk_that_gives_no_name_is_one_line(number, capsys):
-    def failing(arguments):
-        raise OSError(number, os.strerror(number))
-
-    assert cli.guarded(failing, []) == 2
-    assert capsys.readouterr().err == f"error: a file: {os.strerror(number)}; check the path and the disk\n"
 
 
 def test_the_config_of_a_process_is_the_config(tmp_path):

@@ -1,0 +1,107 @@
+"""A run of seconds, which tests disturb, and what it comes to where nothing does."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import asdict, replace
+
+import jax
+import numpy as np
+import pytest
+from rich.console import Console
+
+from fcn_jax.config import Config, DataConfig, ModelConfig, OptimConfig, TrainConfig
+from fcn_jax.runs import RunFolder
+from fcn_jax.training import loop
+from fcn_jax.training.checkpoint import Checkpoints, restore_newest
+
+TINY = Config(
+    devices=2,
+    model=ModelConfig(name="fcn8s", encoder="vgg11", encoder_norm="batch", width=0.03, fc_features=8, fc6_kernel=1),
+    data=DataConfig(shapes_size=(32, 32), shapes_count=16),
+    optim=OptimConfig(schedule="poly", lr=0.1),
+    train=TrainConfig(batch_size=4, steps=13, eval_every=4 * 4 / 16, log_every=3, eval_batch_size=4),
+)  # logged at 3, 4, 6, 8, 9, 12, 13, validated and saved at 4, 8, 12, 13
+TIMING = ("images_per_s", "data_wait")
+
+
+def train(config):
+    console = Console(record=True, width=200)
+    loop.train(config, console)
+    return console.export_text()
+
+
+def in_folder(folder, name="run", workers=0, **changes):
+    data = replace(TINY.data, cache_dir=str(folder / "cache"), workers=workers)
+    return replace(TINY, run=str(folder / name), data=data, **changes)
+
+
+def arrays(config):
+    """Return everything that the newest checkpoint holds."""
+    trainer = loop.make_trainer(config, resuming=True)
+    restored = restore_newest(RunFolder(config.run).checkpoints, trainer.state)
+    return restored.step, jax.tree.map(np.asarray, restored.state)
+
+
+def end(config):
+    """Return what a run came to: rows without times, the kept steps, the best one."""
+    folder = RunFolder(config.run)
+    rows = [{k: v for k, v in row.items() if k not in TIMING} for row in folder.rows()]
+    checkpoints = Checkpoints(folder.checkpoints)
+    best = checkpoints.best_step()
+    checkpoints.close()
+    assert not folder.checkpoints.with_name("interrupted").exists()
+    return rows, sorted(path.name for path in folder.checkpoints.iterdir()), best
+
+
+def assert_same(config, undisturbed):
+    (rows, steps, best), (step, state) = end(config), arrays(config)
+    assert rows == undisturbed["rows"]
+    assert (steps, best, step) == (undisturbed["steps"], undisturbed["best"], 13)
+    jax.tree.map(np.testing.assert_array_equal, state, undisturbed["state"])
+
+
+@pytest.fixture(scope="session")
+def undisturbed(tmp_path_factory):
+    config = in_folder(tmp_path_factory.mktemp("undisturbed"))
+    train(config)
+    rows, steps, best = end(config)
+    assert [(row["kind"], row["step"]) for row in rows] == [
+        *[("train", 3), ("train", 4), ("val", 4), ("train", 6), ("train", 8), ("val", 8), ("train", 9)],
+        *[("train", 12), ("val", 12), ("train", 13), ("val", 13)],
+    ]
+    return {"rows": rows, "steps": steps, "best": best, "state": arrays(config)[1]}
+
+
+def environment():
+    compiled = jax.config.jax_compilation_cache_dir
+    return {**os.environ, "JAX_ENABLE_X64": "1", "JAX_COMPILATION_CACHE_DIR": compiled}
+
+
+def in_process(code, config, *arguments, **options):
+    command = [sys.executable, "-c", code, json.dumps(asdict(config)), *arguments]
+    return subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options)
+
+
+@pytest.fixture
+def heard():
+    """Signals as a terminal's foreground has them: nohup and shells' background jobs ignore some."""
+    before = {
+        number: signal.signal(number, signal.SIG_DFL) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    }
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def signalling(monkeypatch, owner, name, number, when):
+    original = getattr(owner, name)
+
+    def instead(*args, **kwargs):
+        if when(*args):
+            signal.raise_signal(number)
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(owner, name, instead)
