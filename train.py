@@ -2,7 +2,8 @@
 
 import sys
 
-from fcn_jax.cli import guarded, keep_compiled, run_train
+from fcn_jax.cli import run_train
+from fcn_jax.process import guarded, keep_compiled
 
 if __name__ == "__main__":
     keep_compiled()

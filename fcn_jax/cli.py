@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import io
 import json
 import re
@@ -28,12 +27,12 @@ from fcn_jax.data.datasets import load
 from fcn_jax.data.labels import decode_image
 from fcn_jax.data.pipeline import make_eval_batches
 from fcn_jax.data.transforms import resize_image
-from fcn_jax.errors import InputError, Stopped, unknown
+from fcn_jax.errors import InputError, unknown
 from fcn_jax.evaluation.evaluate import PLAIN, Views, evaluate, make_predictor, spread
 from fcn_jax.evaluation.figures import overlay, save_confusion, save_palette_png, save_panel, save_predictions
 from fcn_jax.evaluation.inference import make_image_predictor
 from fcn_jax.models import create_model, summarize
-from fcn_jax.process import Output, keep_compiled, quieten_orbax
+from fcn_jax.process import Output, guarded, keep_compiled
 from fcn_jax.recipes import DEFAULT_RECIPE, RECIPES
 from fcn_jax.runs import RunFolder, write_whole
 from fcn_jax.training.distributed import is_writer, processes
@@ -41,7 +40,7 @@ from fcn_jax.training.loop import score_table, train
 from fcn_jax.training.parallel import make_mesh
 from fcn_jax.training.trained import open_trained
 
-__all__ = ["guarded", "keep_compiled", "main", "run_eval", "run_port", "run_train"]
+__all__ = ["main", "run_eval", "run_port", "run_train"]
 
 Arguments = Sequence[str]
 _ABOUT = f"Train a recipe; without one, {DEFAULT_RECIPE}. Any field of it can be overridden."
@@ -292,30 +291,6 @@ COMMANDS: dict[str, Callable[[Arguments], int]] = {
     "bench": run_bench,
     "sprint": run_sprint,
 }
-
-
-def guarded(command: Callable[[Arguments], int], arguments: Arguments) -> int:
-    """Run a command; a user's mistake becomes one line on stderr and exit code 2."""
-    quieten_orbax()
-    try:
-        return command(arguments)
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except Stopped as stop:
-        print(stop, file=sys.stderr)
-        return 128 + stop.number
-    except OSError as error:  # a file that cannot be written or a path that cannot be named, wherever that shows
-        if error.filename is None and error.errno not in _DISK:
-            raise
-        print(f"error: {error.filename or 'a file'}: {error.strerror}; check the path and the disk", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("stopped; the same command goes on from the last checkpoint", file=sys.stderr)
-        return 130  # 128 + SIGINT, as shells have it
-
-
-_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EFBIG}
 
 
 def _dispatch(arguments: Arguments) -> int:

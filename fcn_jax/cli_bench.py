@@ -9,6 +9,7 @@ import argparse
 import contextlib
 import fnmatch
 import os
+import signal
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -29,9 +30,10 @@ from fcn_jax.benchmarks.report import collectives_table, matmul_rate, pipeline_t
 from fcn_jax.benchmarks.rows import Row
 from fcn_jax.benchmarks.run import Result, release, run_row
 from fcn_jax.benchmarks.settings import NETWORKS, NUM_CLASSES, Settings, make_settings
-from fcn_jax.errors import InputError, unknown
+from fcn_jax.errors import InputError, Stopped, unknown
 from fcn_jax.models import create_model
 from fcn_jax.models.platform import plain_forms
+from fcn_jax.process import guarded
 from fcn_jax.recipes import RECIPES
 
 __all__ = ["bench", "main"]
@@ -68,6 +70,7 @@ def bench(arguments: Sequence[str]) -> int:
 
     Raises:
         InputError: the options do not fit.
+        Stopped: by Ctrl-C.
     """
     given = _parser().parse_args(list(arguments))
     _configure(given)
@@ -83,8 +86,11 @@ def bench(arguments: Sequence[str]) -> int:
     if given.pipeline is not None:
         return _pipeline(given.pipeline, given.data_dir, settings, record, out, console)
     run = _collectives if given.collectives else _rows
-    with plain_forms() if given.plain_forms else contextlib.nullcontext():
-        return run(settings, given.only, record, out, console)
+    try:
+        with plain_forms() if given.plain_forms else contextlib.nullcontext():
+            return run(settings, given.only, record, out, console)
+    except KeyboardInterrupt:
+        raise Stopped("stopped; the rows that were done are in --out, where it was given", signal.SIGINT) from None
 
 
 def _configure(given: argparse.Namespace) -> None:
@@ -215,14 +221,7 @@ def _pipeline(
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; a user's mistake becomes one line on stderr and exit code 2."""
-    try:
-        return bench(sys.argv[1:] if arguments is None else arguments)
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("stopped; the rows that were done are in --out, where it was given", file=sys.stderr)
-        return 130  # 128 + SIGINT, as shells have it
+    return guarded(bench, sys.argv[1:] if arguments is None else arguments)
 
 
 if __name__ == "__main__":

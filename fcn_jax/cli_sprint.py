@@ -27,7 +27,7 @@ from fcn_jax.data.memory import MemorySplit, read
 from fcn_jax.errors import InputError, Stopped, unknown
 from fcn_jax.evaluation.evaluate import PLAIN, Evaluation, Views
 from fcn_jax.evaluation.figures import save_confusion, save_curves, save_montage
-from fcn_jax.process import keep_compiled
+from fcn_jax.process import guarded, keep_compiled
 from fcn_jax.recipes import RECIPES
 from fcn_jax.runs import seconds_since_start, write_whole
 from fcn_jax.training.in_memory import Row, check_in_memory, make_score, train_in_memory
@@ -75,10 +75,6 @@ def sprint(arguments: Sequence[str]) -> int:
         raise InputError(f"--out {given.out} holds the results of another run; name a new folder")
     try:
         return _sprint(config, given.out, given.test, shlex.join(["fcn-jax", "sprint", *arguments]))
-    except OSError as error:
-        if error.filename is None:
-            raise
-        raise InputError(f"{error.filename}: {error.strerror}; name an --out that can be written to") from error
     except KeyboardInterrupt:
         kept = f"rows up to the last validation are in {given.out}, nothing else"
         raise Stopped(f"stopped; {kept}, and the same command starts anew", signal.SIGINT) from None
@@ -172,14 +168,7 @@ def _write_split(out: Path, name: str, split: MemorySplit, found: Mapping[Views,
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; a user's mistake becomes one line on stderr and exit code 2."""
     keep_compiled()
-    try:
-        return sprint(sys.argv[1:] if arguments is None else arguments)
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except Stopped as stop:
-        print(stop, file=sys.stderr)
-        return 128 + stop.number
+    return guarded(sprint, sys.argv[1:] if arguments is None else arguments)
 
 
 if __name__ == "__main__":

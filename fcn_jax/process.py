@@ -1,21 +1,26 @@
-"""What a command sets up in its process: output that stops no run, quiet libraries, compiled programs that are kept."""
+"""A command's process: output that stops no run, quiet libraries, kept programs, and what becomes its exit code."""
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import inspect
 import io
 import logging
 import os
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 
-__all__ = ["Output", "keep_compiled", "quieten_orbax"]
+from fcn_jax.errors import InputError, Stopped
+
+__all__ = ["Output", "guarded", "keep_compiled"]
+
+_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EFBIG}
 
 
 class Output:
@@ -43,7 +48,7 @@ class Output:
                 os.dup2(nowhere.fileno(), self._file.fileno())
 
 
-def quieten_orbax() -> None:
+def _quieten_orbax() -> None:
     """Keep orbax from announcing its defaults and, where a disk is full, each array's failure: it raises that too."""
     for name in ("absl", "asyncio"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
@@ -66,3 +71,24 @@ def keep_compiled() -> None:
         with contextlib.suppress(OSError):  # where nothing can be kept, everything is compiled anew
             folder.mkdir(parents=True, exist_ok=True)
             jax.config.update("jax_compilation_cache_dir", str(folder))
+
+
+def guarded(command: Callable[[Sequence[str]], int], arguments: Sequence[str]) -> int:
+    """Run a command; a user's mistake becomes one line on stderr and exit code 2."""
+    _quieten_orbax()
+    try:
+        return command(arguments)
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except Stopped as stop:
+        print(stop, file=sys.stderr)
+        return 128 + stop.number
+    except OSError as error:  # a file that cannot be written or a path that cannot be named, wherever that shows
+        if error.filename is None and error.errno not in _DISK:
+            raise
+        print(f"error: {error.filename or 'a file'}: {error.strerror}; check the path and the disk", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on from the last checkpoint", file=sys.stderr)
+        return 130  # 128 + SIGINT, as shells have it

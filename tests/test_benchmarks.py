@@ -229,6 +229,16 @@ def test_mistakes_give_one_line_and_code_2(arguments, named, capsys):
         assert word in lines[0]
 
 
+def test_ctrl_c_says_where_the_rows_are(monkeypatch, capsys):
+    def interrupted(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli_bench, "_rows", interrupted)
+    assert cli.guarded(cli.run_bench, ["--smoke"]) == cli_bench.main(["--smoke"]) == 130
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 2 and all("rows that were done" in line for line in lines)
+
+
 # --- collectives
 
 HLO = """

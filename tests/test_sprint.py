@@ -172,7 +172,7 @@ def test_a_folder_that_cannot_be_written_to_shows_before_training(capsys, camvid
     assert "results.partial" in output.err and "step" not in output.out
     (tmp_path / "file").write_text("")
     assert cli_sprint.main(["camvid", "--data.dir", str(camvid), "--out", str(tmp_path / "file"), *TINY]) == 2
-    assert "--out" in capsys.readouterr().err
+    assert f"{tmp_path}/file: File exists" in capsys.readouterr().err
 
 
 def test_ctrl_c_says_what_is_kept(capsys, camvid, tmp_path, monkeypatch):
@@ -222,7 +222,7 @@ def test_images_that_cannot_be_read_are_left_out_where_wanted(capsys, camvid, tm
         (["shapes", "--out", "OUT", "--distributed", "auto"], ["--distributed", "train.py"]),
         (["camvid", "--out", "OUT"], ["--data.dir"]),
         (["camvid", "--out", "OUT", "--data.dir", "/nonexistent"], ["/nonexistent", "--data.dir"]),
-        (["shapes", "--out", "/proc/nosuch/x", "--data.shapes-count", "2"], ["/proc/nosuch", "--out"]),
+        (["shapes", "--out", "/proc/nosuch/x", "--data.shapes-count", "2"], ["/proc/nosuch", "check the path"]),
         (["shapes", "--out", "OUT", "--train.batch-size", "0"], ["--train.batch-size"]),
         (["shapes", "--out", "OUT", "--test", "camvid/test", "--data.dir", "CAMVID"], ["shapes/train", "camvid/test"]),
     ],
