@@ -180,7 +180,7 @@ class Config:
     """Which process this is, from 0; process 0 writes and prints."""
     init: str | None = None
     """Start from these weights: a .safetensors or .pth file, or `vgg16-imagenet` and its like, which are fetched; they
-    have to fill all that their layout has. By default from scratch."""
+    have to fill all that their layout has, or the encoder where they hold nothing else. By default from scratch."""
     init_from: str | None = None
     """Start from another network of the family, say of a longer stride: a run's folder or a file. What has the same
     name is carried over, and what is new is said. In the place of `init`."""

@@ -13,6 +13,7 @@ import torch
 import fcn_jax
 from fcn_jax import weights
 from fcn_jax.errors import InputError
+from fcn_jax.models.classifier import VGGClassifier
 from fcn_jax.models.vgg import ENCODERS, STAGE_CHANNELS, VGG
 from fcn_jax.numerics import make_twin
 
@@ -202,14 +203,44 @@ def test_fc_layers_of_another_shape_are_left_and_the_report_says_so(options):
     assert "vgg.conv5_2.weight" in report.filled
 
 
-def test_a_file_without_the_fc_layers_that_the_model_has_is_an_error():
+@pytest.mark.parametrize("layout", ["torchvision-vgg", "fcn_jax"])
+@pytest.mark.parametrize("norm", [None, "batch"])
+def test_a_file_with_an_encoder_alone_fills_the_encoder_and_says_what_stays(layout, norm):
+    _, state = torchvision_state(norm=norm)
+    model, variables = build(encoder_norm=norm)
+    features = {name: value for name, value in state.items() if name.startswith("features")}
+    if layout == "fcn_jax":
+        full = weights.to_torch(model, weights.load(state, model, variables))
+        features = {name: value for name, value in full.items() if name.startswith("vgg.")}
+    loaded, report = weights.load_with_report(features, model, variables)
+    assert report.layout == layout
+    assert_same(loaded["params"]["vgg"], weights.load(state, model, zeros(variables))["params"]["vgg"])
+    assert_same(loaded["params"]["head"], variables["params"]["head"])
+    assert {report.left[name] for name in ("head.fc6.weight", "head.fc7.bias", "score_fr.weight")} == {
+        "the source holds an encoder alone"
+    }
+
+
+def test_a_file_that_lacks_some_of_what_is_beyond_the_encoder_is_an_error():
+    _, state = torchvision_state()
+    model, variables = build()
+    without_fc6 = {name: value for name, value in state.items() if not name.startswith("classifier.0")}
+    with pytest.raises(InputError, match=r"missing: head.fc6.weight \(classifier.0.weight\)"):
+        weights.load(without_fc6, model, variables)
+    _, report = weights.load_with_report(without_fc6, model, variables, allow_missing=["head.*"])
+    assert report.left["head.fc6.bias"] == "missing, allowed"
+    without_conv5_2 = {name: value for name, value in state.items() if "features.18." not in name}
+    encoder = {name: value for name, value in without_conv5_2.items() if name.startswith("features")}
+    with pytest.raises(InputError, match="vgg.conv5_2|no known layout|holds"):
+        weights.load(encoder, model, variables)
+
+
+def test_an_encoder_alone_is_no_whole_classifier():
     _, state = torchvision_state()
     features = {name: value for name, value in state.items() if name.startswith("features")}
-    model, variables = build()
-    with pytest.raises(InputError, match=r"missing: head.fc6.weight \(classifier.0.weight\)"):
-        weights.load(features, model, variables)
-    _, report = weights.load_with_report(features, model, variables, allow_missing=["head.*"])
-    assert report.left["head.fc7.bias"] == "missing, allowed"
+    model = VGGClassifier(encoder="vgg11", width=WIDTH, fc_features=round(4096 * WIDTH))
+    with pytest.raises(InputError, match="head.fc6.weight"):
+        weights.load(features, model, fcn_jax.init_variables(model, jax.random.key(0)))
 
 
 @pytest.mark.parametrize("options", [{"encoder": "vgg16"}, {"encoder_norm": "batch"}])

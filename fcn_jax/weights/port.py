@@ -13,6 +13,7 @@ import numpy as np
 from flax import traverse_util
 
 from fcn_jax.errors import InputError
+from fcn_jax.models.fcn import FCN
 from fcn_jax.weights.layouts import Layout, Network, check_fit, encoder_name, pair_up
 from fcn_jax.weights.names import COUNTER, Parameter, conversion, from_torch, list_parameters, torch_shape
 from fcn_jax.weights.published import LAYOUTS
@@ -20,6 +21,9 @@ from fcn_jax.weights.report import Report, describe
 from fcn_jax.weights.source import Source, Tensors, open_source
 
 __all__ = ["load", "load_with_report"]
+
+_ENCODER = "vgg."
+"""Begins the names of the encoder's parameters."""
 
 
 def load(
@@ -56,6 +60,8 @@ def load_with_report(
     Raises:
         InputError: the source cannot be opened, its layout is unknown, it is of another network or encoder, or a tensor
             is missing, unexpected, of the wrong shape, not finite, or differs from its own copy.
+
+    A file that holds an encoder and nothing else leaves all other layers of an FCN at their values.
     """
     tensors = open_source(source)
     info = describe(tensors)
@@ -69,7 +75,9 @@ def load_with_report(
         check_fit(f"{tensors.origin} ({info.layout})", info.fit, model, partial=bool(may_miss or may_stay))
     else:
         _check_encoder(tensors.origin, info.variant, model)
-    job = _Job(tensors, LAYOUTS[info.layout], may_miss, may_stay)
+    # An FCN's own file that says of which network it is has to have all of it.
+    may_be_encoder = isinstance(model, FCN) and info.fit is None
+    job = _Job(tensors, LAYOUTS[info.layout], may_miss, may_stay, may_be_encoder)
     job.run(model, list_parameters(variables))
     flat = traverse_util.flatten_dict(dict(variables))
     flat.update(job.values)
@@ -95,6 +103,7 @@ class _Job:
     layout: Layout
     allow_missing: tuple[str, ...]
     allow_unexpected: tuple[str, ...]
+    may_be_encoder: bool
     filled: dict[str, str] = field(default_factory=dict)
     left: dict[str, str] = field(default_factory=dict)
     ignored: dict[str, str] = field(default_factory=dict)
@@ -179,16 +188,25 @@ class _Job:
     def _leave(self, parameters: list[Parameter], sought: dict[str, str]) -> list[str]:
         """Explain the parameters that were not filled; return those that should have been."""
         missing = []
+        encoder_alone = self._is_encoder_alone()
         for name in dict.fromkeys([*sought, *(parameter.name for parameter in parameters)]):
             if name in self.filled or name in self.left:
                 continue
-            if name not in sought and self.layout.encoder_only:
+            if encoder_alone and not name.startswith(_ENCODER):
+                self.left[name] = "the source holds an encoder alone"
+            elif name not in sought and self.layout.encoder_only:
                 self.left[name] = "the layout has no place for it"
             elif _any(name, self.allow_missing):
                 self.left[name] = "missing, allowed"
             else:
                 missing.append(name)
         return missing
+
+    def _is_encoder_alone(self) -> bool:
+        """Tell whether the source has tensors of the encoder and no others, as after ``vgg16().features``."""
+        names = [name for name in self.tensors.infos if not name.endswith(f".{COUNTER}")]
+        of_encoder = {theirs for name, theirs in self.filled.items() if name.startswith(_ENCODER)}
+        return self.may_be_encoder and bool(names) and of_encoder.issuperset(names)
 
     def _renamed(
         self, missing: list[str], unexpected: list[str], parameters: list[Parameter], sought: dict[str, str]
