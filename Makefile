@@ -28,7 +28,7 @@ parity-%: $(VENV)/ready-dev
 SOAK_KILLS ?= 300
 
 soak: $(VENV)/ready-dev
-	$(BIN)/python tests/soak.py --kills $(SOAK_KILLS)
+	$(BIN)/python tests/slow/soak.py --kills $(SOAK_KILLS)
 
 lint: $(VENV)/ready-dev
 	$(BIN)/ruff check .

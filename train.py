@@ -3,7 +3,7 @@
 import sys
 
 from fcn_jax.cli import run_train
-from fcn_jax.process import guarded, keep_compiled
+from fcn_jax.cli.process import guarded, keep_compiled
 
 if __name__ == "__main__":
     keep_compiled()

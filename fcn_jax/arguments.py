@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 
 from fcn_jax.config import Config
 from fcn_jax.errors import InputError
-from fcn_jax.runs import config_from_json
+from fcn_jax.training.run import config_from_json
 
 __all__ = ["Parser", "override"]
 

@@ -119,7 +119,7 @@ class OptimConfig:
     bias_decay: bool = True
     """Whether biases and batch-norm parameters decay (not in the paper)."""
     head_lr: float = 1.0
-    """Factor on the learning rate of everything but the encoder (10 in seed 004)."""
+    """Factor on the learning rate of everything but the encoder (10 in Tramac's recipe)."""
     freeze_upsampling: bool = False
     """Keep the k = 2s transposed convolutions at their bilinear start."""
     schedule: Literal["fixed", "poly", "step"] = "fixed"

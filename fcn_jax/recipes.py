@@ -158,9 +158,9 @@ _RECIPES = (
             optim=OptimConfig(lr=1e-4, weight_decay=1e-4, head_lr=10.0, schedule="poly", poly_power=0.9),
             train=TrainConfig(batch_size=4, epochs=60, eval_batch_size=1),
         ),
-        source="seed 004, awesome-semantic-segmentation-pytorch; scores here are of whole images over the whole set, "
+        source="Tramac's awesome-semantic-segmentation-pytorch; scores here are of whole images over the whole set, "
         "there of centre crops averaged by image",
-        score="47.38 mean IU, 87.12 pixel accuracy (seed 004's run; 48.87 and 85.02 in the repository's table)",
+        score="47.38 mean IU, 87.12 pixel accuracy (a rerun; 48.87 and 85.02 in the repository's table)",
         needs="--data.dir ROOT",
     ),
     Recipe(
@@ -174,8 +174,8 @@ _RECIPES = (
             optim=OptimConfig(lr=1e-2, momentum=0.7, weight_decay=0.0),
             train=TrainConfig(batch_size=4, epochs=100, keep_every=5, pictures_every=20),
         ),
-        source="seed 000: sigmoid BCE averaged over pixels and classes, a checkpoint every 5 epochs, pictures every 20 "
-        "steps; argmax, where its text has argmin; batch and image size, which it does not give, are ours",
+        source="gaussian37's notes: sigmoid BCE averaged over pixels and classes, checkpoints every 5 epochs, pictures "
+        "every 20 steps; argmax, where their text has argmin; batch and image size, which they do not give, are ours",
         score="none reported",
         needs="--data.dir FOLDER",
     ),
@@ -188,7 +188,7 @@ _RECIPES = (
             optim=OptimConfig(lr=1e-2, momentum=0.9, weight_decay=5e-4, schedule="poly"),
             train=TrainConfig(batch_size=8, epochs=100),
         ),
-        source="seed 001, FCN1: the network and its 224x224 input are the seed's, from scratch; it gives no optimiser",
+        source="the FCN1 notes: the network and its 224x224 input, from scratch; they give no optimiser",
         score="none reported",
         needs="--data.dir FOLDER",
     ),

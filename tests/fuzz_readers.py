@@ -26,16 +26,19 @@ import torch
 import trees
 from PIL import Image
 
-from fcn_jax import cli, cli_bench, cli_parity, weights
+from fcn_jax import cli, weights
+from fcn_jax.cli import bench as cli_bench
+from fcn_jax.cli import parity as cli_parity
 from fcn_jax.config import Config, DataConfig
-from fcn_jax.data import datasets, download, folder, labels, listing, prepare, sbd
+from fcn_jax.data import datasets, download, folder, labels, listing, sbd
+from fcn_jax.data import prepared as prepare
 from fcn_jax.errors import InputError
 from fcn_jax.models import create_model, init_variables, model_from_config
 from fcn_jax.recipes import RECIPES
-from fcn_jax.runs import DatasetInfo, RunFolder
+from fcn_jax.step import TrainState
 from fcn_jax.training import checkpoint
 from fcn_jax.training.check import check_config
-from fcn_jax.training.step import TrainState
+from fcn_jax.training.run import DatasetInfo, RunFolder
 from fcn_jax.weights.source import open_source
 
 warnings.simplefilter("ignore")  # what a library says of a damaged file is no failure

@@ -13,9 +13,9 @@ import pytest
 from rich.console import Console
 
 from fcn_jax.config import Config, DataConfig, ModelConfig, OptimConfig, TrainConfig
-from fcn_jax.runs import RunFolder
 from fcn_jax.training import loop
 from fcn_jax.training.checkpoint import Checkpoints, restore_newest
+from fcn_jax.training.run import RunFolder
 
 TINY = Config(
     devices=2,

@@ -210,7 +210,7 @@ def _add_rungs(module: nn.Module, n: int, w: float) -> None:
 
 
 class Pochih(nn.Module):
-    """FCN32s, FCN16s, FCN8s, FCNs of seed 000; ``kind`` is 32, 16, 8 or "s" """
+    """FCN32s, FCN16s, FCN8s, FCNs of pochih, as in gaussian37's notes; ``kind`` is 32, 16, 8 or "s" """
 
     def __init__(self, kind: int | str, n: int, w: float, encoder: str = "vgg16") -> None:
         super().__init__()
@@ -232,8 +232,8 @@ def _ladder(m, pools, kind):
     return m.classifier(score)
 
 
-class Seed001(nn.Module):
-    """FCN1 of seed 001"""
+class FCN1(nn.Module):
+    """FCN1 of the FCN1 notes"""
 
     def __init__(self, n: int, w: float) -> None:
         super().__init__()
@@ -259,8 +259,8 @@ class Seed001(nn.Module):
         return _ladder(self, pools, "s")
 
 
-class Seed002(nn.Module):
-    """VGG16 of seed 002: FCN32s, FCN16s, FCN8s"""
+class Fanrencli(nn.Module):
+    """VGG16 of Fanrencli's FCN: FCN32s, FCN16s, FCN8s"""
 
     def __init__(self, stride: int, n: int, w: float) -> None:
         super().__init__()
@@ -311,8 +311,8 @@ def _cbr(c_in: int, c_out: int, kernel: int = 3, padding: int = 1) -> nn.Sequent
     return nn.Sequential(nn.Conv2d(c_in, c_out, kernel, 1, padding), nn.ReLU(inplace=True))
 
 
-class Seed003(nn.Module):
-    """FCN32s, FCN16s, FCN8s of seed 003"""
+class Boostcamp(nn.Module):
+    """FCN32s, FCN16s, FCN8s of the Boostcamp notes"""
 
     def __init__(self, stride: int, n: int, w: float) -> None:
         super().__init__()

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 from fcn_jax.config import DataConfig
 from fcn_jax.data.catalog import find
 from fcn_jax.data.labels import decode_image, decode_label
-from fcn_jax.data.prepare import Examples, Record, prepare, read_summary
+from fcn_jax.data.prepared import Examples, Record, prepare, read_summary
 
 _log = logging.getLogger(__name__)
 _SHOWN = 3

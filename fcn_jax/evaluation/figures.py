@@ -1,11 +1,10 @@
 """The pictures of a run: curves, confusion matrix, panels, label maps.
 
-matplotlib is imported by what draws with it, so that label maps and montages need OpenCV alone.
+matplotlib is imported by what draws with it, so that label maps need OpenCV alone.
 """
 
 from __future__ import annotations
 
-import errno
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,6 @@ __all__ = [
     "overlay",
     "save_confusion",
     "save_curves",
-    "save_montage",
     "save_palette_png",
     "save_panel",
     "save_predictions",
@@ -166,16 +164,3 @@ def _save_grid(
     for text in legend.get_texts():
         text.set_parse_math(False)
     _save(figure, path)
-
-
-def save_montage(path: Path, samples: Sequence[Sample], palette: Palette) -> None:
-    """Write image, truth and prediction of each sample below one another, pixel by pixel; needs OpenCV alone."""
-    columns = []
-    for sample in samples:
-        truth, guess = (colour_labels(labels, palette) for labels in (sample.label, sample.prediction))
-        image = cv2.resize(sample.image, truth.shape[1::-1], interpolation=cv2.INTER_LINEAR)
-        columns.append(np.concatenate([image, truth, guess]))
-    height = max(len(column) for column in columns)
-    padded = [np.pad(column, ((0, height - len(column)), (0, 0), (0, 0))) for column in columns]
-    if not cv2.imwrite(str(path), cv2.cvtColor(np.concatenate(padded, axis=1), cv2.COLOR_RGB2BGR)):
-        raise OSError(errno.EIO, "could not be written", str(path))

@@ -131,8 +131,8 @@ class ScoreFCN(FCN):
 class SameFCN(ScoreFCN):
     """Family `same`: nothing is padded beyond SAME, so upsampled maps are at least as large as what they are added to.
 
-    Sources: the paper without the reference's pad-100 margin; with ``fc6_kernel=1`` the torch networks of the document
-    "FCN-32s, 16s, 8s" (seed 003), which run where the shapes happen to match.
+    Sources: the paper without the reference's pad-100 margin; with ``fc6_kernel=1`` the torch networks of the
+    Boostcamp notes, which run where the shapes happen to match.
     """
 
     def _vgg(self) -> VGG:
@@ -171,7 +171,7 @@ class Pad100FCN(ScoreFCN):
     """Family `pad100`: the Caffe reference. conv1_1 pads by 100, the rest is VALID, and offsets line the maps up again.
 
     Sources: ``voc-fcn8s/net.py`` of the reference (ceil pooling) and pytorch-fcn; with ``pool="floor"`` the torch
-    networks of the document "FCN (2015)" (seed 002), whose 32s crops at 6.
+    networks of Fanrencli's "FCN (2015)", whose 32s crops at 6.
     """
 
     crop: tuple[int, int, int] = (5, 9, 31)
@@ -241,7 +241,7 @@ class LadderFCN(FCN):
 
     In 32s, 16s and 8s a skip is added between ReLU and BN of its rung; in FCNs (stride 2: pool4 ... pool1) after the
     BN. Images are zero-padded at the bottom and right to multiples of 32 and the logits cut back.
-    Sources: the torch networks of seeds 000 and 001 (pochih's FCN-pytorch), which run at multiples of 32.
+    Sources: the torch networks of pochih's FCN-pytorch and of the FCN1 notes, which run at multiples of 32.
     """
 
     skip_after_norm: bool = False
@@ -274,7 +274,7 @@ class ResizeFCN(FCN):
     """Family `resize`: a small head on pool5, interpolated bilinearly to the exact size of each finer map.
 
     Corners are aligned. Images with a side below 32 are zero-padded to 32 and the logits cut back.
-    Source: ``core/models/fcn.py`` of awesome-semantic-segmentation-pytorch (Tramac), described by seed 004.
+    Source: ``core/models/fcn.py`` of awesome-semantic-segmentation-pytorch (Tramac).
     """
 
     head_features: int = 128

@@ -10,9 +10,9 @@ import optax
 
 from fcn_jax.config import Config, LossConfig
 from fcn_jax.errors import InputError
+from fcn_jax.losses import Loss, make_loss, median_frequency_weights
 from fcn_jax.models.fcn import FCN
-from fcn_jax.training.losses import Loss, make_loss, median_frequency_weights
-from fcn_jax.training.step import TrainStep, make_train_step
+from fcn_jax.step import TrainStep, make_train_step
 
 __all__ = ["Length", "build_loss", "build_step", "check_share", "run_length"]
 

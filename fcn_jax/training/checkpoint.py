@@ -22,7 +22,7 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from fcn_jax.errors import InputError, first_line
-from fcn_jax.training.step import TrainState
+from fcn_jax.step import TrainState
 
 __all__ = ["Checkpoints", "Restored", "has_checkpoint", "load_variables", "restore_newest"]
 

@@ -27,7 +27,7 @@ from fcn_jax.errors import InputError, Stopped
 from fcn_jax.evaluation.evaluate import Evaluation, Sample, evaluate, spread
 from fcn_jax.evaluation.figures import save_confusion, save_curves, save_panel
 from fcn_jax.metrics import Scores
-from fcn_jax.runs import DatasetInfo, RunFolder
+from fcn_jax.step import TrainState
 from fcn_jax.training.checkpoint import Checkpoints, has_checkpoint, restore_newest
 from fcn_jax.training.distributed import (
     Agreement,
@@ -39,10 +39,10 @@ from fcn_jax.training.distributed import (
     share,
     writer_first,
 )
-from fcn_jax.training.logger import Events, Logger, progress_bar
+from fcn_jax.training.logging import Events, Logger, progress_bar
+from fcn_jax.training.run import DatasetInfo, RunFolder
 from fcn_jax.training.setup import Trainer, make_trainer
 from fcn_jax.training.signals import StopRequest, StopRequested, stop_request
-from fcn_jax.training.step import TrainState
 
 __all__ = ["score_table", "train", "validate"]
 
@@ -231,7 +231,7 @@ def _save_figures(folder: RunFolder, evaluation: Evaluation, val: Split) -> None
 
 
 def _save_training_picture(folder: RunFolder, trainer: Trainer, state: TrainState, batch: Any, step: int) -> None:
-    """Draw labels and predictions of the batch just trained on, as seed 000 does every 20 steps."""
+    """Draw labels and predictions of the batch just trained on, as gaussian37's notes do every 20 steps."""
     variables = {"params": state.params, "batch_stats": state.batch_stats}
     predictions = trainer.predict(variables, batch["image"], batch["label"].shape[1:3])
     rows = zip(batch["image"], batch["label"], predictions, strict=True)

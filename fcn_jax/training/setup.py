@@ -16,13 +16,13 @@ from fcn_jax.errors import InputError
 from fcn_jax.evaluation.evaluate import Predictor, make_predictor
 from fcn_jax.models import model_from_config
 from fcn_jax.models.fcn import FCN
+from fcn_jax.optim import make_optimizer, make_schedule
+from fcn_jax.step import TrainState, new_state
 from fcn_jax.training.build import Length, build_loss, build_step, check_share, run_length
 from fcn_jax.training.check import check_config
+from fcn_jax.training.devices import Parallel, make_parallel, pick_devices
 from fcn_jax.training.distributed import check_same, digest, together, writer_first
-from fcn_jax.training.optim import make_optimizer, make_schedule
-from fcn_jax.training.parallel import Parallel, make_parallel, pick_devices
 from fcn_jax.training.start import start
-from fcn_jax.training.step import TrainState, new_state
 from fcn_jax.weights.fetch import PRETRAINED, fetch
 
 __all__ = ["Trainer", "make_trainer"]

@@ -11,9 +11,9 @@ import jax
 from fcn_jax.config import Config
 from fcn_jax.models import init_variables, model_from_config
 from fcn_jax.models.fcn import FCN
-from fcn_jax.runs import DatasetInfo, RunFolder
 from fcn_jax.training.check import check_config
 from fcn_jax.training.checkpoint import load_variables
+from fcn_jax.training.run import DatasetInfo, RunFolder
 
 __all__ = ["Trained", "open_trained"]
 

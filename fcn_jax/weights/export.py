@@ -31,7 +31,7 @@ def to_torch(model: Network, variables: Mapping[str, Any], layout: str | None = 
     Args:
         model: the network that the variables belong to.
         variables: {"params": ...[, "batch_stats": ...]}.
-        layout: a key of ``LAYOUTS``; by default our own, the names of ``numerics.torch_twin``. An encoder's layout
+        layout: a key of ``LAYOUTS``; by default our own, the names of ``compare.twins``. An encoder's layout
             holds only what it has names for; any other takes only networks that compute what its source does.
 
     Returns:

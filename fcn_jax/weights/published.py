@@ -71,20 +71,20 @@ _RUNGS = tuple(name for rung in range(1, 6) for name in (f"deconv{rung}", f"bn{r
 
 
 def _pochih(model: LadderFCN) -> list[Module]:
-    """FCN32s, FCN16s, FCN8s and FCNs of pochih's ``python/fcn.py``, as seeds 000 and 001 (FCN2) have them."""
+    """FCN32s, FCN16s, FCN8s and FCNs of pochih's ``python/fcn.py``."""
     rows = feature_rows(model, "pretrained_net.features.")
     return rows + [Module(name, name) for name in (*_RUNGS, "classifier")]
 
 
-def _seed001(model: LadderFCN) -> list[Module]:
-    """FCN1 of seed 001: each stage a block of conv, ReLU, conv, ReLU, pooling."""
+def _fcn1(model: LadderFCN) -> list[Module]:
+    """FCN1 of the FCN1 notes: each stage a block of conv, ReLU, conv, ReLU, pooling."""
     names = (name.split("_") for name in conv_names(model.encoder))
     rows = [Module(f"vgg.conv{stage}_{layer}", f"block{stage}.{2 * (int(layer) - 1)}") for stage, layer in names]
     return rows + [Module(name, name) for name in (*_RUNGS, "classifier")]
 
 
-def _seed002(model: Pad100FCN) -> list[Module]:
-    """VGG16 of seed 002: convolutions counted through, fc6 and fc7 among them."""
+def _fanrencli(model: Pad100FCN) -> list[Module]:
+    """VGG16 of Fanrencli's FCN: convolutions counted through, fc6 and fc7 among them."""
     ours = [f"vgg.conv{name}" for name in conv_names(model.encoder)] + ["head.fc6", "head.fc7"]
     rows = [Module(name, f"conv{index}") for index, name in enumerate(ours, start=1)]
     names = {
@@ -96,8 +96,8 @@ def _seed002(model: Pad100FCN) -> list[Module]:
     return rows + [Module(name, theirs.get(name, name)) for name in ("score_fr", *names[model.stride])]
 
 
-def _seed003(model: SameFCN) -> list[Module]:
-    """FCN32s, FCN16s and FCN8s of seed 003; fc6 and fc7 are blocks with ReLU in the first only."""
+def _boostcamp(model: SameFCN) -> list[Module]:
+    """FCN32s, FCN16s and FCN8s of the Boostcamp notes; fc6 and fc7 are blocks with ReLU in the first only."""
     last = {f"{stage}_{convs}": stage for stage, convs in enumerate(ENCODERS[model.encoder], start=1)}
     rows = []
     for name in conv_names(model.encoder):
@@ -160,11 +160,11 @@ def _fit_pochih(shapes: Shapes) -> Fit:
     return Fit(names, _classes(shapes, "classifier.weight"), options)
 
 
-def _fit_seed001(shapes: Shapes) -> Fit:
+def _fit_fcn1(shapes: Shapes) -> Fit:
     return Fit(("fcns_ladder",), _classes(shapes, "classifier.weight"), {"encoder": "vgg13", "encoder_norm": None})
 
 
-def _fit_seed002(shapes: Shapes) -> Fit:
+def _fit_fanrencli(shapes: Shapes) -> Fit:
     stride = _stride(shapes)
     # Its 32s cuts from 6 on; the score layer of its 16s has no bias, that of its 8s has one.
     crop = {**_CROPS, 32: (5, 9, 6)}[stride]
@@ -172,7 +172,7 @@ def _fit_seed002(shapes: Shapes) -> Fit:
     return Fit((f"fcn{stride}s_pad100",), _classes(shapes, "score_fr.weight"), options)
 
 
-def _fit_seed003(shapes: Shapes) -> Fit:
+def _fit_boostcamp(shapes: Shapes) -> Fit:
     options = {**_PLAIN_VGG16, "pool": "ceil", "fc6_kernel": 1, "skip_bias": True, "upsample_bias": True}
     return Fit((f"fcn{_stride(shapes)}s",), _classes(shapes, "score_fr.weight"), options)
 
@@ -234,25 +234,25 @@ LAYOUTS: dict[str, Layout] = {
         # There with VGGNet(remove_fc=False); not used by its forward.
         unused=("pretrained_net.classifier.*",),
     ),
-    "seed001-fcn1": Layout(
+    "fcn1": Layout(
         matches=_named(r"block[1-5]\.[02]\.(weight|bias)"),
-        modules=_seed001,
+        modules=_fcn1,
         variant=lambda shapes: "vgg13",
-        fit=_fit_seed001,
+        fit=_fit_fcn1,
         families=(LadderFCN,),
     ),
-    "seed002": Layout(
+    "fanrencli": Layout(
         matches=_named(r"conv1[0-5]\.(weight|bias)"),
-        modules=_seed002,
+        modules=_fanrencli,
         variant=lambda shapes: "vgg16",
-        fit=_fit_seed002,
+        fit=_fit_fanrencli,
         families=(Pad100FCN,),
     ),
-    "seed003": Layout(
+    "boostcamp": Layout(
         matches=_named(r"conv[1-5]_\d\.0\.(weight|bias)"),
-        modules=_seed003,
+        modules=_boostcamp,
         variant=lambda shapes: "vgg16",
-        fit=_fit_seed003,
+        fit=_fit_boostcamp,
         families=(SameFCN,),
     ),
 }

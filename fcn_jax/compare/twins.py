@@ -1,0 +1,307 @@
+"""Every family as a plain PyTorch module, written from the networks' torch sources and not from our JAX code.
+
+Images are (b, 3, h, w), logits (b, num_classes, h, w). Parameters are named after the Flax tree, joined by dots, with
+torch's own leaf names: ``vgg.conv1_1.weight``, ``vgg.bn1_1.running_mean``, ``head.fc6.weight``, ``upscore8.weight``.
+Comments marked "Ours:" are what the sources do not have, so that sizes they cannot run at can be compared too.
+"""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fcn_jax.models.fcn import FCN, LadderFCN, Pad100FCN, ResizeFCN, SameFCN, ScoreFCN
+
+__all__ = ["make_twin"]
+
+# torchvision's models/vgg.py, `cfgs` A, B, D, E; gaussian37's notes have the same lists under the networks' names.
+_CFG: dict[str, list[int | str]] = {
+    "vgg11": [64, "M", 128, "M", 256, 256, "M", 512, 512, "M", 512, 512, "M"],
+    "vgg13": [64, 64, "M", 128, 128, "M", 256, 256, "M", 512, 512, "M", 512, 512, "M"],
+    "vgg16": [64, 64, "M", 128, 128, "M", 256, 256, 256, "M", 512, 512, 512, "M", 512, 512, 512, "M"],
+    "vgg19": [64, 64, "M", 128, 128, "M", *[256] * 4, "M", *[512] * 4, "M", *[512] * 4, "M"],
+}
+
+
+def make_twin(model: FCN) -> nn.Module:
+    """Build the PyTorch network of ``model``'s family and options, in training mode, as torch initialises it.
+
+    Its parameters have the dtype of ``model.param_dtype``; ``fcn_jax.weights.to_torch(model, variables)`` makes the
+    arrays of the state dict that ``load_state_dict(strict=True)`` takes.
+
+    Args:
+        model: any network of the catalogue. ``remat``, ``precision`` and ``axis_name`` have no counterpart.
+
+    Returns:
+        A module: images (b, 3, h, w) -> logits (b, num_classes, h, w); with ``aux_head`` in training (logits, auxiliary
+        logits).
+    """
+    twins: dict[type[FCN], type[_Twin]] = {
+        SameFCN: _SameTwin,
+        Pad100FCN: _Pad100Twin,
+        LadderFCN: _LadderTwin,
+        ResizeFCN: _ResizeTwin,
+    }
+    if type(model) not in twins:
+        raise ValueError(f"expected a network of the catalogue, got {type(model).__name__}; use fcn_jax.create_model")
+    dtype = {"float64": torch.float64, "float32": torch.float32}[jnp.dtype(model.param_dtype).name]
+    return twins[type(model)](model).to(dtype)
+
+
+def _channels(count: int, width: float) -> int:
+    return max(1, round(count * width))
+
+
+def _dropout(model: ScoreFCN | ResizeFCN) -> nn.Module:
+    return nn.Dropout2d(model.dropout_rate) if model.dropout == "channel" else nn.Dropout(model.dropout_rate)
+
+
+class _VGG(nn.Module):
+    """The loop of `make_layers` with the layers under the paper's names; returns pool1 ... pool5."""
+
+    def __init__(self, model: FCN, ceil_mode: bool, margin: int = 1) -> None:
+        super().__init__()
+        self.plan: list[list[str]] = [[]]
+        stage, layer, in_channels = 1, 1, 3
+        for v in _CFG[model.encoder]:
+            if isinstance(v, str):
+                self.plan.append([])
+                stage, layer = stage + 1, 1
+                continue
+            out_channels = _channels(v, model.width)
+            padding = margin if (stage, layer) == (1, 1) else 1
+            name = f"{stage}_{layer}"
+            self.add_module(f"conv{name}", nn.Conv2d(in_channels, out_channels, kernel_size=3, padding=padding))
+            self.plan[-1].append(f"conv{name}")
+            if model.encoder_norm == "batch":
+                self.add_module(f"bn{name}", nn.BatchNorm2d(out_channels))
+                self.plan[-1].append(f"bn{name}")
+            in_channels, layer = out_channels, layer + 1
+        self.plan.pop()
+        self.out_channels = in_channels
+        self.pool = nn.MaxPool2d(kernel_size=2, stride=2, ceil_mode=ceil_mode)
+        self.frozen = model.freeze_encoder
+
+    def train(self, mode: bool = True) -> _VGG:
+        return super().train(mode and not self.frozen)
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        pools = []
+        for names in self.plan:
+            for index, name in enumerate(names):
+                x = self.get_submodule(name)(x)
+                # conv, ReLU or conv, BN, ReLU
+                if index + 1 == len(names) or names[index + 1].startswith("conv"):
+                    x = F.relu(x)
+            x = self.pool(x)
+            pools.append(x)
+        return [pool.detach() for pool in pools] if self.frozen else pools
+
+
+class _Twin(nn.Module):
+    """What `make_twin` builds."""
+
+    def __init__(self, model: FCN) -> None:
+        super().__init__()
+
+
+class _VGGHead(nn.Module):
+    """fc6, ReLU, dropout, fc7, ReLU, dropout: Fanrencli's and Boostcamp's networks, pytorch-fcn's models/fcn32s.py."""
+
+    def __init__(self, model: ScoreFCN, in_channels: int, padding: str) -> None:
+        super().__init__()
+        self.fc6 = nn.Conv2d(in_channels, model.fc_features, model.fc6_kernel, padding=padding)
+        self.drop6 = _dropout(model)
+        self.fc7 = nn.Conv2d(model.fc_features, model.fc_features, 1)
+        self.drop7 = _dropout(model)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.drop6(F.relu(self.fc6(x)))
+        return self.drop7(F.relu(self.fc7(x)))
+
+
+class _SameTwin(_Twin):
+    """The Boostcamp notes. Their fc6 is 1x1; Ours: a k x k fc6 padded to keep the size."""
+
+    def __init__(self, model: SameFCN) -> None:
+        super().__init__(model)
+        n, self.stride, self.scales = model.num_classes, model.stride, model.skip_scales
+        self.vgg = _VGG(model, ceil_mode=model.pool == "ceil")
+        self.head = _VGGHead(model, self.vgg.out_channels, "same")
+        self.score_fr = nn.Conv2d(model.fc_features, n, kernel_size=1)
+        bias = model.upsample_bias
+        if self.stride <= 16:
+            self.score_pool4 = nn.Conv2d(_channels(512, model.width), n, kernel_size=1, bias=model.skip_bias)
+            self.upscore2 = nn.ConvTranspose2d(n, n, kernel_size=4, stride=2, padding=1, bias=bias)
+        if self.stride <= 8:
+            self.score_pool3 = nn.Conv2d(_channels(256, model.width), n, kernel_size=1, bias=model.skip_bias)
+            self.upscore_pool4 = nn.ConvTranspose2d(n, n, kernel_size=4, stride=2, padding=1, bias=bias)
+        if self.stride == 32:
+            self.upscore32 = nn.ConvTranspose2d(n, n, kernel_size=64, stride=32, padding=16, bias=bias)
+        elif self.stride == 16:
+            self.upscore16 = nn.ConvTranspose2d(n, n, kernel_size=32, stride=16, padding=8, bias=bias)
+        else:
+            self.upscore8 = nn.ConvTranspose2d(n, n, kernel_size=16, stride=8, padding=4, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        _, _, pool3, pool4, h = self.vgg(x)
+        h = self.score_fr(self.head(h))
+        # The source adds without cropping and returns the last map as it is, which runs, and gives the input's size,
+        # where the shapes match. Ours: the slices, and the factors on pool4 and pool3.
+        if self.stride == 32:
+            h = self.upscore32(h)
+        else:
+            skip = self.score_pool4(self.scales[0] * pool4)
+            h = self.upscore2(h)[:, :, : skip.size(2), : skip.size(3)] + skip
+            if self.stride == 16:
+                h = self.upscore16(h)
+            else:
+                skip = self.score_pool3(self.scales[1] * pool3)
+                h = self.upscore_pool4(h)[:, :, : skip.size(2), : skip.size(3)] + skip
+                h = self.upscore8(h)
+        return h[:, :, : x.size(2), : x.size(3)]
+
+
+class _Pad100Twin(_Twin):
+    """Fanrencli (floor pooling) and pytorch-fcn (ceil pooling, factors 'at once'): their layers and their slices."""
+
+    def __init__(self, model: Pad100FCN) -> None:
+        super().__init__(model)
+        n, self.stride, self.scales, self.crop = model.num_classes, model.stride, model.skip_scales, model.crop
+        self.vgg = _VGG(model, ceil_mode=model.pool == "ceil", margin=100)
+        self.head = _VGGHead(model, self.vgg.out_channels, "valid")
+        self.score_fr = nn.Conv2d(model.fc_features, n, 1)
+        # Ours: a bias on the transposed convolutions, by option.
+        bias = model.upsample_bias
+        if self.stride == 32:
+            self.upscore32 = nn.ConvTranspose2d(n, n, 64, stride=32, bias=bias)
+        if self.stride <= 16:
+            self.score_pool4 = nn.Conv2d(_channels(512, model.width), n, 1, bias=model.skip_bias)
+            self.upscore2 = nn.ConvTranspose2d(n, n, 4, stride=2, bias=bias)
+        if self.stride == 16:
+            self.upscore16 = nn.ConvTranspose2d(n, n, 32, stride=16, bias=bias)
+        if self.stride == 8:
+            self.score_pool3 = nn.Conv2d(_channels(256, model.width), n, 1, bias=model.skip_bias)
+            self.upscore_pool4 = nn.ConvTranspose2d(n, n, 4, stride=2, bias=bias)
+            self.upscore8 = nn.ConvTranspose2d(n, n, 16, stride=8, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = x
+        _, _, pool3, pool4, x = self.vgg(x)
+        x = self.score_fr(self.head(x))
+        a, b, c = self.crop  # 5, 9 and 19 / 27 / 31; Fanrencli's 32s: c = 6
+        if self.stride == 32:
+            x = self.upscore32(x)
+        if self.stride <= 16:
+            x = self.upscore2(x)
+            pool4 = self.score_pool4(pool4 * self.scales[0])
+            x = x + pool4[:, :, a : a + x.size(2), a : a + x.size(3)]
+        if self.stride == 16:
+            x = self.upscore16(x)
+        if self.stride == 8:
+            x = self.upscore_pool4(x)
+            pool3 = self.score_pool3(pool3 * self.scales[1])
+            x = x + pool3[:, :, b : b + x.size(2), b : b + x.size(3)]
+            x = self.upscore8(x)
+        return x[:, :, c : c + h.size(2), c : c + h.size(3)].contiguous()
+
+
+class _LadderTwin(_Twin):
+    """pochih's and FCN1's networks; the order of ReLU, addition and BN is theirs, network by network."""
+
+    def __init__(self, model: LadderFCN) -> None:
+        super().__init__(model)
+        self.stride, self.fcns = model.stride, model.skip_after_norm
+        self.vgg = _VGG(model, ceil_mode=False)
+        in_channels = self.vgg.out_channels
+        for rung, channels in enumerate((512, 256, 128, 64, 32), start=1):
+            features = _channels(channels, model.width)
+            deconv = nn.ConvTranspose2d(
+                in_channels, features, kernel_size=3, stride=2, padding=1, dilation=1, output_padding=1
+            )
+            self.add_module(f"deconv{rung}", deconv)
+            self.add_module(f"bn{rung}", nn.BatchNorm2d(features))
+            in_channels = features
+        self.classifier = nn.Conv2d(in_channels, model.num_classes, kernel_size=1)
+
+    def _up(self, rung: int, x: Tensor) -> Tensor:
+        return F.relu(self.get_submodule(f"deconv{rung}")(x))
+
+    def _bn(self, rung: int, x: Tensor) -> Tensor:
+        return self.get_submodule(f"bn{rung}")(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h, w = x.shape[2:]
+        # Ours: the padding to multiples of 32, at which the sources run, and the cut at the end.
+        x1, x2, x3, x4, x5 = self.vgg(F.pad(x, (0, -w % 32, 0, -h % 32)))
+        if self.fcns:
+            score = self._bn(1, self._up(1, x5)) + x4
+            score = self._bn(2, self._up(2, score)) + x3
+            score = self._bn(3, self._up(3, score)) + x2
+            score = self._bn(4, self._up(4, score)) + x1
+        elif self.stride == 8:
+            score = self._bn(1, self._up(1, x5) + x4)
+            score = self._bn(2, self._up(2, score) + x3)
+            score = self._bn(3, self._up(3, score))
+            score = self._bn(4, self._up(4, score))
+        elif self.stride == 16:
+            score = self._bn(1, self._up(1, x5) + x4)
+            score = self._bn(2, self._up(2, score))
+            score = self._bn(3, self._up(3, score))
+            score = self._bn(4, self._up(4, score))
+        else:
+            score = self._bn(1, self._up(1, x5))
+            score = self._bn(2, self._up(2, score))
+            score = self._bn(3, self._up(3, score))
+            score = self._bn(4, self._up(4, score))
+        score = self._bn(5, self._up(5, score))
+        return self.classifier(score)[:, :, :h, :w]
+
+
+class _TramacHead(nn.Module):
+    """Tramac's `_FCNHead` with its layers named."""
+
+    def __init__(self, model: ResizeFCN, in_channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(in_channels, model.head_features, 3, padding=1, bias=False)
+        self.bn = nn.BatchNorm2d(model.head_features)
+        self.drop = _dropout(model)
+        self.score = nn.Conv2d(model.head_features, model.num_classes, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.score(self.drop(F.relu(self.bn(self.conv(x)))))
+
+
+class _ResizeTwin(_Twin):
+    """Tramac's core/models/fcn.py."""
+
+    def __init__(self, model: ResizeFCN) -> None:
+        super().__init__(model)
+        n, self.stride = model.num_classes, model.stride
+        self.vgg = _VGG(model, ceil_mode=False)
+        self.head = _TramacHead(model, self.vgg.out_channels)
+        if self.stride <= 16:
+            self.score_pool4 = nn.Conv2d(_channels(512, model.width), n, 1)
+        if self.stride <= 8:
+            self.score_pool3 = nn.Conv2d(_channels(256, model.width), n, 1)
+        self.aux = _TramacHead(model, self.vgg.out_channels) if model.aux_head else None
+
+    def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        h, w = x.shape[2:]
+        # Ours: sides below 32 padded to 32, and the cut of both outputs.
+        x = F.pad(x, (0, max(0, 32 - w), 0, max(0, 32 - h)))
+        _, _, pool3, pool4, pool5 = self.vgg(x)
+        score = self.head(pool5)
+        if self.stride <= 16:
+            skip = self.score_pool4(pool4)
+            score = F.interpolate(score, skip.size()[2:], mode="bilinear", align_corners=True) + skip
+        if self.stride <= 8:
+            skip = self.score_pool3(pool3)
+            score = F.interpolate(score, skip.size()[2:], mode="bilinear", align_corners=True) + skip
+        out = F.interpolate(score, x.size()[2:], mode="bilinear", align_corners=True)[:, :, :h, :w]
+        if self.aux is not None and self.training:
+            aux = F.interpolate(self.aux(pool5), x.size()[2:], mode="bilinear", align_corners=True)
+            return out, aux[:, :, :h, :w]
+        return out

@@ -1,0 +1,246 @@
+"""What a run says of its steps: rows of metrics.jsonl, TensorBoard events, the progress bar."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from fcn_jax.config import Config
+from fcn_jax.evaluation.evaluate import Evaluation
+from fcn_jax.step import StepSums
+from fcn_jax.training.distributed import AgreedError
+from fcn_jax.training.run import RunFolder, seconds_since_start
+from fcn_jax.training.setup import Trainer
+
+__all__ = ["Events", "Logger", "progress_bar"]
+
+
+_MOST_SKIPPED = 20
+"""Steps in a row that are skipped; parameters that are spoiled never recover."""
+_NAMES = 32
+"""Images of a batch that are named."""
+
+
+class Events:
+    """TensorBoard events, which never stop a run: what cannot be written is in metrics.jsonl too.
+
+    tensorboardX's own ``SummaryWriter`` writes in a thread, and waits for ever once a full disk has ended that.
+    """
+
+    def __init__(self, folder: Path | None, step: int):
+        """Begin a file in the folder, for a run that is taken up at a step; events of later steps are superseded.
+
+        Without a folder nothing is written.
+        """
+        self._writer: Any = None
+        if folder is None:
+            return
+        # imports torch where that is installed, which only training should pay for
+        from tensorboardX.event_file_writer import EventsWriter
+        from tensorboardX.proto import event_pb2
+        from tensorboardX.summary import scalar
+
+        self._event, self._scalar = event_pb2.Event, scalar
+        folder.mkdir(parents=True, exist_ok=True)
+        self._writer = EventsWriter(str(folder / "events"))
+        if step:
+            start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+            self._write(event_pb2.Event(wall_time=time.time(), step=step, session_log=start))
+
+    def add_scalar(self, name: str, value: float, step: int) -> None:
+        """Write a number under a name."""
+        if self._writer is not None:
+            self._write(self._event(wall_time=time.time(), step=step, summary=self._scalar(name, value)))
+
+    def _write(self, event: Any) -> None:
+        with suppress(OSError):
+            self._writer.write_event(event)
+
+    def flush(self) -> None:
+        """Bring what was written to the disk."""
+        if self._writer is not None:
+            with suppress(OSError):
+                self._writer.flush()
+
+    def close(self) -> None:
+        """Close the file."""
+        if self._writer is not None:
+            with suppress(OSError):
+                self._writer.close()
+
+
+class Logger:
+    """Averages the loss between two rows without waiting for a step, and writes rows and events."""
+
+    def __init__(
+        self,
+        folder: RunFolder,
+        events: Events,
+        trainer: Trainer,
+        config: Config,
+        console: Console,
+        unlogged: Sequence[dict[str, Any]] = (),
+    ):
+        """Take up steps that an interrupted run had taken and not yet logged, see ``unlogged``."""
+        self._folder, self._events, self._trainer, self._config = folder, events, trainer, config
+        self._console = console
+        self._fetched = list(unlogged)
+        self._pending: list[tuple[int, StepSums, Sequence[str]]] = []
+        self._in_a_row = 0
+        self._timed = 0
+        self._waited = 0.0
+        self._last: StepSums | None = None
+        self._since: float | None = None
+
+    def waiting(self, take: Callable[[], Any]) -> Any:
+        """Take a batch and count the time that it took."""
+        before = time.perf_counter()
+        batch = take()
+        self._waited += time.perf_counter() - before
+        return batch
+
+    def step(self, step: int, sums: StepSums, names: Sequence[str], advance: Callable[..., None]) -> None:
+        """Take note of a step on the images of these names, and write a row where one is due.
+
+        Raises:
+            InputError: a step since the last row was not finite, and the run is to stop there.
+        """
+        if self._since is None:
+            # The first step of this process compiled; what follows is timed from its end.
+            jax.block_until_ready(sums)
+            self.restart_clock()
+            first = seconds_since_start()
+            self._events.add_scalar("time/first_step_s", first, step)
+            self._console.print(f"first step {first:.1f} s after the start of the command", highlight=False)
+        else:
+            self._timed += 1
+            # One step runs while the next batch is taken. With more steps ahead, a batch that comes late would hide
+            # behind them, and the time waited for it would say nothing.
+            jax.block_until_ready(self._last)
+        self._last = sums
+        self._pending.append((step, sums, names))
+        if step % self._config.train.log_every == 0:
+            row = self.flush(step)
+            advance(step, row)
+        else:
+            advance(step, None)
+
+    def restart_clock(self) -> None:
+        """Leave out of the speed what was not training."""
+        self._since, self._timed, self._waited = time.perf_counter(), 0, 0.0
+
+    def unlogged(self) -> list[dict[str, Any]]:
+        """Return the steps since the last row, as JSON: step, loss, grad_norm, finite, names."""
+        for step, sums, names in self._pending:
+            loss, norm, finite = jax.device_get((sums.loss, sums.grad_norm, sums.finite))
+            values = {"loss": float(loss), "grad_norm": float(norm), "finite": bool(finite)}
+            self._fetched.append({"step": step, **values, "names": list(names)})
+        self._pending = []
+        return self._fetched
+
+    def flush(self, step: int) -> dict[str, Any] | None:
+        """Write a row with the means over the finite ones of the steps since the last row.
+
+        Raises:
+            InputError: one was not finite, and the run is to stop there, or 20 in a row were not.
+        """
+        steps = self.unlogged()
+        if not steps:
+            return None
+        finite = [each for each in steps if each["finite"]]
+        for each in steps:
+            self._in_a_row = 0 if each["finite"] else self._in_a_row + 1
+            if self._in_a_row and (self._config.train.nonfinite == "stop" or self._in_a_row == _MOST_SKIPPED):
+                raise self._diverged(each)
+        assert self._since is not None
+        images, elapsed = self._timed * self._config.train.batch_size, time.perf_counter() - self._since
+        row: dict[str, Any] = {
+            "kind": "train",
+            "step": step,
+            "epoch": step / self._trainer.length.epoch,
+            "loss": float(np.mean([each["loss"] for each in finite])) if finite else None,
+            "grad_norm": float(np.mean([each["grad_norm"] for each in finite])) if finite else None,
+            "lr": self._lr(step),
+            "skipped": len(steps) - len(finite),
+            "images_per_s": images / elapsed if images else None,
+            "data_wait": self._waited / elapsed if images else None,
+        }
+        self._fetched = []
+        self.restart_clock()
+        self._folder.append(row)
+        for name in ("loss", "grad_norm", "lr", "skipped", "images_per_s", "data_wait"):
+            if row[name] is not None:
+                self._events.add_scalar(f"train/{name}", row[name], step)
+        return row
+
+    def _lr(self, step: int) -> float:
+        return float(np.asarray(self._trainer.schedule(step - 1)))
+
+    def _diverged(self, step: dict[str, Any]) -> AgreedError:
+        names = ", ".join(step["names"][:_NAMES]) + (", ..." if len(step["names"]) > _NAMES else "")
+        return AgreedError(
+            f"step {step['step']}: loss {step['loss']:g} with a gradient of norm {step['grad_norm']:g}, at learning "
+            f"rate {self._lr(step['step']):g}, on {names}; the update was not made, and what was saved in "
+            f"{self._folder.path} before is good: go on with --train.nonfinite skip, or try a lower --optim.lr, "
+            "--optim.clip-norm or --optim.warmup-steps with another --run"
+        )
+
+    def validation(self, step: int, evaluation: Evaluation) -> None:
+        """Write the row of a validation."""
+        scores = evaluation.scores.to_json()
+        row = {"kind": "val", "step": step, "epoch": step / self._trainer.length.epoch, "split": self._config.data.val}
+        self._folder.append({**row, "scores": scores, "confusion": evaluation.confusion.tolist()})
+        for name, value in scores.items():
+            if name != "per_class_iu" and value is not None:
+                self._events.add_scalar(f"val/{name}", value, step)
+        for name, iu in zip(self._trainer.val.class_names, scores["per_class_iu"], strict=True):
+            if iu is not None:
+                self._events.add_scalar(f"val_iu/{name}", iu, step)
+        self._events.flush()
+
+
+@contextmanager
+def progress_bar(console: Console, total: int, done: int, every: int) -> Iterator[Callable[..., None]]:
+    """Draw a bar over the steps; yields what moves it: (step, the row that was written or None).
+
+    Args:
+        console: where.
+        total: steps of the run.
+        done: steps that it has already.
+        every: steps between two rows.
+    """
+    columns = (
+        TextColumn("step"),
+        MofNCompleteColumn(),
+        BarColumn(),
+        TextColumn("loss {task.fields[loss]}  {task.fields[speed]} images/s  data {task.fields[wait]}  left"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console, refresh_per_second=4) as progress:
+        task = progress.add_task("train", total=total, completed=done, loss="-", speed="-", wait="-")
+
+        def advance(step: int, row: dict[str, Any] | None) -> None:
+            fields: dict[str, Any] = {}
+            if row is not None:
+                speed = row["images_per_s"]
+                loss = "-" if row["loss"] is None else f"{row['loss']:.4g}"
+                fields = {"loss": loss, "speed": "-" if speed is None else f"{speed:.1f}"}
+                fields["wait"] = "-" if speed is None else f"{row['data_wait']:.0%}"
+            progress.update(task, completed=step, **fields)
+            # where no bar can be drawn, twenty lines say how far it is
+            if fields and not console.is_terminal and step * 20 // total > (step - every) * 20 // total:
+                console.print(
+                    f"step {step}/{total}  loss {fields['loss']}  {fields['speed']} images/s  "
+                    f"{fields['wait']} of it waiting for data",
+                    highlight=False,
+                )
+
+        yield advance

@@ -1,0 +1,242 @@
+"""A user's mistake gives one line that names the thing and the way out, and exit code 2."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import trees
+from PIL import Image
+
+from fcn_jax import cli
+from fcn_jax.evaluation.evaluate import Views
+
+ROOT = Path(__file__).parents[2]
+TINY = ["--model.width", "0.05", "--model.encoder", "vgg11", "--model.fc-features", "8", "--train.steps", "1"]
+TINY += [
+    "--optim.lr",
+    "0.1",
+    "--train.batch-size",
+    "4",
+    "--devices",
+    "1",
+    "--data.shapes-size",
+    "32",
+    "32",
+    "--data.shapes-count",
+    "4",
+]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("cli")
+    arguments = ["shapes", *TINY, "--run", str(folder / "run"), "--data.cache-dir", str(folder / "cache")]
+    assert cli.guarded(cli.run_train, arguments) == 0
+    return folder / "run"
+
+
+def _fails(capsys, command, arguments, *named):
+    assert cli.guarded(command, [str(a) for a in arguments]) == 2
+    error = capsys.readouterr().err.strip()
+    assert error.startswith("error: ") and len(error.splitlines()) == 1, error
+    for word in named:
+        assert str(word) in error, error
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["nosuch"], ["nosuch", "shapes", "voc-tramac"]),
+        (["shapes", "--model.name", "fcn9s"], ["fcn9s", "fcn8s", "fcns_ladder"]),
+        (["shapes", "--model.crop", "1", "2", "3"], ["crop", "fcn8s"]),
+        (["shapes", "--model.encoder", "resnet"], ["resnet", "vgg16"]),
+        (["shapes", "--optim.lrr", "1"], ["--optim.lrr"]),
+        (["shapes", "--optim.lr", "fast"], ["--optim.lr", "fast"]),
+        (["shapes", "--data.train", "cityscapes/train"], ["cityscapes", "camvid"]),
+        (["shapes", "--data.train", "shapes/dev"], ["dev", "train"]),
+        (["shapes", "--loss.kind", "hinge"], ["hinge", "softmax"]),
+        (["shapes", "--train.batch-size", "3", "--devices", "2"], ["3", "2 devices", "--train.batch-size"]),
+        (["shapes", "--devices", "99"], ["99", "JAX sees 8"]),
+        (["shapes", "--loss.class-weights", "1", "2"], ["6 class weights", "median"]),
+        (["shapes", "--train.epochs", "None"], ["--train.epochs"]),
+        (["shapes", "--train.batch-size", "0"], ["--train.batch-size >= 1", "0"]),
+        (["shapes", "--train.log-every", "0"], ["--train.log-every"]),
+        (["shapes", "--train.accumulate", "-2"], ["--train.accumulate"]),
+        (["shapes", "--train.eval-batch-size", "0"], ["--train.eval-batch-size"]),
+        (["shapes", "--train.eval-every", "nan"], ["--train.eval-every > 0", "nan"]),
+        (["shapes", "--train.seed", "-1"], ["--train.seed"]),
+        (["shapes", "--data.workers", "-1"], ["--data.workers"]),
+        (["shapes", "--data.crop-size", "-5", "32"], ["--data.crop-size", "-5"]),
+        (["shapes", "--data.input-size", "0", "32"], ["--data.input-size"]),
+        (["shapes", "--optim.warmup-steps", "-1"], ["--optim.warmup-steps"]),
+        (["shapes", "--loss.class-weights", "nan", "1", "1", "1", "1", "1"], ["--loss.class-weights"]),
+        (["camvid"], ["--data.dir"]),
+        (["camvid", "--data.dir", "/nonexistent"], ["/nonexistent"]),
+        (["shapes", "--init", "/nonexistent.pth"], ["/nonexistent.pth"]),
+        (["shapes", "--init", "vgg16-imagnet"], ["vgg16-imagnet", "vgg16-imagenet"]),
+        (["shapes", "--init-from", "/nonexistent.pth"], ["/nonexistent.pth"]),
+    ],
+)
+def test_a_training_command_that_cannot_run(capsys, tmp_path, arguments, named):
+    places = ["--run", tmp_path / "run", "--data.cache-dir", tmp_path / "cache"]
+    shapes = ["--data.shapes-size", "32", "32", "--data.shapes-count", "4"]
+    _fails(capsys, cli.run_train, [*arguments, *shapes, *places], *named)
+    assert not (tmp_path / "run").exists()
+
+
+def _camvid(root):
+    return trees.camvid(root, {"train": 2, "val": 1})
+
+
+def _image_and_mask_differ(root):
+    trees.write_mask(root / "trainannot/train_001.png", np.zeros((3, 3), np.uint8))
+    return ["train_001", "3 x 3"]
+
+
+def _undeclared_class(root):
+    trees.write_mask(root / "trainannot/train_001.png", np.full((12, 16), 17, np.uint8))
+    return ["train_001", "17"]
+
+
+def _unreadable_image(root):
+    (root / "train/train_000.png").write_bytes(b"<html>not found</html>")
+    return ["train_000.png"]
+
+
+def _no_images(root):
+    for path in [*(root / "train").iterdir(), *(root / "trainannot").iterdir()]:
+        path.unlink()
+    return ["train"]
+
+
+@pytest.mark.parametrize("damage", [_image_and_mask_differ, _undeclared_class, _unreadable_image, _no_images])
+def test_data_that_cannot_be_used(capsys, tmp_path, damage):
+    named = damage(_camvid(tmp_path / "camvid"))
+    arguments = ["camvid", *TINY, "--data.dir", tmp_path / "camvid", "--data.cache-dir", tmp_path / "cache"]
+    _fails(capsys, cli.run_train, [*arguments, "--run", tmp_path / "run"], *named)
+
+
+def test_a_run_folder_of_another_run_is_not_touched(capsys, run):
+    before = (run / "config.json").read_bytes()
+    arguments = ["shapes", *TINY, "--run", run, "--data.cache-dir", run.parent / "cache"]
+    _fails(capsys, cli.run_train, [*arguments, "--optim.lr", "0.5"], "optim.lr 0.1 (now 0.5)", "--run")
+    assert (run / "config.json").read_bytes() == before
+
+
+def test_evaluation_over_views(capsys, run, monkeypatch):
+    _fails(capsys, cli.run_eval, ["--run", run, "--scales", "0"], "--scales", "0.1 ... 8")
+    counted, passed = set(), []
+    make = cli.make_predictor
+    monkeypatch.setattr(cli, "make_predictor", lambda *arguments: passed.append(arguments[3]) or make(*arguments))
+    for arguments, views in (([], "plain"), (["--flip", "--scales", "0.5", "1"], "4 views: scales 0.5 1, flip")):
+        assert cli.run_eval(["--run", str(run), *arguments]) == 0
+        saved = json.loads((run / "eval.json").read_text())
+        assert saved["views"] == views and views in " ".join(capsys.readouterr().out.split())
+        counted.add(int(np.sum(saved["confusion"])))
+    assert len(counted) == 1  # the same pixels
+    assert passed == [Views(), Views(scales=(0.5, 1.0), flip=True)]
+    assert (run / "figures/eval_predictions.png").is_file()
+
+
+def test_evaluation_of_what_is_not_there(capsys, run, tmp_path):
+    _fails(capsys, cli.run_eval, ["--run", tmp_path], tmp_path, "config.json")
+    _fails(capsys, cli.run_eval, ["--run", run, "--checkpoint", "77"], "77", "best, last")
+    _fails(capsys, cli.run_eval, ["--run", run, "--split", "shapes/dev"], "dev", "val")
+    trees.folder(tmp_path / "folder", {"val": 1})
+    _fails(
+        capsys,
+        cli.run_eval,
+        ["--run", run, "--split", "folder/val", "--dir", tmp_path / "folder"],
+        "folder/val",
+        "classes",
+    )
+
+
+def test_a_checkpoint_of_another_network_is_named(capsys, run, tmp_path):
+    other = tmp_path / "other"
+    other.mkdir()
+    content = json.loads((run / "config.json").read_text())
+    content["config"]["model"]["width"] = 0.1
+    (other / "config.json").write_text(json.dumps(content))
+    (other / "checkpoints").symlink_to(run / "checkpoints")
+    _fails(capsys, cli.run_eval, ["--run", other], "checkpoint", "does not fit")
+    (other / "config.json").write_text("{")
+    _fails(capsys, cli.run_eval, ["--run", other], "config.json", "damaged")
+
+
+def _images(folder):
+    rng = np.random.default_rng(0)
+    rgb = rng.integers(0, 256, (21, 34, 3), np.uint8)
+    folder.mkdir()
+    Image.fromarray(rgb).save(folder / "rgb.png")
+    Image.fromarray(rgb[..., 0]).save(folder / "grey.png")
+    Image.fromarray(np.dstack([rgb, rgb[..., :1]])).save(folder / "rgba.png")
+    cv2.imwrite(str(folder / "deep.png"), rgb.astype(np.uint16) * 257)
+    Image.fromarray(rgb[:1, :1]).save(folder / "one.png")
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by a quarter: a viewer shows 34 x 21 as 21 x 34
+    Image.fromarray(rgb).save(folder / "turned.jpg", exif=exif)
+    return {"rgb": (21, 34), "grey": (21, 34), "rgba": (21, 34), "deep": (21, 34), "one": (1, 1), "turned": (34, 21)}
+
+
+def test_predict_writes_label_map_and_overlay_of_the_images_size(run, tmp_path):
+    sizes = _images(tmp_path / "in")
+    paths = [str(path) for path in sorted((tmp_path / "in").iterdir())]
+    assert cli.guarded(cli.run_predict, [*paths, "--run", str(run), "--out", str(tmp_path / "out")]) == 0
+    for name, (h, w) in sizes.items():
+        with Image.open(tmp_path / "out" / f"{name}.png") as labels:
+            assert labels.mode == "P" and np.asarray(labels).shape == (h, w) and np.asarray(labels).max() < 6
+            assert labels.getpalette()[:6] == [0, 0, 0, 128, 0, 0]
+        assert cv2.imread(str(tmp_path / "out" / f"{name}_overlay.png")).shape == (h, w, 3)
+
+
+def test_predict_names_what_it_cannot_read(capsys, run, tmp_path):
+    bad = tmp_path / "bad.jpg"
+    bad.write_bytes(b"\xff\xd8 not a picture")
+    out = ["--run", run, "--out", tmp_path / "out"]
+    _fails(capsys, cli.run_predict, [bad, *out], "bad.jpg")
+    _fails(capsys, cli.run_predict, [tmp_path / "none.png", *out], "none.png")
+    _fails(capsys, cli.run_predict, out, "image")
+    _fails(capsys, cli.run_predict, ["a/x.png", "b/x.jpg", *out], "two of the images")
+    _fails(capsys, cli.run_predict, ["x.png", "x_overlay.png", *out], "two of the images")
+    _fails(capsys, cli.run_predict, [bad, "--run", run, "--out", bad], "--out", "bad.jpg")
+
+
+def test_predict_never_overwrites_an_image_it_is_given(capsys, run, tmp_path):
+    image = tmp_path / "a.png"
+    Image.fromarray(np.zeros((4, 4, 3), np.uint8)).save(image)
+    before = image.read_bytes()
+    _fails(capsys, cli.run_predict, [image, "--run", run, "--out", tmp_path], "a.png", "--out")
+    assert image.read_bytes() == before
+
+
+def test_an_interrupted_command_says_how_to_go_on(capsys):
+    def interrupted(arguments):
+        raise KeyboardInterrupt
+
+    assert cli.guarded(interrupted, []) == 130
+    assert "goes on from the last checkpoint" in capsys.readouterr().err
+
+
+def test_a_loss_that_is_no_number_ends_the_run_with_advice(capsys, tmp_path):
+    arguments = ["shapes", *TINY, "--run", tmp_path / "run", "--data.cache-dir", tmp_path / "cache"]
+    arguments += ["--optim.lr", "1e30", "--train.steps", "6", "--train.log-every", "1", "--optim.warmup-steps", "0"]
+    _fails(capsys, cli.run_train, arguments, "step 2: loss", "learning rate", "000000", "--optim.lr")
+
+
+def test_summary_prints_the_layer_table(capsys):
+    assert cli.run_summary(["fcn8s_pad100", "--image-size", "500", "500"]) == 0
+    out = capsys.readouterr().out
+    assert "134,489,759" in out and "vgg/conv1_1" in out and "1 568 568 21" in out
+    _fails(capsys, cli.run_summary, ["fcn8"], "fcn8", "fcn8s")
+    _fails(capsys, cli.run_summary, ["fcn8s", "--image-size", "-3", "5"], "--image-size")
+
+
+def test_commands_end_with_exit_code_2_and_no_traceback():
+    for command in (["train.py", "nosuch"], ["eval.py", "--run", "/nonexistent"], ["-m", "fcn_jax.cli", "nosuch"]):
+        done = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 2 and "Traceback" not in done.stderr and done.stderr.count("\n") == 1

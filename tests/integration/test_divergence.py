@@ -1,0 +1,101 @@
+"""A loss or gradient that is not finite: the step changes nothing, and the run stops or skips it."""
+
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tiny_run import TINY, in_folder, train
+
+from fcn_jax.config import OptimConfig
+from fcn_jax.errors import InputError
+from fcn_jax.losses import make_loss
+from fcn_jax.models import create_model, init_variables
+from fcn_jax.optim import make_optimizer
+from fcn_jax.step import make_train_step, new_state
+from fcn_jax.training import loop
+from fcn_jax.training.run import RunFolder
+
+
+def _step(**options):
+    model = create_model("fcn8s", 3, encoder="vgg11", encoder_norm="batch", width=0.03, fc_features=8, fc6_kernel=1)
+    variables = init_variables(model, jax.random.key(0), (32, 32))
+    optimizer = make_optimizer(variables["params"], OptimConfig(schedule="poly"), 10)
+    step = jax.jit(make_train_step(model, optimizer, make_loss("softmax"), None, **options))
+    state = new_state(variables, optimizer, 0)
+    images = np.random.default_rng(0).normal(size=(2, 32, 32, 3)).astype(np.float32)
+    return step, state, {"image": images, "label": np.random.default_rng(1).integers(0, 3, (2, 32, 32))}
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, 1e30])
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_step_that_is_not_finite_changes_counters_alone(value, accumulate):
+    step, state, batch = _step(accumulate=accumulate)
+    state, sums = step(state, batch)
+    assert bool(sums.finite)
+    bad = {**batch, "image": batch["image"].copy()}
+    bad["image"][1, 3, 4] = value
+    if value == 1e30:  # finite sums, and squares that are not
+        state = state.replace(params=jax.tree.map(lambda x: x * 1e30, state.params))
+    after, sums = step(state, bad)
+    assert not bool(sums.finite)
+    for name in ("params", "batch_stats"):
+        jax.tree.map(np.testing.assert_array_equal, getattr(after, name), getattr(state, name))
+    assert int(after.step) == int(state.step) + 1
+    counters, momenta = [], []
+    for old, new in zip(jax.tree.leaves(state.opt_state), jax.tree.leaves(after.opt_state), strict=True):
+        if jnp.issubdtype(old.dtype, jnp.integer):
+            counters.append(int(new) - int(old))
+        else:
+            momenta.append(np.array_equal(new, old))
+    assert counters and set(counters) == {1} and momenta and all(momenta)
+
+
+def test_a_loss_of_nan_names_the_step_and_the_images_and_can_be_skipped(tmp_path, monkeypatch):
+    config = in_folder(tmp_path)
+    make = loop.make_trainer
+
+    def poisoned(*args, **kwargs):
+        trainer = make(*args, **kwargs)
+        taken = []
+
+        def place(batch):
+            taken.append(0)
+            image = batch["image"].astype(np.float32)
+            return trainer.parallel.place_batch({**batch, "image": image * np.nan if len(taken) == 6 else image})
+
+        return replace(trainer, parallel=replace(trainer.parallel, place_batch=place))
+
+    monkeypatch.setattr(loop, "make_trainer", poisoned)
+    with pytest.raises(InputError, match=r"step 6: loss nan .* learning rate 0\.0\d+, on 0000\d\d, .*skip"):
+        train(config)
+    monkeypatch.setattr(loop, "make_trainer", lambda *args, **kwargs: make(*args, **kwargs))
+    skipping = in_folder(tmp_path, "skipping", train=replace(TINY.train, nonfinite="skip"))
+    monkeypatch.setattr(loop, "make_trainer", poisoned)
+    train(skipping)
+    rows = [row for row in RunFolder(skipping.run).rows() if row["kind"] == "train"]
+    assert {row["step"]: row["skipped"] for row in rows} == {3: 0, 4: 0, 6: 1, 8: 0, 9: 0, 12: 0, 13: 0}
+    assert all(np.isfinite(row["loss"]) for row in rows)
+    monkeypatch.undo()
+    # The run that stopped goes on, from what it had saved, when told to skip.
+    assert "at step 4" in train(replace(config, train=replace(config.train, nonfinite="skip")))
+
+
+def test_steps_that_are_skipped_without_end_stop_the_run(tmp_path, monkeypatch):
+    train_config = replace(TINY.train, nonfinite="skip", steps=30, eval_every=30 * 4 / 16)
+    config = in_folder(tmp_path, train=train_config)
+    make = loop.make_trainer
+
+    def poisoned(*args, **kwargs):
+        trainer = make(*args, **kwargs)
+
+        def place(batch):
+            return trainer.parallel.place_batch({**batch, "image": batch["image"].astype(np.float32) * np.nan})
+
+        return replace(trainer, parallel=replace(trainer.parallel, place_batch=place))
+
+    monkeypatch.setattr(loop, "make_trainer", poisoned)
+    with pytest.raises(InputError, match="step 20: loss nan"):
+        train(config)
+    assert [row["skipped"] for row in RunFolder(config.run).rows()] == [3] * 6

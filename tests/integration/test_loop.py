@@ -1,0 +1,128 @@
+"""What the loop promises about speed: nothing compiled twice, nothing carried over unasked, waiting counted."""
+
+import subprocess
+import sys
+import time
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from jax import monitoring
+from rich.console import Console
+
+from fcn_jax.config import Config, DataConfig, ModelConfig, TrainConfig
+from fcn_jax.training import loop
+from fcn_jax.training.run import RunFolder
+
+TINY = Config(
+    devices=2,
+    model=ModelConfig(name="fcn8s", encoder="vgg11", encoder_norm="batch", width=0.03, fc_features=8, fc6_kernel=1),
+    data=DataConfig(shapes_size=(32, 32), shapes_count=16),
+    train=TrainConfig(batch_size=4, steps=9, eval_every=3 * 4 / 16, log_every=3, eval_batch_size=4),
+)
+
+
+def run(tmp_path, name="run", **changes):
+    data = replace(TINY.data, cache_dir=str(tmp_path / "cache"))
+    config = replace(TINY, run=str(tmp_path / name), data=data, **changes)
+    console = Console(record=True, width=120)
+    loop.train(config, console)
+    return list(RunFolder(config.run).rows()), console.export_text()
+
+
+@pytest.mark.parametrize("parallel", ["pmap", "mesh"])
+def test_nothing_is_compiled_after_the_first_step_and_the_first_validation(parallel, tmp_path, monkeypatch):
+    compiled, at_validation = [], []
+
+    def count(event, seconds, **kwargs):
+        if event == "/jax/core/compile/backend_compile_duration":
+            compiled.append(seconds)
+
+    log = loop.Logger.validation
+
+    def noting(self, step, evaluation):
+        at_validation.append(len(compiled))
+        return log(self, step, evaluation)
+
+    monkeypatch.setattr(loop.Logger, "validation", noting)
+    monitoring.register_event_duration_secs_listener(count)
+    try:
+        run(tmp_path, parallel=parallel)
+    finally:
+        monitoring.unregister_event_duration_listener(count)
+    assert at_validation[0] > 0
+    # Saving the first checkpoint may compile a copy; the third interval has nothing new in it.
+    assert len(at_validation) == 3 and at_validation[1] == at_validation[2]
+
+
+@pytest.mark.parametrize("parallel", ["pmap", "mesh"])
+def test_an_array_that_was_not_placed_stops_the_step(parallel, tmp_path, monkeypatch):
+    make = loop.make_trainer
+
+    def careless(*args, **kwargs):
+        trainer = make(*args, **kwargs)
+
+        def stay(batch):
+            rows = (2, 2) if parallel == "pmap" else (4,)
+            return {key: np.reshape(value, (*rows, *value.shape[1:])) for key, value in batch.items()}
+
+        return replace(trainer, parallel=replace(trainer.parallel, place_batch=stay))
+
+    monkeypatch.setattr(loop, "make_trainer", careless)
+    with pytest.raises(Exception, match="Disallowed host-to-device transfer"):
+        run(tmp_path, parallel=parallel)
+
+
+def test_the_share_of_time_that_steps_waited_for_data_is_logged(tmp_path, monkeypatch):
+    rows, text = run(tmp_path, "quick")
+    shares = [row["data_wait"] for row in rows if row["kind"] == "train"]
+    assert len(shares) == 3 and all(0 <= share <= 1 for share in shares)
+    assert "s after the start of the command" in text and "waiting for data" in text
+    make = loop.make_train_iterator
+
+    class Slow:
+        def __init__(self, batches):
+            self._batches = batches
+
+        def __next__(self):
+            time.sleep(0.3)
+            return next(self._batches)
+
+        def __getattr__(self, name):
+            return getattr(self._batches, name)
+
+    monkeypatch.setattr(loop, "make_train_iterator", lambda *args, **kwargs: Slow(make(*args, **kwargs)))
+    rows, _ = run(tmp_path, "slow")
+    slow = [row["data_wait"] for row in rows if row["kind"] == "train"]
+    # a third of a second of sleep beside a step of some hundredths
+    assert min(slow) > 0.5 > np.median(shares)
+
+
+def test_compiled_programs_are_kept_unless_jax_is_told_otherwise(tmp_path):
+    code = (
+        "import jax, sys; from fcn_jax.cli import keep_compiled; keep_compiled();"
+        "print(jax.config.jax_compilation_cache_dir)"
+    )
+
+    def cache(**environment):
+        done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+        return done.stdout.strip()
+
+    assert cache(HOME=str(tmp_path)) == str(tmp_path / ".cache/fcn_jax/compiled")
+    assert (tmp_path / ".cache/fcn_jax/compiled").is_dir()
+    assert cache(HOME=str(tmp_path), JAX_COMPILATION_CACHE_DIR="/elsewhere") == "/elsewhere"
+    assert cache(HOME="/proc") == "None"  # nothing can be written there
+
+
+def test_a_second_start_reads_what_the_first_compiled(tmp_path):
+    code = (
+        "import jax, fcn_jax; from fcn_jax.cli import keep_compiled; keep_compiled();"
+        "model = fcn_jax.create_model('fcn32s', 2, encoder='vgg11', width=0.03);"
+        "fcn_jax.init_variables(model, jax.random.key(0))"
+    )
+    environment = {"HOME": str(tmp_path), "JAX_PLATFORMS": "cpu", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+    kept = []
+    for _ in range(2):
+        subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, check=True)
+        kept.append(sorted(path.name for path in (tmp_path / ".cache/fcn_jax/compiled").glob("*-cache")))
+    assert any(name.startswith("jit_init") for name in kept[0]) and kept[0] == kept[1]

@@ -1,0 +1,298 @@
+"""The benchmark: nothing is timed before both sides agree, both take turns, and the record says what it was made on."""
+
+import json
+import math
+from dataclasses import replace
+
+import jax
+import numpy as np
+import pytest
+
+import fcn_jax
+from fcn_jax import cli
+from fcn_jax.cli import bench as cli_bench
+from fcn_jax.compare import networks, operators
+from fcn_jax.compare.bench import alternate, differences, run_row
+from fcn_jax.compare.bench_report import matmul_rate, pool_sum, tables
+from fcn_jax.compare.collectives import count_collectives, step_collectives
+from fcn_jax.compare.rows import Pair, Row, Runner
+from fcn_jax.compare.settings import make_settings
+from fcn_jax.models import summarize, transposed_conv
+
+SMOKE = make_settings("cpu", smoke=True)
+
+
+class Bench:
+    """Sides that log their calls and move a clock, for rows that compute nothing."""
+
+    def __init__(self, seconds, values, broken=()):
+        self.now, self.log, self.seconds, self.values, self.broken = 0.0, [], seconds, values, broken
+
+    def runner(self, name):
+        def call():
+            if name in self.broken:
+                raise RuntimeError(f"{name} is out of memory\nand more")
+            self.now += self.seconds[name]
+            self.log.append(name)
+
+        return Runner(call, lambda out: None, lambda out: {"out": {"": np.array([3.0, self.values[name]])}})
+
+    def run(self, variants=("a", "b"), **settings):
+        row = Row("row", "operators", lambda: Pair(lambda: self.runner("jax"), self.runner), {"out": 1e-6}, variants)
+        return run_row(row, replace(SMOKE, **settings), clock=lambda: self.now)
+
+
+def test_sides_take_turns_and_the_order_turns_every_round():
+    assert list(alternate(["ours", "a", "b"], 3)) == ["ours", "a", "b", "b", "a", "ours", "ours", "a", "b"]
+    bench = Bench({"jax": 2.0, "a": 1.0, "b": 3.0}, {"jax": 4.0, "a": 4.0, "b": 4.0})
+    result = bench.run(rounds=4)
+    # two calls each to set up, one to see how many fill a sample, then the rounds
+    assert bench.log == ["jax"] * 2 + ["a"] * 2 + ["b"] * 2 + ["jax", "a", "b"] + ["jax", "a", "b", "b", "a", "jax"] * 2
+    assert result.status == "ok"
+    assert result.ours.samples_s == [2.0] * 4
+    assert result.theirs[0] == "a" and result.theirs[1].median_s == 1.0  # the fastest of torch's ways counts
+
+
+def test_short_calls_are_repeated_until_they_fill_a_sample():
+    bench = Bench({"jax": 0.125, "a": 4.0}, {"jax": 4.0, "a": 4.0})
+    result = bench.run(("a",), rounds=3, sample_seconds=2.0)
+    assert result.sides["jax"].calls == 16 and result.sides["a"].calls == 1
+    assert result.sides["jax"].samples_s == [0.125] * 3
+    assert result.sides["jax"].first_s == 0.125
+
+
+@pytest.mark.parametrize("value", [4.1, math.nan])
+def test_a_side_that_computes_something_else_is_not_timed(value):
+    bench = Bench({"jax": 1.0, "a": 1.0, "b": 1.0}, {"jax": 4.0, "a": 4.0, "b": value})
+    result = bench.run()
+    assert result.status == "wrong" and result.ours is None and result.theirs is None
+    assert bench.log == ["jax"] * 2 + ["a"] * 2 + ["b"] * 2
+    assert result.worst[0] == "out" and not result.worst[1] < 1e-2
+    printed = [str(cell) for table in tables([result], "") for column in table.columns for cell in column._cells]
+    assert "WRONG" in printed
+
+
+def test_a_way_of_torch_that_does_not_run_is_named_and_the_others_count():
+    bench = Bench({"jax": 1.0, "b": 1.0}, {"jax": 4.0, "b": 4.0}, broken=("a",))
+    result = bench.run()
+    assert result.status == "ok" and result.theirs[0] == "b" and result.notes == ["a: a is out of memory"]
+    for broken in (("a", "b"), ("jax",)):
+        bench = Bench({"jax": 1.0, "a": 1.0, "b": 1.0}, {"jax": 4.0, "a": 4.0, "b": 4.0}, broken)
+        result = bench.run()
+        assert result.status == "failed" and result.ours is None and len(result.notes) == len(broken)
+
+
+def test_a_quantity_is_compared_by_one_norm_over_its_arrays():
+    ours = {"update": {"w": np.array([3.0, 4.0]), "b": np.array([1e-9])}, "loss": {"": np.array(2.0)}}
+    theirs = {"update": {"w": np.array([3.0, 4.5]), "b": np.array([-1e-9])}, "loss": {"": np.array(2.0)}}
+    found = differences(ours, theirs)
+    assert found == {"update": pytest.approx(0.5 / math.hypot(3, 4.5)), "loss": 0.0}
+    with pytest.raises(ValueError, match="'b'"):
+        differences(ours, {**theirs, "update": {"w": np.zeros(2)}})
+    with pytest.raises(ValueError, match="'statistics'"):
+        differences({**ours, "statistics": {}}, theirs)
+
+
+def test_flops_are_two_for_each_product_and_thrice_that_with_gradients():
+    settings = make_settings("cpu")
+    rows = {row.name: row for row in [operators.matmul_row(settings), *operators.operator_rows(settings)]}
+    assert rows["matmul-4096"].flops == 2 * 4096**3
+    # each of 16 x 16 pixels meets 64 x 64 taps, 21 x 21 channels; batch 2
+    assert rows["upsample-k64-s32"].flops == 3 * 2 * 2 * 16 * 16 * 64 * 64 * 21 * 21
+    assert rows["conv-128x128-64-128-dw"].flops == 2 * 2 * 128 * 128 * 9 * 64 * 128
+    assert rows["pool-256x256x64"].flops is None
+    assert [name for name in rows if name.startswith("conv")][-1] == "conv-32x32-512-512-dw"
+    whole = {row.name: row for row in networks.network_rows(SMOKE)}
+    model = fcn_jax.create_model("fcn8s_pad100", 21, encoder="vgg11", width=0.0625)
+    forward = sum(row.flops for row in summarize(model, (64, 64), batch=2))
+    assert whole["inference-fcn8s_pad100"].flops == forward
+    assert whole["train-fcn8s_pad100"].flops == 3 * forward
+
+
+# --- the command
+
+
+def bench(*arguments):
+    return cli.guarded(cli.run_bench, ["--smoke", *map(str, arguments)])
+
+
+def test_a_run_records_what_it_was_made_on(tmp_path, capsys):
+    only = ["upsample-k16-s8", "pool-4x4x32", "conv-8x8*dw", "encoder-vgg11", "train-fcn8s_resize"]
+    assert bench("--device", "cpu", "--rounds", 3, "--out", tmp_path / "new", "--only", *only) == 0
+    content = json.loads((tmp_path / "new" / "bench.json").read_text())
+    assert content["hardware"]["cpu"] and content["hardware"]["cores"] >= 1
+    assert content["hardware"]["jax_devices"][0].startswith("cpu") and content["hardware"]["torch_threads"] >= 1
+    assert {"python", "jax", "jaxlib", "flax", "torch", "numpy"} <= content["versions"].keys()
+    assert {"commit", "date", "load_before", "load_after"} <= content.keys()
+    assert content["command"][:3] == ["fcn-jax", "bench", "--smoke"] and content["settings"]["image_size"] == 64
+    rows = {row["name"]: row for row in content["rows"]}
+    assert list(rows)[:2] == ["matmul-256", "upsample-k16-s8"] and len(rows) == 6
+    for row in rows.values():
+        assert row["status"] == "ok"
+        for side in row["sides"].values():
+            assert len(side["samples_s"]) == 3 and min(side["samples_s"]) == side["min_s"] <= side["median_s"]
+            assert side["first_s"] > 0
+    train = rows["train-fcn8s_resize"]
+    assert set(train["sides"]) == {"jax", "contiguous", "channels_last"}
+    assert set(train["errors"]["contiguous"]) == {"loss", "update", "statistics"}
+    # parameters and momentum of 2 x 10^5 numbers are the least of it
+    assert train["sides"]["jax"]["planned_bytes"] > 4 * 2 * 2e5
+    fastest = min(side["median_s"] for side in rows["matmul-256"]["sides"].values())
+    assert content["matmul_flops_per_s"] == pytest.approx(2 * 256**3 / fastest)
+    printed = capsys.readouterr().out
+    assert "train-fcn8s_resize" in printed and "smoke run" in printed
+
+
+def test_a_wrong_operator_is_refused_with_code_1(tmp_path, capsys, monkeypatch):
+    right = operators.transposed_conv
+    # the gradient alone is wrong
+    wrong = jax.custom_vjp(lambda x, kernel: right(x, kernel, 8, 4))
+    wrong.defvjp(
+        lambda x, kernel: jax.vjp(lambda x, kernel: right(x, kernel, 8, 4), x, kernel),
+        lambda vjp, g: (vjp(g)[0], 1.01 * vjp(g)[1]),
+    )
+    monkeypatch.setattr(operators, "transposed_conv", lambda x, kernel, *_: wrong(x, kernel))
+    only = ["upsample-k16-s8", "pool-4x4x32"]
+    assert bench("--device", "cpu", "--out", tmp_path / "b.json", "--only", *only) == 1
+    rows = {row["name"]: row for row in json.loads((tmp_path / "b.json").read_text())["rows"]}
+    row = rows["upsample-k16-s8"]
+    assert row["status"] == "wrong" and all(side["samples_s"] == [] for side in row["sides"].values())
+    assert row["errors"]["contiguous"]["dw"] == pytest.approx(0.01, rel=1e-3)
+    assert row["errors"]["contiguous"]["out"] < 1e-5
+    assert rows["pool-4x4x32"]["status"] == "ok"  # the others go on
+    printed = capsys.readouterr().out
+    assert "WRONG" in printed and "not timed: upsample-k16-s8 (wrong)" in printed
+
+
+def test_a_wrong_training_step_is_refused(capsys, monkeypatch):
+    step = networks.make_train_step
+    # our loss over all pixels of a batch, ignored ones included, in the place of the mean
+    monkeypatch.setattr(networks, "make_train_step", lambda *a, **k: step(*a, **k, reduction="sum"))
+    assert bench("--device", "cpu", "--only", "train-fcn8s_resize") == 1
+    assert "train-fcn8s_resize (wrong)" in capsys.readouterr().out
+
+
+def test_the_gpus_way_runs_on_the_cpu_in_a_smoke_run(tmp_path, capsys):
+    only = ["upsample-k16-s8", "pool-4x4x32", "inference-fcn8s_resize"]
+    assert bench("--device", "gpu", "--out", tmp_path, "--only", *only) == 0
+    content = json.loads((tmp_path / "bench.json").read_text())
+    assert content["settings"]["kind"] == "gpu" and content["settings"]["on_gpu"] is False
+    network = content["rows"][-1]
+    assert network["dtype"] == "bfloat16" and set(network["sides"]) == {
+        "jax", "channels_last", "channels_last compiled"
+    }  # fmt: skip
+    assert 1e-4 < network["errors"]["channels_last"]["logits"] < 5e-2  # roundings of bfloat16 are there
+    assert "no GPU here" in capsys.readouterr().out
+
+
+def test_without_torch_only_ours_is_timed_and_the_pools_are_added_up(capsys, monkeypatch):
+    results = []
+    monkeypatch.setattr(
+        cli_bench, "run_row", lambda row, settings: results.append(run_row(row, settings)) or results[-1]
+    )
+    assert bench("--against", "none", "--only", "pool-*") == 0
+    assert all(list(result.sides) == ["jax"] and result.errors == {} for result in results)
+    assert matmul_rate(results) > 0
+    ours, theirs = pool_sum(results)
+    assert ours == pytest.approx(sum(result.ours.median_s for result in results[1:])) and theirs is None
+    assert pool_sum(results[:-1]) is None
+    assert "pool-sum" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["--device", "gpu"], ["GPU", "--device cpu"]),
+        (["--device", "tpu"], ["tpu", "cpu"]),
+        (["--against", "caffe"], ["caffe", "torch"]),
+        (["--only", "pool-9"], ["pool-9", "pool-256x256x64", "train-fcn8s"]),
+        (["--collectives", "--only", "fcn9s"], ["fcn9s", "fcn8s_ladder"]),
+        (["--rounds", "0"], ["--rounds"]),
+        (["--rounds", "many"], ["--rounds", "many"]),
+        (["--seconds", "nan"], ["--seconds"]),
+        (["--image-size", "100"], ["--image-size", "32"]),
+        (["--fast"], ["--fast"]),
+        (["--smoke", "--only", "pool-4*", "--out", "/dev/null/b.json"], ["/dev/null"]),
+    ],
+)
+def test_mistakes_give_one_line_and_code_2(arguments, named, capsys):
+    assert cli.guarded(cli.run_bench, arguments) == cli_bench.main(arguments) == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 2 and lines[0] == lines[1] and lines[0].startswith("error: ")
+    for word in named:
+        assert word in lines[0]
+
+
+def test_ctrl_c_says_where_the_rows_are(monkeypatch, capsys):
+    def interrupted(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli_bench, "_rows", interrupted)
+    assert cli.guarded(cli.run_bench, ["--smoke"]) == cli_bench.main(["--smoke"]) == 130
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 2 and all("rows that were done" in line for line in lines)
+
+
+# --- collectives
+
+HLO = """
+  %all-reduce.11 = (f32[3,3,3,64]{3,2,1,0}, f32[], /*index=2*/bf16[8]{0}) all-reduce(%a, %b, %c), channel_id=1, \
+replica_groups={{0,1}}, to_apply=%add
+  %get-tuple-element.1 = f32[] get-tuple-element(%all-reduce.11), index=1
+  ROOT %psum.2 = f32[31]{0} all-reduce(%d), channel_id=2, replica_groups={{0}}, to_apply=%add
+  %psum.3 = f32[31]{0} all-reduce(%d), channel_id=2, replica_groups=[1,2]<=[2], to_apply=%add
+  %ag = (f32[4]{0}, f32[8]{0}) all-gather-start(%e), replica_groups={{0,1}}, dimensions={0}
+  %ag.1 = f32[8]{0} all-gather-done(%ag)
+  %cp = pred[16]{0} collective-permute(%f), source_target_pairs={{0,1},{1,0}}
+"""
+
+
+def test_collectives_are_read_from_a_programs_text():
+    found = {each.kind: (each.count, each.bytes) for each in count_collectives(HLO)}
+    gradient = 4 * (3 * 3 * 3 * 64 + 1) + 2 * 8
+    assert found == {
+        "all-gather": (1, 32),
+        "all-reduce": (2, gradient + 4 * 31),  # a device's sum with itself is left out
+        "collective-permute": (1, 16),
+    }
+
+
+@pytest.mark.parametrize(("mode", "norm"), [("pmap", None), ("mesh", None), ("pmap", "batch"), ("mesh", "batch")])
+def test_a_step_reduces_the_gradient_once_and_nothing_else_of_size(mode, norm):
+    model = fcn_jax.create_model("fcn32s", 5, encoder="vgg11", encoder_norm=norm, width=0.1, fc6_kernel=3)
+    found = step_collectives(model, mode, jax.devices()[:2], (32, 32), batch_size=4)
+    variables = fcn_jax.init_variables(model, jax.random.key(0))
+    parameters = sum(x.size for x in jax.tree.leaves(variables["params"]))
+    assert found.gradient_bytes == 4 * parameters and found.devices == 2
+    # Loss and weight; of each channel under a batch norm: mean and variance, and what the gradient hands back to each.
+    # On a mesh that follows from the sums which are the gradients of scale and bias.
+    numbers = 2 if mode == "mesh" else 4
+    channels = sum(x.size for x in jax.tree.leaves(variables.get("batch_stats", {}))) // 2
+    assert [each.kind for each in found.found] == ["all-reduce"]
+    assert found.bytes == 4 * (parameters + 2 + numbers * channels)
+
+
+# --- the input pipeline
+
+
+def test_the_input_pipelines_speed_is_measured_by_workers(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("HOME", str(tmp_path))  # where the prepared copy goes
+    assert cli_bench.main(["--smoke", "--pipeline", "shapes", "--out", str(tmp_path)]) == 0
+    rates = json.loads((tmp_path / "bench.json").read_text())["pipeline"]
+    assert [rate["workers"] for rate in rates] == [0, 2]
+    assert all(rate["images_per_s"] > 0 for rate in rates)
+    assert rates[0]["images_per_core_s"] > 0 and rates[1]["images_per_core_s"] is None
+    assert "images/s per core" in capsys.readouterr().out
+    assert cli_bench.main(["--pipeline", "nosuch"]) == 2
+    assert cli_bench.main(["--pipeline", "camvid"]) == 2  # its data are nowhere
+    assert all(line.startswith("error: ") for line in capsys.readouterr().err.splitlines())
+
+
+def test_the_cpus_own_forms_can_be_left_out(monkeypatch, capsys):
+    used = []
+    right = transposed_conv._phases_by_row
+    monkeypatch.setattr(transposed_conv, "_phases_by_row", lambda *args, **kw: used.append(0) or right(*args, **kw))
+    arguments = ["--smoke", "--device", "cpu", "--only", "upsample-k64*"]
+    assert cli_bench.main([*arguments, "--plain-forms"]) == 0 and not used
+    assert cli_bench.main(arguments) == 0 and used
+    assert "upsample-k64" in capsys.readouterr().out

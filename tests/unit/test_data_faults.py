@@ -1,0 +1,266 @@
+"""Files that vanish or break: a named error, or left out and counted, and what was prepared before stays good."""
+
+import dataclasses
+import json
+import logging
+import multiprocessing
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import trees
+
+from fcn_jax.config import DataConfig
+from fcn_jax.data import datasets
+from fcn_jax.data.pipeline import make_eval_batches, make_train_iterator
+from fcn_jax.errors import InputError, UnreadableError
+
+COUNT = 12
+
+
+@pytest.fixture
+def config(tmp_path):
+    trees.folder(tmp_path / "data", {"train": COUNT})
+    return DataConfig(dir=str(tmp_path / "data"), cache_dir=str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def skipping(config):
+    return dataclasses.replace(config, unreadable="skip")
+
+
+def _images(config):
+    return Path(config.dir) / "train/images"
+
+
+def _copies(config):
+    return sorted((Path(config.cache_dir) / "folder").iterdir())
+
+
+def _names(split):
+    return [split.source[index]["name"] for index in range(len(split))]
+
+
+def _cut(path):
+    path.write_bytes(path.read_bytes()[:-40])
+
+
+def _cut_image(config):
+    _cut(_images(config) / "003.jpg")
+    return "images/003.jpg: not a readable image"
+
+
+def _cut_mask(config):
+    _cut(Path(config.dir) / "train/masks/003.png")
+    return "masks/003.png: not a readable mask"
+
+
+def _too_large_by_its_header(config):
+    path = Path(config.dir) / "train/masks/003.png"
+    data = bytearray(path.read_bytes())
+    data[16:24] = (30_000).to_bytes(4, "big") * 2
+    path.write_bytes(data)
+    return "masks/003.png: its header says 30000 x 30000 pixels"
+
+
+@pytest.mark.parametrize("damage", [_cut_image, _cut_mask, _too_large_by_its_header])
+def test_an_unreadable_file_is_an_error_or_left_out_and_counted(config, skipping, damage, caplog):
+    said = damage(config)
+    with pytest.raises(UnreadableError, match=said):
+        datasets.load("folder/train", config)
+    assert not _copies(config)
+    with caplog.at_level(logging.WARNING):
+        split = datasets.load("folder/train", skipping)
+    assert len(split) == COUNT - 1 and "003" not in _names(split)
+    (note,) = [record.getMessage() for record in caplog.records]
+    assert note.startswith(f"note: folder/train: 1 of {COUNT} images are left out: ") and said in note
+
+
+def test_a_second_run_says_the_same_of_what_is_left_out(skipping, caplog):
+    for name in ("001", "004", "005", "007", "009"):
+        _cut(_images(skipping) / f"{name}.jpg")
+    notes = []
+    for _ in range(2):
+        caplog.clear()
+        assert len(datasets.load("folder/train", skipping).skipped) == 5
+        notes.append([record.getMessage() for record in caplog.records])
+    assert notes[0] == notes[1] and len(notes[0]) == 1
+    assert f"5 of {COUNT} images" in notes[0][0] and "001.jpg" in notes[0][0] and "and 2 more" in notes[0][0]
+    assert len(_copies(skipping)) == 1
+
+
+def test_a_copy_with_entries_left_out_is_not_used_where_that_is_an_error(config, skipping):
+    _cut_image(config)
+    assert len(datasets.load("folder/train", skipping)) == COUNT - 1
+    with pytest.raises(UnreadableError, match="003.jpg"):
+        datasets.load("folder/train", config)
+    trees.write_image(_images(config) / "003.jpg", trees.picture(3))  # mended, it is in again
+    assert len(datasets.load("folder/train", skipping)) == len(datasets.load("folder/train", config)) == COUNT
+
+
+def test_a_position_among_other_examples_is_not_taken_up(config, skipping):
+    state = make_train_iterator(datasets.load("folder/train", skipping), skipping, 2, 0).get_state()
+    _cut_image(config)
+    iterator = make_train_iterator(datasets.load("folder/train", skipping), skipping, 2, 0)
+    with pytest.raises(InputError, match=f"saved with examples {COUNT}, this one has {COUNT - 1}"):
+        iterator.set_state(state)
+
+
+def test_a_coloured_mask_is_an_error_even_where_unreadable_files_are_left_out(skipping):
+    trees.write_image(Path(skipping.dir) / "train/masks/003.png", trees.picture(0))
+    with pytest.raises(InputError, match="003.png: a mask with colour channels"):
+        datasets.load("folder/train", skipping)
+
+
+def test_a_wrong_mask_is_an_error_even_where_unreadable_files_are_left_out(skipping):
+    trees.write_mask(Path(skipping.dir) / "train/masks/003.png", np.full((12, 16), 17, np.uint8))
+    with pytest.raises(InputError, match="003.png: class ids 17 are not among the 3 classes"):
+        datasets.load("folder/train", skipping)
+
+
+def test_a_set_of_which_nothing_can_be_read_is_an_error(skipping):
+    for path in _images(skipping).iterdir():
+        _cut(path)
+    with pytest.raises(InputError, match=f"none of its {COUNT} images can be read together with its mask, as in .*000"):
+        datasets.load("folder/train", skipping)
+    assert not _copies(skipping)
+
+
+def test_a_file_that_vanished_is_an_error_or_left_out(tmp_path):
+    config = DataConfig(dir=str(tmp_path), cache_dir=str(tmp_path / "cache"))
+    names = [f"2007_{i:03d}" for i in range(4)]
+    tree = trees.voc(tmp_path, "2012", {"train": names})
+    (tree / "JPEGImages/2007_002.jpg").unlink()
+    with pytest.raises(UnreadableError, match=r"2007_002\.jpg: voc/train lists '2007_002', but this file is not there"):
+        datasets.load("voc/train", config)
+    split = datasets.load("voc/train", dataclasses.replace(config, unreadable="skip"))
+    assert _names(split) == ["2007_000", "2007_001", "2007_003"] and "2007_002.jpg: cannot be read" in split.skipped[0]
+
+
+def test_a_file_that_vanishes_while_the_set_is_prepared_is_named(config, monkeypatch):
+    from fcn_jax.data import prepared as prepare
+
+    seen = prepare.fingerprint
+
+    def then_remove(listing):
+        digest = seen(listing)
+        (_images(config) / "005.jpg").unlink()
+        return digest
+
+    monkeypatch.setattr(prepare, "fingerprint", then_remove)
+    with pytest.raises(UnreadableError, match=r"images/005\.jpg: cannot be read \(No such file or directory\)"):
+        datasets.load("folder/train", config)
+    assert not _copies(config)
+
+
+def _records(copy):
+    (path,) = copy.glob("*.array_record*")
+    return path
+
+
+def _truncate(copy):
+    os.truncate(_records(copy), 1500)
+
+
+def _flip(copy):
+    data = bytearray(_records(copy).read_bytes())
+    for at in range(64, len(data) // 8, 97):
+        data[at] ^= 0x10
+    _records(copy).write_bytes(data)
+
+
+def _delete(copy):
+    _records(copy).unlink()
+
+
+def _delete_all(copy):
+    shutil.rmtree(copy)
+
+
+def _take_all(iterator):
+    try:
+        for _ in range(200):  # a few batches were read ahead
+            next(iterator)
+    finally:
+        iterator.close()
+
+
+# What is open can be read to its end after it was deleted, so that only what opens it anew meets an error.
+@pytest.mark.parametrize(("damage", "workers"), [(_truncate, 0), (_flip, 0), (_truncate, 2), (_delete_all, 2)])
+def test_a_prepared_copy_that_breaks_in_the_middle_of_an_epoch_is_named(config, damage, workers):
+    config = dataclasses.replace(config, workers=workers)
+    split = datasets.load("folder/train", config)
+    (copy,) = _copies(config)
+    iterator = make_train_iterator(split, config, 2, 0)
+    next(iterator)
+    damage(copy)
+    if workers:
+        iterator.set_state(iterator.get_state())  # starts them again
+    with pytest.raises(InputError) as caught:
+        _take_all(iterator)
+    message = str(caught.value)
+    assert message.startswith(f"{copy}: this prepared copy of a data set is damaged or gone (")
+    assert "remove the folder, and the same command prepares it again" in message and "\n" not in message
+
+
+def test_a_worker_that_is_killed_is_named(config):
+    config = dataclasses.replace(config, workers=2, crop_size=(8, 8))
+    batches = make_train_iterator(datasets.load("folder/train", config), config, 2, 0)
+    next(batches)
+    for process in multiprocessing.active_children():
+        process.kill()
+    with pytest.raises(InputError, match="a data worker ended .* the same command goes on"):
+        for _ in range(1000):
+            next(batches)
+    batches.close()
+    next(batches)  # they are started again
+    batches.close()
+
+
+def test_a_prepared_copy_that_is_deleted_while_it_is_read_serves_to_the_end(config):
+    iterator = make_train_iterator(datasets.load("folder/train", config), config, 2, 0)
+    next(iterator)
+    shutil.rmtree(_copies(config)[0])
+    _take_all(iterator)
+
+
+@pytest.mark.parametrize("damage", [_truncate, _flip, _delete])
+def test_what_the_error_says_to_do_helps(config, damage):
+    split = datasets.load("folder/train", config)
+    before = [split.source[index] for index in range(len(split))]
+    (copy,) = _copies(config)
+    damage(copy)
+    with pytest.raises(InputError, match="remove the folder"):
+        list(make_eval_batches(datasets.load("folder/train", config), config, 4))
+    shutil.rmtree(copy)
+    again = datasets.load("folder/train", config)
+    assert [again.source[index] for index in range(len(again))] == before
+
+
+@pytest.mark.parametrize("name", ["summary.json", "features.json", "dataset_info.json"])
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"null", b'{"image_size": 3}', b"[" * 100_000])
+def test_a_prepared_copy_with_a_damaged_description_is_named(config, name, content):
+    datasets.load("folder/train", config)
+    (copy,) = _copies(config)
+    (copy / name).write_bytes(content)
+    with pytest.raises(InputError, match="this prepared copy of a data set is damaged or gone"):
+        split = datasets.load("folder/train", config)
+        split.source[0]
+
+
+def test_a_copy_whose_summary_vanished_is_named(config):
+    datasets.load("folder/train", config)
+    (copy,) = _copies(config)
+    (copy / "summary.json").unlink()
+    with pytest.raises(InputError, match="this prepared copy of a data set is damaged or gone .*not empty"):
+        datasets.load("folder/train", config)
+
+
+def test_a_summary_of_before_is_read(config):
+    datasets.load("folder/train", config)
+    (copy,) = _copies(config)
+    (copy / "summary.json").write_text(json.dumps({"examples": COUNT, "image_size": [12, 16]}))
+    split = datasets.load("folder/train", config)
+    assert split.skipped == () and split.image_size == (12, 16)

@@ -1,0 +1,101 @@
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import torch
+
+from fcn_jax.config import OptimConfig
+from fcn_jax.errors import InputError
+from fcn_jax.optim import make_optimizer, make_schedule, parameter_groups
+
+PARAMS = {
+    "vgg": {
+        "conv1_1": {"kernel": jnp.array([1.0, -2.0]), "bias": jnp.array([0.5])},
+        "bn1_1": {"scale": jnp.array([1.5])},
+    },
+    "score_fr": {"kernel": jnp.array([0.3]), "bias": jnp.array([-0.1])},
+    "upscore8": {"kernel": jnp.array([0.7])},
+}
+GRADS = jax.tree.map(lambda x: 0.1 * x + 0.2, PARAMS)
+
+
+def _run(config, steps=4, freeze=False):
+    optimizer = make_optimizer(PARAMS, config, steps, freeze)
+    state, params = optimizer.init(PARAMS), PARAMS
+    for _ in range(steps):
+        updates, state = optimizer.update(GRADS, state, params)
+        params = optax.apply_updates(params, updates)
+    return params
+
+
+def test_momentum_decay_and_schedule_follow_torch_sgd():
+    config = OptimConfig(lr=0.1, momentum=0.9, weight_decay=0.01, schedule="poly")
+    ours = _run(config)["vgg"]["conv1_1"]["kernel"]
+    weight = torch.tensor([1.0, -2.0], dtype=torch.float64, requires_grad=True)
+    sgd = torch.optim.SGD([weight], lr=0.1, momentum=0.9, weight_decay=0.01)
+    for step in range(4):
+        sgd.param_groups[0]["lr"] = 0.1 * (1 - step / 4) ** 0.9
+        weight.grad = torch.tensor([0.3, 0.0], dtype=torch.float64)
+        sgd.step()
+    # optax evaluates schedules in float32
+    np.testing.assert_allclose(ours, weight.detach().numpy(), rtol=1e-7)
+
+
+def test_biases_learn_twice_as_fast_and_do_not_decay_as_in_the_paper():
+    config = OptimConfig(lr=0.1, momentum=0.0, weight_decay=0.5, bias_lr=2.0, bias_decay=False)
+    params = _run(config, steps=1)
+    assert float(params["score_fr"]["bias"][0]) == pytest.approx(-0.1 - 2 * 0.1 * 0.19, rel=1e-6)
+    assert float(params["score_fr"]["kernel"][0]) == pytest.approx(0.3 - 0.1 * (0.23 + 0.5 * 0.3), rel=1e-6)
+    assert float(params["vgg"]["bn1_1"]["scale"][0]) == pytest.approx(1.5 - 0.1 * 0.35, rel=1e-6)
+
+
+def test_the_head_learns_ten_times_as_fast_as_the_encoder():
+    groups = parameter_groups(PARAMS, OptimConfig(head_lr=10.0))
+    assert groups["score_fr"]["kernel"] == "lr x 10, decay x 1"
+    assert groups["vgg"]["conv1_1"]["kernel"] == "lr x 1, decay x 1"
+
+
+def test_frozen_parts_stay_to_the_bit_and_the_rest_moves():
+    params = _run(OptimConfig(lr=0.1, freeze_upsampling=True), freeze=True)
+    for name in ("vgg", "upscore8"):
+        jax.tree.map(np.testing.assert_array_equal, params[name], PARAMS[name])
+    assert float(params["score_fr"]["kernel"][0]) != 0.3
+
+
+def test_clipping_is_by_the_global_norm():
+    config = OptimConfig(lr=1.0, momentum=0.0, weight_decay=0.0, clip_norm=0.01)
+    moved = jax.tree.map(lambda a, b: a - b, _run(config, steps=1), PARAMS)
+    assert float(optax.tree.norm(moved)) == pytest.approx(0.01, rel=1e-6)
+
+
+def test_frozen_gradients_do_not_count_in_the_norm():
+    config = OptimConfig(lr=1.0, momentum=0.0, weight_decay=0.0, clip_norm=0.01, freeze_upsampling=True)
+    moved = jax.tree.map(lambda a, b: a - b, _run(config, steps=1, freeze=True), PARAMS)
+    assert float(optax.tree.norm(moved)) == pytest.approx(0.01, rel=1e-6)
+
+
+def test_schedules_by_hand():
+    base = OptimConfig(lr=1.0)
+    poly = make_schedule(replace(base, schedule="poly", poly_power=0.9), 100)
+    assert float(poly(50)) == pytest.approx(0.5**0.9, rel=1e-6) and float(poly(100)) == 0.0
+    step = make_schedule(replace(base, schedule="step", step_every=0.4), 100)
+    assert [round(float(step(s)), 4) for s in (0, 39, 41, 81)] == [1.0, 1.0, 0.1, 0.01]
+    warm = make_schedule(replace(base, schedule="fixed", warmup_steps=4), 100)
+    assert [float(warm(s)) for s in (0, 3, 50)] == [0.25, 1.0, 1.0]
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"lr": 0.0}, "optim.lr"),
+        ({"momentum": 1.0}, "momentum"),
+        ({"weight_decay": -1.0}, "decay"),
+        ({"clip_norm": 0.0}, "clip"),
+    ],
+)
+def test_numbers_out_of_range_are_named(change, named):
+    with pytest.raises(InputError, match=named):
+        make_optimizer(PARAMS, replace(OptimConfig(), **change), 10)
