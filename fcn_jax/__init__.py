@@ -3,8 +3,20 @@
 Long, Shelhamer & Darrell, "Fully Convolutional Networks for Semantic Segmentation", CVPR 2015 and PAMI 2017.
 """
 
-from fcn_jax import metrics, weights
+from fcn_jax import losses, metrics, optim, weights
 from fcn_jax.models import create_model, init_variables
+from fcn_jax.preprocessing import normalize
+from fcn_jax.step import make_train_step, new_state
 
-__all__ = ["create_model", "init_variables", "metrics", "weights"]
+__all__ = [
+    "create_model",
+    "init_variables",
+    "losses",
+    "make_train_step",
+    "metrics",
+    "new_state",
+    "normalize",
+    "optim",
+    "weights",
+]
 __version__ = "0.1.0"

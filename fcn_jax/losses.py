@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +26,8 @@ class LossSum(NamedTuple):
 
 
 PixelLoss = Callable[[jax.Array, jax.Array], jax.Array]
-Loss = Callable[[jax.Array, jax.Array], LossSum]
+Loss = Callable[[Any, jax.Array], LossSum]
+"""(logits (b, h, w, num_classes) or a pair with those of an auxiliary head, labels (b, h, w)) -> ``LossSum``."""
 
 
 def _softmax(logits: jax.Array, labels: jax.Array) -> jax.Array:
@@ -101,8 +102,16 @@ def median_frequency_weights(pixels: np.ndarray, image_pixels: np.ndarray) -> np
     return np.divide(median, frequency, out=np.zeros(len(pixels)), where=occurs)
 
 
-def make_loss(kind: str, class_weights: np.ndarray | None = None, hard_fraction: float = 1.0) -> Loss:
+def make_loss(
+    kind: str, class_weights: np.ndarray | None = None, hard_fraction: float = 1.0, aux_weight: float = 0.4
+) -> Loss:
     """Make the loss of a run: (logits (b, h, w, num_classes), labels (b, h, w)) -> ``LossSum``.
+
+    Args:
+        kind: a key of ``LOSSES``.
+        class_weights: see ``sum_pixels``.
+        hard_fraction: see ``sum_pixels``, in (0, 1].
+        aux_weight: factor on the loss of an auxiliary head's logits, where the logits are a pair.
 
     Raises:
         InputError: an unknown kind, or a fraction outside (0, 1].
@@ -112,7 +121,10 @@ def make_loss(kind: str, class_weights: np.ndarray | None = None, hard_fraction:
     if not 0 < hard_fraction <= 1:
         raise InputError(f"expected 0 < hard_fraction <= 1, got {hard_fraction}; 1 keeps every pixel")
 
-    def loss(logits: jax.Array, labels: jax.Array) -> LossSum:
+    def loss(logits: Any, labels: jax.Array) -> LossSum:
+        if isinstance(logits, tuple):
+            main, aux = (loss(each, labels) for each in logits)
+            return LossSum(main.total + aux_weight * aux.total, main.weight)
         return sum_pixels(LOSSES[kind], logits, labels, class_weights, hard_fraction)
 
     return loss

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 __all__ = ["Scores", "confusion_matrix", "scores"]
@@ -36,8 +38,8 @@ class Scores:
         return numbers
 
 
-def confusion_matrix(labels: Any, predictions: Any, num_classes: int, ignore: int = 255) -> np.ndarray:
-    """Count pixels by true and predicted class.
+def confusion_matrix(labels: Any, predictions: Any, num_classes: int, ignore: int = 255) -> Any:
+    """Count pixels by true and predicted class; traceable under ``jax.jit``, where ranges are not checked.
 
     Args:
         labels: integers of any shape, 0 ... num_classes - 1 or ``ignore``.
@@ -46,11 +48,14 @@ def confusion_matrix(labels: Any, predictions: Any, num_classes: int, ignore: in
         ignore: label of pixels that are not counted.
 
     Returns:
-        (num_classes, num_classes) int64, rows are truth; matrices of disjoint pixels add.
+        (num_classes, num_classes) int64, rows are truth; matrices of disjoint pixels add. Under ``jax.jit`` int32,
+        which holds the counts of fewer than 2^31 pixels; what is out of range is not counted there.
 
     Raises:
         ValueError: shapes differ, or a counted pixel has a label or prediction outside the classes.
     """
+    if isinstance(labels, jax.core.Tracer) or isinstance(predictions, jax.core.Tracer):
+        return _confusion_traced(jnp.asarray(labels), jnp.asarray(predictions), num_classes, ignore)
     labels, predictions = np.asarray(labels), np.asarray(predictions)
     if labels.shape != predictions.shape:
         raise ValueError(f"expected labels and predictions of one shape, got {labels.shape} and {predictions.shape}")
@@ -68,6 +73,13 @@ def confusion_matrix(labels: Any, predictions: Any, num_classes: int, ignore: in
             )
     counts = np.bincount(truth * num_classes + guess, minlength=num_classes**2)
     return counts.reshape(num_classes, num_classes).astype(np.int64)
+
+
+def _confusion_traced(labels: jax.Array, predictions: jax.Array, num_classes: int, ignore: int) -> jax.Array:
+    counted = (labels != ignore) & (labels >= 0) & (labels < num_classes)
+    counted &= (predictions >= 0) & (predictions < num_classes)
+    index = jnp.where(counted, labels.astype(jnp.int32) * num_classes + predictions, num_classes**2)
+    return jnp.bincount(index.ravel(), length=num_classes**2 + 1)[:-1].reshape(num_classes, num_classes)
 
 
 def scores(confusion: np.ndarray) -> Scores:

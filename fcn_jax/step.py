@@ -11,13 +11,11 @@ import jax.numpy as jnp
 import optax
 
 from fcn_jax.losses import Loss, LossSum
-from fcn_jax.models.fcn import FCN
-from fcn_jax.preprocessing import normalize
 
 __all__ = ["Batch", "StepSums", "TrainState", "TrainStep", "make_train_step", "new_state"]
 
 Batch = Mapping[str, jax.Array]
-"""{"image": (b, h, w, 3) RGB 0 ... 255, "label": (b, h, w) integers, 255 is ignored}."""
+"""{"image": (b, h, w, 3), "label": (b, h, w) integers, 255 is ignored}."""
 
 
 class TrainState(flax.struct.PyTreeNode):
@@ -28,14 +26,14 @@ class TrainState(flax.struct.PyTreeNode):
     batch_stats: Any
     opt_state: Any
     key: jax.Array
-    """Key data (uint32) of the run; the dropout key of a step is this folded with the step's number."""
+    """Key data (uint32) of dropout; the key of a step is this folded with the step's number."""
 
 
 class StepSums(NamedTuple):
     """What a step reports, over the global batch."""
 
     loss: jax.Array
-    """The minimised loss, the auxiliary head's share included."""
+    """The training loss, the auxiliary head's share included."""
     pixels: jax.Array
     """Valid pixels, or the sum of their class weights."""
     grad_norm: jax.Array
@@ -46,84 +44,90 @@ class StepSums(NamedTuple):
 TrainStep = Callable[[TrainState, Batch], tuple[TrainState, StepSums]]
 
 
-def new_state(variables: Mapping[str, Any], optimizer: optax.GradientTransformation, seed: int) -> TrainState:
-    """Make the state at step 0 from a model's variables."""
+def new_state(variables: Mapping[str, Any], optimizer: optax.GradientTransformation, seed: int = 0) -> TrainState:
+    """Make the state at step 0 from a model's variables; ``seed`` decides the dropout masks."""
     params = variables["params"]
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,
         batch_stats=variables.get("batch_stats", {}),
         opt_state=optimizer.init(params),
-        key=jax.random.key_data(jax.random.key(seed)),
+        # Not the seed's own key, from which parameters are usually initialised.
+        key=jax.random.key_data(jax.random.fold_in(jax.random.key(seed), 1)),
     )
 
 
 def make_train_step(
-    model: FCN,
+    apply_fn: Callable[..., Any],
     optimizer: optax.GradientTransformation,
     loss: Loss,
-    preprocessing: str | None,
     *,
     reduction: str = "mean",
-    aux_weight: float = 0.4,
     accumulate: int = 1,
     axis_name: str | None = None,
+    pass_example_ids: bool = False,
 ) -> TrainStep:
     """Make the step.
 
     The gradient of the *sum* of the loss is added up over accumulated parts and devices and divided by the weight of
-    the global batch once, so that devices with unequal numbers of ignored pixels count by pixels and not by device.
+    the global batch once, so that devices with unequal numbers of ignored pixels count by pixels and not by device. A
+    step whose loss or gradient is not finite leaves parameters, statistics and momentum as they are.
 
     Args:
-        model: the network.
-        optimizer: from ``optim.make_optimizer``.
-        loss: from ``losses.make_loss``.
-        preprocessing: what the network's weights expect, see ``preprocessing.normalize``; None: the images of a batch
-            are normalised already.
+        apply_fn: ``apply_fn(variables, images, train=True, rngs={"dropout": key}, mutable=["batch_stats"])`` returns
+            (logits (b, h, w, classes), updated collections), as ``flax.linen.Module.apply`` does; logits may be a
+            pair with those of an auxiliary head. A batch norm in it averages over ``axis_name`` itself.
+        optimizer: any optax transformation.
+        loss: (logits, labels) -> ``LossSum``, see ``losses.make_loss``.
         reduction: "mean" over valid pixels of the global batch, or "sum" (the paper).
-        aux_weight: weight of the auxiliary head's loss, where the model has one.
-        accumulate: compute the batch in this many parts, one after the other. With batch norm each part is normalised
-            by its own statistics (the running ones move once per part), so that only a model without it equals the
-            whole batch.
+        accumulate: compute the batch in this many parts, one after the other. Part k has the examples whose index in
+            the global batch is k modulo the number of parts, for any number of devices. A batch norm normalises each
+            part by its own statistics (the running ones move once per part), so that only a model without it equals
+            the whole batch.
         axis_name: the ``jax.pmap`` axis over which the batch is split; None where the batch is global.
-
-    A step whose loss or gradient is not finite leaves parameters, statistics and momentum as they are.
+        pass_example_ids: give ``apply_fn`` the keyword ``example_ids``, (b,) indices in the global batch, on which
+            dropout masks of this package's networks are keyed; otherwise its masks depend on the split.
 
     Returns:
         ``train_step(state, batch) -> (state, sums)``; ``batch`` is the device's part under pmap, the global batch
         otherwise.
     """
-    model = model.clone(axis_name=axis_name)
 
     def loss_sum(params: Any, batch_stats: Any, batch: Batch, ids: jax.Array, key: jax.Array) -> Any:
-        images = batch["image"]
-        out, updated = model.apply(
+        logits, updated = apply_fn(
             {"params": params, "batch_stats": batch_stats},
-            images if preprocessing is None else normalize(images, preprocessing, model.param_dtype),
+            batch["image"],
             train=True,
-            example_ids=ids,
             rngs={"dropout": key},
             mutable=["batch_stats"],
+            **({"example_ids": ids} if pass_example_ids else {}),
         )
-        logits, aux = out if isinstance(out, tuple) else (out, None)
-        main = loss(logits, batch["label"])
-        total = main.total if aux is None else main.total + aux_weight * loss(aux, batch["label"]).total
-        return total, (main.weight, updated.get("batch_stats", {}))
+        total, weight = loss(logits, batch["label"])
+        return total, (weight, updated.get("batch_stats", {}))
 
-    def part_gradient(state: TrainState, batch_stats: Any, batch: Batch, ids: jax.Array, key: jax.Array) -> Any:
+    def gradient(params: Any, batch_stats: Any, batch: Batch, ids: jax.Array, key: jax.Array) -> Any:
         grad = jax.value_and_grad(loss_sum, has_aux=True)
-        (total, (weight, batch_stats)), grads = grad(state.params, batch_stats, batch, ids, key)
-        return LossSum(total, weight), batch_stats, grads
+        (total, (weight, batch_stats)), grads = grad(params, batch_stats, batch, ids, key)
+        return batch_stats, (LossSum(total, weight), grads)
+
+    def gradient_of_parts(params: Any, batch_stats: Any, batch: Batch, ids: jax.Array, key: jax.Array) -> Any:
+        def add_part(carry: Any, part: Any) -> Any:
+            batch_stats, total = carry
+            batch_stats, new = gradient(params, batch_stats, *part, key)
+            return (batch_stats, jax.tree.map(jnp.add, total, new)), None
+
+        parts = jax.tree.map(lambda x: jnp.moveaxis(x.reshape(-1, accumulate, *x.shape[1:]), 1, 0), (dict(batch), ids))
+        first = jax.tree.map(lambda x: x[0], parts)
+        shapes = jax.eval_shape(gradient, params, batch_stats, *first, key)[1]
+        zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+        return jax.lax.scan(add_part, (batch_stats, zeros), parts)[0]
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, StepSums]:
         key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
         count = batch["label"].shape[0]
         first = 0 if axis_name is None else jax.lax.axis_index(axis_name) * count
-        ids = first + jnp.arange(count)
-        if accumulate == 1:
-            sums, batch_stats, grads = part_gradient(state, state.batch_stats, batch, ids, key)
-        else:
-            sums, batch_stats, grads = _scan_parts(part_gradient, state, batch, ids, key, accumulate)
+        compute = gradient if accumulate == 1 else gradient_of_parts
+        batch_stats, (sums, grads) = compute(state.params, state.batch_stats, batch, first + jnp.arange(count), key)
         if axis_name is not None:
             sums, grads = jax.lax.psum((sums, grads), axis_name)
         # A batch without a single valid pixel has no gradient; its step only decays and coasts.
@@ -151,21 +155,3 @@ def _unless(finite: jax.Array, new: TrainState, old: TrainState) -> TrainState:
         return new if counter else jnp.where(finite, new, old)
 
     return jax.tree.map(choose, new, old)
-
-
-def _scan_parts(
-    part_gradient: Callable[..., Any], state: TrainState, batch: Batch, ids: jax.Array, key: jax.Array, parts: int
-) -> Any:
-    """Add up loss and gradient over the parts of a batch; the running statistics pass from part to part."""
-
-    def body(carry: Any, part: Any) -> Any:
-        sums, batch_stats, grads = carry
-        part_sums, batch_stats, part_grads = part_gradient(state, batch_stats, *part, key)
-        return (jax.tree.map(jnp.add, sums, part_sums), batch_stats, jax.tree.map(jnp.add, grads, part_grads)), None
-
-    split = jax.tree.map(lambda x: x.reshape(parts, -1, *x.shape[1:]), (dict(batch), ids))
-    first = jax.tree.map(lambda x: x[0], split)
-    shapes = jax.eval_shape(part_gradient, state, state.batch_stats, *first, key)
-    sums, _, grads = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
-    (sums, batch_stats, grads), _ = jax.lax.scan(body, (sums, state.batch_stats, grads), split)
-    return sums, batch_stats, grads

@@ -19,7 +19,7 @@ from fcn_jax.models.catalog import init_variables
 from fcn_jax.models.fcn import FCN
 from fcn_jax.models.platform import plain_forms
 from fcn_jax.optim import make_optimizer
-from fcn_jax.step import make_train_step, new_state
+from fcn_jax.step import TrainStep, make_train_step, new_state
 from fcn_jax.training.devices import AXIS, make_parallel
 
 __all__ = ["KINDS", "Collective", "StepCollectives", "count_collectives", "step_collectives"]
@@ -103,7 +103,12 @@ def step_collectives(
     variables = jax.eval_shape(lambda key: init_variables(model, key), jax.random.key(0))
     optimizer = make_optimizer(variables["params"], OptimConfig(), 1)
     loss = make_loss("softmax")
-    parallel = make_parallel(mode, lambda axis: make_train_step(model, optimizer, loss, None, axis_name=axis), devices)
+
+    def make_step(axis: str | None) -> TrainStep:
+        apply_fn = model.clone(axis_name=axis).apply
+        return make_train_step(apply_fn, optimizer, loss, axis_name=axis, pass_example_ids=True)
+
+    parallel = make_parallel(mode, make_step, devices)
     state = jax.eval_shape(lambda v: new_state(v, optimizer, 0), variables)
     everywhere = NamedSharding(parallel.mesh, PartitionSpec())
     state = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere), state)

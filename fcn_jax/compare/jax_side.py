@@ -74,7 +74,7 @@ def make_jax_side(
 ) -> Side:
     """Make the side of a network: names and axes are torch's, those of ``weights.to_torch``.
 
-    Losses, gradients and steps are those of ``training.step.make_train_step``; dropout is off.
+    Losses, gradients and steps are those of ``step.make_train_step``; dropout is off.
 
     Args:
         model: a network of the catalogue.
@@ -164,7 +164,9 @@ class _Run:
         optimizer = optax.chain(_recorder(), sgd)
 
         def make_step(axis_name: str | None) -> TrainStep:
-            step = make_train_step(self.model, optimizer, make_loss("softmax"), None, axis_name=axis_name)
+            step = make_train_step(
+                self.model.clone(axis_name=axis_name).apply, optimizer, make_loss("softmax"), axis_name=axis_name
+            )
 
             def intercepted(state: Any, batch: Any) -> Any:
                 with self._intercepted():

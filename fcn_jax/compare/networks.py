@@ -143,7 +143,7 @@ def _train_runner(model: FCN, variables: Mapping[str, Any], images: np.ndarray, 
     loss = make_loss("softmax")
     parallel = make_parallel(
         "pmap",
-        lambda axis_name: make_train_step(model, optimizer, loss, None, axis_name=axis_name),
+        lambda axis: make_train_step(model.clone(axis_name=axis).apply, optimizer, loss, axis_name=axis),
         jax.devices()[:1],
     )
     state = parallel.place_state(new_state(jax.tree.map(jnp.array, variables), optimizer, seed=0))

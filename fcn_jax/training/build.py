@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
+import jax
 import numpy as np
 import optax
 
@@ -12,6 +14,7 @@ from fcn_jax.config import Config, LossConfig
 from fcn_jax.errors import InputError
 from fcn_jax.losses import Loss, make_loss, median_frequency_weights
 from fcn_jax.models.fcn import FCN
+from fcn_jax.preprocessing import normalize
 from fcn_jax.step import TrainStep, make_train_step
 
 __all__ = ["Length", "build_loss", "build_step", "check_share", "run_length"]
@@ -86,7 +89,7 @@ def build_loss(config: LossConfig, dataset: str, num_classes: int, count: Callab
         raise InputError(
             f"expected {num_classes} class weights for {dataset}, got {len(given)}; give one per class, or 'median'"
         )
-    return make_loss(config.kind, class_weights, config.hard_fraction)
+    return make_loss(config.kind, class_weights, config.hard_fraction, config.aux_weight)
 
 
 def build_step(
@@ -95,15 +98,19 @@ def build_step(
     """Return what makes a run's step for a pmap axis or for None, as ``parallel.make_parallel`` wants it."""
 
     def step(axis_name: str | None) -> TrainStep:
+        network = model.clone(axis_name=axis_name)
+
+        def apply_fn(variables: Any, images: jax.Array, **options: Any) -> Any:
+            return network.apply(variables, normalize(images, config.data.preprocessing, model.param_dtype), **options)
+
         return make_train_step(
-            model,
+            apply_fn,
             optimizer,
             loss,
-            config.data.preprocessing,
             reduction=config.loss.reduction,
-            aux_weight=config.loss.aux_weight,
             accumulate=config.train.accumulate,
             axis_name=axis_name,
+            pass_example_ids=True,
         )
 
     return step

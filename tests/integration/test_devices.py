@@ -1,5 +1,7 @@
 """The training step: what a batch gives does not depend on how many devices share it, nor on how they are driven."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,45 +11,52 @@ import fcn_jax
 from fcn_jax.config import OptimConfig
 from fcn_jax.losses import make_loss
 from fcn_jax.optim import make_optimizer
+from fcn_jax.preprocessing import normalize
 from fcn_jax.step import make_train_step, new_state
 from fcn_jax.training.devices import make_parallel
 
-BATCH = 8
-MODELS = {
+BATCH = 16
+OPTIONS = {
     "fcn8s": {"encoder": "vgg11", "encoder_norm": "batch", "fc_features": 8, "fc6_kernel": 3},
     "fcn8s_resize": {"encoder": "vgg11", "aux_head": True, "dropout_rate": 0.5},
     "fcns_ladder": {"encoder": "vgg11"},
     "fcn16s": {"encoder": "vgg11", "fc_features": 8, "fc6_kernel": 1},
 }
-WITH_NORM = ("fcn8s", "fcn8s_resize", "fcns_ladder")
+WEIGHTS = np.array([1.0, 2.0, 0.5, 1.0])
 
 
-def _batch():
+def make_batch():
     rng = np.random.default_rng(0)
-    image = rng.integers(0, 256, (BATCH, 37, 33, 3), dtype=np.uint8)
-    label = rng.integers(0, 4, (BATCH, 37, 33)).astype(np.uint8)
+    image = rng.integers(0, 256, (BATCH, 33, 32, 3), dtype=np.uint8)
+    label = rng.integers(0, 4, (BATCH, 33, 32)).astype(np.uint8)
     for i in range(BATCH):
-        label[i, : 4 * i] = 255  # the devices get very unequal numbers of valid pixels
+        label[i, : 2 * i] = 255  # the devices get very unequal numbers of valid pixels
     return {"image": image, "label": label}
 
 
-def _run(name, mode, devices, steps=2, **options):
-    model = fcn_jax.create_model(name, 4, width=0.06, dtype=jnp.float64, param_dtype=jnp.float64, **MODELS[name])
+def take_steps(name, mode, devices, steps=2, **options):
+    """Return how far the steps moved parameters and statistics, as one vector, and the last step's sums."""
+    model = fcn_jax.create_model(name, 4, width=0.03, dtype=jnp.float64, param_dtype=jnp.float64, **OPTIONS[name])
     variables = fcn_jax.init_variables(model, jax.random.key(0))
-    # nothing may be trivially zero: score layers start there
+    # Nothing may be trivially zero: score layers start there.
     noise = jax.random.split(jax.random.key(1), len(jax.tree.leaves(variables["params"])))
     leaves, tree = jax.tree.flatten(variables["params"])
     leaves = [x + 0.05 * jax.random.normal(k, x.shape, x.dtype) for x, k in zip(leaves, noise, strict=True)]
     variables["params"] = jax.tree.unflatten(tree, leaves)
     optimizer = make_optimizer(variables["params"], OptimConfig(lr=0.05, bias_lr=2.0, bias_decay=False), 10)
-    loss = make_loss("softmax", np.array([1.0, 2.0, 0.5, 1.0]))
 
     def make_step(axis_name):
-        return make_train_step(model, optimizer, loss, "imagenet", axis_name=axis_name, **options)
+        network = model.clone(axis_name=axis_name)
+
+        def apply_fn(variables, images, **keywords):
+            return network.apply(variables, normalize(images, "imagenet", jnp.float64), **keywords)
+
+        loss = make_loss("softmax", WEIGHTS)
+        return make_train_step(apply_fn, optimizer, loss, axis_name=axis_name, pass_example_ids=True, **options)
 
     parallel = make_parallel(mode, make_step, jax.devices()[:devices])
     start = new_state(variables, optimizer, seed=3)
-    state, placed = parallel.place_state(jax.tree.map(jnp.copy, start)), parallel.place_batch(_batch())
+    state, placed = parallel.place_state(jax.tree.map(jnp.copy, start)), parallel.place_batch(make_batch())
     for _ in range(steps):
         state, sums = parallel.step(state, placed)
     pair = (state.params, state.batch_stats), (start.params, start.batch_stats)
@@ -55,52 +64,76 @@ def _run(name, mode, devices, steps=2, **options):
     return np.concatenate([np.ravel(x) for x in jax.tree.leaves(moved)]), jax.device_get(sums)
 
 
-@pytest.fixture(scope="module")
-def one_device():
-    return {name: _run(name, "pmap", 1) for name in WITH_NORM}
+@functools.cache
+def on_one_device(name, **options):
+    return take_steps(name, "pmap", 1, **options)
 
 
-@pytest.mark.parametrize(("mode", "devices"), [("pmap", 2), ("pmap", 8), ("mesh", 1), ("mesh", 2), ("mesh", 8)])
-@pytest.mark.parametrize("name", WITH_NORM)
-def test_every_number_of_devices_takes_the_same_step(one_device, name, mode, devices):
-    expected, expected_sums = one_device[name]
-    moved, sums = _run(name, mode, devices)
+def assert_equals_one_device(name, mode, devices, **options):
+    expected, expected_sums = on_one_device(name, **options)
+    moved, sums = take_steps(name, mode, devices, **options)
     # float64: the order of the sums over examples is all that differs
     assert np.linalg.norm(moved - expected) <= 1e-11 * np.linalg.norm(expected)
     np.testing.assert_allclose(sums, expected_sums, rtol=1e-11)
     assert np.linalg.norm(expected) > 0
 
 
-def test_the_mean_is_over_the_valid_pixels_of_the_global_batch(one_device):
-    _, sums = one_device["fcn8s"]
-    labels = _batch()["label"]
-    weights = np.array([1.0, 2.0, 0.5, 1.0])[np.where(labels == 255, 0, labels)] * (labels != 255)
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize(("mode", "devices"), [("pmap", 2), ("pmap", 8), ("mesh", 2), ("mesh", 8)])
+def test_every_number_of_devices_takes_the_same_step_with_batch_norm_and_dropout(mode, devices, accumulate):
+    assert_equals_one_device("fcn8s", mode, devices, accumulate=accumulate)
+
+
+def test_the_mean_is_over_the_valid_pixels_of_the_global_batch():
+    _, sums = on_one_device("fcn8s", accumulate=1)
+    labels = make_batch()["label"]
+    weights = WEIGHTS[np.where(labels == 255, 0, labels)] * (labels != 255)
     assert sums.pixels == pytest.approx(weights.sum(), rel=1e-14)
 
 
 def test_the_sum_is_the_mean_times_its_weight():
-    summed = _run("fcn8s", "pmap", 2, steps=1, reduction="sum")[1]
-    mean = _run("fcn8s", "pmap", 2, steps=1)[1]
+    summed = take_steps("fcn16s", "pmap", 2, steps=1, reduction="sum")[1]
+    mean = take_steps("fcn16s", "pmap", 2, steps=1)[1]
     assert summed.loss == pytest.approx(mean.loss * mean.pixels, rel=1e-12)
     assert summed.grad_norm == pytest.approx(mean.grad_norm * mean.pixels, rel=1e-12)
 
 
-@pytest.mark.parametrize("devices", [1, 2])
-def test_accumulated_parts_equal_the_whole_batch_without_batch_norm(devices):
-    whole, whole_sums = _run("fcn16s", "pmap", devices)
-    parts, parts_sums = _run("fcn16s", "pmap", devices, accumulate=4)
+def test_accumulated_parts_equal_the_whole_batch_without_batch_norm():
+    whole, whole_sums = take_steps("fcn16s", "pmap", 2)
+    parts, parts_sums = take_steps("fcn16s", "pmap", 2, accumulate=4)
     assert np.linalg.norm(parts - whole) <= 1e-11 * np.linalg.norm(whole)
     np.testing.assert_allclose(parts_sums, whole_sums, rtol=1e-11)
 
 
+def test_part_k_of_an_accumulated_batch_has_every_parts_th_example():
+    seen = []
+
+    def apply_fn(variables, images, example_ids, **options):
+        jax.debug.callback(lambda ids: seen.append(ids.tolist()), example_ids, ordered=True)
+        return images * variables["params"]["w"], {}
+
+    optimizer = fcn_jax.optim.make_optimizer({"w": jnp.ones(())}, OptimConfig(), 1)
+    step = make_train_step(apply_fn, optimizer, make_loss("softmax"), accumulate=2, pass_example_ids=True)
+    batch = {"image": jnp.ones((6, 2, 2, 3)), "label": jnp.zeros((6, 2, 2), jnp.int32)}
+    jax.block_until_ready(step(new_state({"params": {"w": jnp.ones(())}}, optimizer), batch))
+    jax.effects_barrier()
+    assert seen == [[0, 2, 4], [1, 3, 5]]
+
+
+def test_initial_parameters_and_dropout_masks_have_keys_of_their_own():
+    state = new_state({"params": {}}, fcn_jax.optim.make_optimizer({}, OptimConfig(), 1), seed=5)
+    assert not np.array_equal(state.key, jax.random.key_data(jax.random.key(5)))
+
+
 def test_a_frozen_encoder_keeps_parameters_and_statistics_to_the_bit():
-    model = fcn_jax.create_model("fcn8s", 4, width=0.06, freeze_encoder=True, **MODELS["fcn8s"])
+    model = fcn_jax.create_model("fcn8s", 4, width=0.06, freeze_encoder=True, **OPTIONS["fcn8s"])
     variables = fcn_jax.init_variables(model, jax.random.key(0))
     optimizer = make_optimizer(variables["params"], OptimConfig(lr=0.1), 10, freeze_encoder=True)
-    state = new_state(variables, optimizer, 0)
-    step = jax.jit(make_train_step(model, optimizer, make_loss("softmax"), "imagenet"))
+    state = new_state(variables, optimizer)
+    step = jax.jit(make_train_step(model.apply, optimizer, make_loss("softmax")))
+    batch = make_batch()
     for _ in range(2):
-        state, _ = step(state, _batch())
+        state, _ = step(state, {**batch, "image": batch["image"] / np.float32(255)})
     jax.tree.map(np.testing.assert_array_equal, state.params["vgg"], variables["params"]["vgg"])
     jax.tree.map(np.testing.assert_array_equal, state.batch_stats, variables["batch_stats"])
     assert np.any(state.params["score_fr"]["kernel"] != 0)

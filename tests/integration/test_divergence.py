@@ -22,7 +22,7 @@ def _step(**options):
     model = create_model("fcn8s", 3, encoder="vgg11", encoder_norm="batch", width=0.03, fc_features=8, fc6_kernel=1)
     variables = init_variables(model, jax.random.key(0), (32, 32))
     optimizer = make_optimizer(variables["params"], OptimConfig(schedule="poly"), 10)
-    step = jax.jit(make_train_step(model, optimizer, make_loss("softmax"), None, **options))
+    step = jax.jit(make_train_step(model.apply, optimizer, make_loss("softmax"), **options))
     state = new_state(variables, optimizer, 0)
     images = np.random.default_rng(0).normal(size=(2, 32, 32, 3)).astype(np.float32)
     return step, state, {"image": images, "label": np.random.default_rng(1).integers(0, 3, (2, 32, 32))}
