@@ -2,9 +2,7 @@
 
 import sys
 
-from fcn_jax.cli import run_eval
-from fcn_jax.cli.process import guarded, keep_compiled
+from fcn_jax.cli import main
 
 if __name__ == "__main__":
-    keep_compiled()
-    sys.exit(guarded(run_eval, sys.argv[1:]))
+    sys.exit(main(["eval", *sys.argv[1:]]))

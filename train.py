@@ -2,9 +2,7 @@
 
 import sys
 
-from fcn_jax.cli import run_train
-from fcn_jax.cli.process import guarded, keep_compiled
+from fcn_jax.cli import main
 
 if __name__ == "__main__":
-    keep_compiled()
-    sys.exit(guarded(run_train, sys.argv[1:]))
+    sys.exit(main(["train", *sys.argv[1:]]))

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
 from typing import Any
 
 import jax
 import optax
 
 from fcn_jax.config import OptimConfig
-from fcn_jax.errors import InputError, unknown
+from fcn_jax.errors import unknown
 
-__all__ = ["SCHEDULES", "make_optimizer", "make_schedule", "parameter_groups"]
+__all__ = ["SCHEDULES", "make_optimizer", "make_schedule"]
 
 SCHEDULES = ("fixed", "poly", "step")
-_FROZEN = "frozen"
 
 
 def make_schedule(config: OptimConfig, steps: int) -> optax.Schedule:
@@ -42,75 +40,53 @@ def make_schedule(config: OptimConfig, steps: int) -> optax.Schedule:
     return lambda step: main(step) * ramp(step)
 
 
-def parameter_groups(params: Any, config: OptimConfig, freeze_encoder: bool = False) -> Any:
-    """Label every parameter with its group: "frozen", or its factors on learning rate and decay.
-
-    Returns:
-        A tree like ``params`` of strings, e.g. "lr x 2, decay x 0".
-    """
-
-    def label(path: tuple[Any, ...], leaf: Any) -> str:
-        del leaf
-        names = [str(entry.key) for entry in path]
-        encoder = names[0] == "vgg"
-        if (encoder and freeze_encoder) or (config.freeze_upsampling and names[0].startswith("upscore")):
-            return _FROZEN
-        bias = names[-1] in ("bias", "scale")
-        lr = (config.bias_lr if names[-1] == "bias" else 1.0) * (1.0 if encoder else config.head_lr)
-        decay = 1.0 if config.bias_decay or not bias else 0.0
-        return f"lr x {lr:g}, decay x {decay:g}"
-
-    return jax.tree_util.tree_map_with_path(label, params)
+def _names(path: tuple[Any, ...]) -> list[str]:
+    return [str(entry.key) for entry in path]
 
 
-def _sgd(config: OptimConfig, schedule: optax.Schedule, lr: float, decay: float) -> optax.GradientTransformation:
-    return optax.chain(
-        optax.add_decayed_weights(config.weight_decay * decay),
-        optax.sgd(lambda step: lr * schedule(step), momentum=config.momentum or None, nesterov=config.nesterov),
-    )
+def _is_frozen(path: tuple[Any, ...], config: OptimConfig, freeze_encoder: bool) -> bool:
+    first = _names(path)[0]
+    return (freeze_encoder and first == "vgg") or (config.freeze_upsampling and first.startswith("upscore"))
+
+
+def _lr_factor(path: tuple[Any, ...], config: OptimConfig) -> float:
+    first, *_, last = _names(path)
+    return (config.bias_lr if last == "bias" else 1.0) * (1.0 if first == "vgg" else config.head_lr)
 
 
 def make_optimizer(
     params: Any, config: OptimConfig, steps: int, freeze_encoder: bool = False
 ) -> optax.GradientTransformation:
-    """Make the optimiser: v <- momentum v + g + decay w; w <- w - lr v, with the factors of each parameter's group.
+    """Make the optimiser: v <- momentum v + g + decay w; w <- w - lr v, with factors on lr and decay by parameter.
 
     This is ``torch.optim.SGD``: the decay is added to the gradient, the learning rate stands outside the momentum
     (Caffe has it inside; they part where the rate changes).
 
     Args:
         params: the parameters, for their names.
-        config: rates and factors.
+        config: rates and factors, in the ranges that ``training.trainer.check_config`` checks.
         steps: length of the run, for the schedule.
         freeze_encoder: leave the encoder as it is.
 
     Raises:
-        InputError: a rate, momentum or decay out of range, or an unknown schedule.
+        InputError: an unknown schedule.
     """
-    _check(config)
-    schedule = make_schedule(config, steps)
-    groups = parameter_groups(params, config, freeze_encoder)
-    transforms: dict[Hashable, optax.GradientTransformation] = {}
-    for group in sorted(set(jax.tree.leaves(groups))):
-        if group == _FROZEN:
-            transforms[group] = optax.set_to_zero()
-        else:
-            lr, decay = (float(part.split(" x ")[1]) for part in group.split(", "))
-            transforms[group] = _sgd(config, schedule, lr, decay)
-    optimizer = optax.partition(transforms, groups)
-    if config.clip_norm is None:
-        return optimizer
-    frozen = jax.tree.map(lambda group: group == _FROZEN, groups)
-    clip = optax.clip_by_global_norm(config.clip_norm)
-    return optax.chain(optax.masked(optax.set_to_zero(), frozen), clip, optimizer)
+    map_with_path = jax.tree_util.tree_map_with_path
+    trained = map_with_path(lambda path, _: not _is_frozen(path, config, freeze_encoder), params)
+    frozen = jax.tree.map(lambda each: not each, trained)
 
+    def decays(params: Any) -> Any:
+        return map_with_path(lambda path, _: config.bias_decay or _names(path)[-1] not in ("bias", "scale"), params)
 
-def _check(config: OptimConfig) -> None:
-    if not config.lr > 0:
-        raise InputError(f"expected optim.lr > 0, got {config.lr}; the recipes list rates that work")
-    if not 0 <= config.momentum < 1:
-        raise InputError(f"expected 0 <= optim.momentum < 1, got {config.momentum}; 0.9 is usual")
-    if config.weight_decay < 0:
-        raise InputError(f"expected optim.weight_decay >= 0, got {config.weight_decay}; 0 turns it off")
-    if config.clip_norm is not None and not config.clip_norm > 0:
-        raise InputError(f"expected optim.clip_norm > 0, got {config.clip_norm}; leave it out not to clip")
+    def scale(updates: Any, params: Any) -> Any:
+        del params
+        return map_with_path(lambda path, update: _lr_factor(path, config) * update, updates)
+
+    sgd = optax.chain(
+        optax.add_decayed_weights(config.weight_decay, decays),
+        optax.trace(config.momentum, config.nesterov) if config.momentum else optax.identity(),
+        optax.stateless(scale),
+        optax.scale_by_learning_rate(make_schedule(config, steps)),
+    )
+    clip = optax.identity() if config.clip_norm is None else optax.clip_by_global_norm(config.clip_norm)
+    return optax.chain(optax.masked(optax.set_to_zero(), frozen), clip, optax.masked(sgd, trained))

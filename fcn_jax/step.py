@@ -113,12 +113,12 @@ def make_train_step(
     def gradient_of_parts(params: Any, batch_stats: Any, batch: Batch, ids: jax.Array, key: jax.Array) -> Any:
         def add_part(carry: Any, part: Any) -> Any:
             batch_stats, total = carry
-            batch_stats, new = gradient(params, batch_stats, *part, key)
+            batch_stats, new = gradient(params, batch_stats, part[0], part[1], key)
             return (batch_stats, jax.tree.map(jnp.add, total, new)), None
 
         parts = jax.tree.map(lambda x: jnp.moveaxis(x.reshape(-1, accumulate, *x.shape[1:]), 1, 0), (dict(batch), ids))
         first = jax.tree.map(lambda x: x[0], parts)
-        shapes = jax.eval_shape(gradient, params, batch_stats, *first, key)[1]
+        shapes = jax.eval_shape(gradient, params, batch_stats, first[0], first[1], key)[1]
         zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
         return jax.lax.scan(add_part, (batch_stats, zeros), parts)[0]
 

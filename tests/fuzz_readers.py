@@ -29,6 +29,7 @@ from PIL import Image
 from fcn_jax import cli, weights
 from fcn_jax.cli import bench as cli_bench
 from fcn_jax.cli import parity as cli_parity
+from fcn_jax.cli.process import guarded
 from fcn_jax.config import Config, DataConfig
 from fcn_jax.data import datasets, download, folder, labels, listing, sbd
 from fcn_jax.data import prepared as prepare
@@ -37,8 +38,8 @@ from fcn_jax.models import create_model, init_variables, model_from_config
 from fcn_jax.recipes import RECIPES
 from fcn_jax.step import TrainState
 from fcn_jax.training import checkpoint
-from fcn_jax.training.check import check_config
 from fcn_jax.training.run import DatasetInfo, RunFolder
+from fcn_jax.training.trainer import check_config
 from fcn_jax.weights.source import open_source
 
 warnings.simplefilter("ignore")  # what a library says of a damaged file is no failure
@@ -372,7 +373,7 @@ def _run_command(files: Files, work: Path) -> object:
         error = stack.enter_context(contextlib.redirect_stderr(io.StringIO()))
         stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
         try:
-            code = cli.guarded(cli._dispatch, words)
+            code = guarded(cli._dispatch, words)
         except SystemExit as stop:
             if stop.code:
                 raise AssertionError(f"left with {stop.code}") from stop

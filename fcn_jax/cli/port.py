@@ -1,12 +1,13 @@
-"""The command lines `fcn-jax port` and `fcn-jax export`: weights in from torch projects and files, and out to them."""
+"""`fcn-jax port`: weights of PyTorch projects to a file of ours, or back."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 import tyro
@@ -14,12 +15,12 @@ from rich.console import Console
 from rich.table import Table
 
 from fcn_jax import weights
+from fcn_jax.cli.export import print_written
+from fcn_jax.cli.process import make_folder
 from fcn_jax.errors import InputError, unknown
 from fcn_jax.models import create_model, init_variables
-from fcn_jax.models.fcn import FCN
-from fcn_jax.training.trained import open_trained
 
-__all__ = ["ExportArguments", "PortArguments", "export", "port"]
+__all__ = ["PortArguments", "main"]
 
 
 @dataclass(frozen=True)
@@ -50,26 +51,9 @@ class PortArguments:
     """Of the initial values of what the source has not."""
 
 
-@dataclass(frozen=True)
-class ExportArguments:
-    """Write a run's weights to a file that PyTorch, or another run, can read."""
-
-    run: Path
-    """The run's folder."""
-    out: Path
-    """A .safetensors or .pth file."""
-    checkpoint: str = "best"
-    """best (by mean IU on the validation split), last, or a step's number."""
-    layout: str = "fcn_jax"
-    """Whose names to write: fcn_jax (those of the PyTorch twin), or those of a torch project."""
-
-
-def port(given: PortArguments) -> None:
-    """Convert, write, and print the report.
-
-    Raises:
-        InputError: the source or the options do not fit.
-    """
+def main(arguments: Sequence[str]) -> int:
+    """Convert, write, and print the report; the exit code."""
+    given = tyro.cli(PortArguments, prog="fcn-jax port", args=list(arguments))
     file = given.out if given.out.suffix else given.out / "weights.safetensors"
     weights.check_suffix(file)
     if Path(given.source).exists() and file.resolve() == Path(given.source).resolve():
@@ -100,41 +84,13 @@ def port(given: PortArguments) -> None:
             lambda filled, value: value if isinstance(filled, jax.ShapeDtypeStruct) else filled, variables, initial
         )
     report = replace(report, preprocessing=given.preprocessing or info.preprocessing)
-    _make_folder(file.parent)
+    make_folder(file.parent)
     weights.save(file, model, variables, report.preprocessing, given.layout)
     if file.parent == given.out:
         (given.out / "report.json").write_text(json.dumps(asdict(report), indent=2) + "\n")
     _print_report(given.source, info, report)
-    _print_written(f"{name} in the names of {given.layout}: {file}", model, variables, given.layout)
-
-
-def export(given: ExportArguments) -> None:
-    """Write a run's weights.
-
-    Raises:
-        InputError: no such run or checkpoint, or a layout that the network does not fit.
-    """
-    weights.check_suffix(given.out)
-    trained = open_trained(given.run, given.checkpoint)
-    _make_folder(given.out.parent)
-    weights.save(given.out, trained.model, trained.variables, trained.config.data.preprocessing, given.layout)
-    name = trained.config.model.name
-    what = f"{name} of {given.run}, step {trained.step}, in the names of {given.layout}: {given.out}"
-    _print_written(what, trained.model, trained.variables, given.layout)
-
-
-def _print_written(what: str, model: FCN, variables: dict[str, Any], layout: str) -> None:
-    print(what)
-    left_out = weights.nameless(model, variables, layout)
-    if left_out:
-        print(f"not written, since {layout} has no names for them: {', '.join(left_out)}")
-
-
-def _make_folder(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"--out {folder}: {error.strerror}; name a folder that can be written to") from error
+    print_written(f"{name} in the names of {given.layout}: {file}", model, variables, given.layout)
+    return 0
 
 
 def _only_model(source: str, info: weights.Info) -> str:

@@ -1,4 +1,4 @@
-"""A command's process: output that stops no run, quiet libraries, kept programs, and what becomes its exit code."""
+"""A command's process: output that stops no run, quiet libraries, compiled programs, and what becomes its exit code."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import io
 import logging
 import os
 import sys
+import traceback
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -18,9 +19,11 @@ import jax
 
 from fcn_jax.errors import InputError, Stopped
 
-__all__ = ["Output", "guarded", "keep_compiled"]
+__all__ = ["Output", "guarded", "keep_compiled", "make_folder"]
 
 _DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EFBIG}
+_MOST_COMPILED = 2 * 2**30
+"""Bytes of compiled programs that are kept; the least recently used go first."""
 
 
 class Output:
@@ -48,6 +51,57 @@ class Output:
                 os.dup2(nowhere.fileno(), self._file.fileno())
 
 
+def make_folder(folder: Path) -> None:
+    """Make a folder for a command's results; an InputError where it cannot be written to."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"--out {folder}: {error.strerror}; name a folder that can be written to") from error
+
+
+def guarded(command: Callable[[Sequence[str]], int], arguments: Sequence[str]) -> int:
+    """Run a command; a user's mistake becomes one line on stderr and exit code 2.
+
+    With FCN_JAX_DEBUG=1 in the environment its traceback comes before that line.
+    """
+    _quieten_orbax()
+    keep_compiled()
+    try:
+        return command(arguments)
+    except (Exception, KeyboardInterrupt) as error:
+        found = _message(error)
+        if found is None:
+            raise
+        if os.environ.get("FCN_JAX_DEBUG"):
+            traceback.print_exc()
+        print(found[0], file=sys.stderr)
+        return found[1]
+
+
+def _message(error: BaseException) -> tuple[str, int] | None:
+    """Return the line for the user and the exit code; None for an error that is not the user's."""
+    if isinstance(error, InputError):
+        return f"error: {error}", 2
+    if isinstance(error, Stopped):
+        return str(error), 128 + error.number
+    if isinstance(error, KeyboardInterrupt):
+        return "stopped; the same command goes on from the last checkpoint", 130  # 128 + SIGINT, as shells have it
+    # A file that cannot be written or a path that cannot be named, wherever that shows.
+    if isinstance(error, OSError) and (error.filename is not None or error.errno in _DISK):
+        return f"error: {error.filename or 'a file'}: {error.strerror}; check the path and the disk", 2
+    if isinstance(error, RuntimeError | AssertionError) and not _has_backend():
+        platforms = os.environ.get("JAX_PLATFORMS", "")
+        return f"error: JAX finds no device with JAX_PLATFORMS={platforms!r}; name a platform of this machine", 2
+    return None
+
+
+def _has_backend() -> bool:
+    try:
+        return bool(jax.devices())
+    except (RuntimeError, AssertionError):  # JAX asserts where none of the platforms asked for is there
+        return False
+
+
 def _quieten_orbax() -> None:
     """Keep orbax from announcing its defaults and, where a disk is full, each array's failure: it raises that too."""
     for name in ("absl", "asyncio"):
@@ -71,24 +125,4 @@ def keep_compiled() -> None:
         with contextlib.suppress(OSError):  # where nothing can be kept, everything is compiled anew
             folder.mkdir(parents=True, exist_ok=True)
             jax.config.update("jax_compilation_cache_dir", str(folder))
-
-
-def guarded(command: Callable[[Sequence[str]], int], arguments: Sequence[str]) -> int:
-    """Run a command; a user's mistake becomes one line on stderr and exit code 2."""
-    _quieten_orbax()
-    try:
-        return command(arguments)
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except Stopped as stop:
-        print(stop, file=sys.stderr)
-        return 128 + stop.number
-    except OSError as error:  # a file that cannot be written or a path that cannot be named, wherever that shows
-        if error.filename is None and error.errno not in _DISK:
-            raise
-        print(f"error: {error.filename or 'a file'}: {error.strerror}; check the path and the disk", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("stopped; the same command goes on from the last checkpoint", file=sys.stderr)
-        return 130  # 128 + SIGINT, as shells have it
+            jax.config.update("jax_compilation_cache_max_size", _MOST_COMPILED)

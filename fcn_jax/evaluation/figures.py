@@ -19,6 +19,7 @@ __all__ = [
     "overlay",
     "save_confusion",
     "save_curves",
+    "save_overlay",
     "save_palette_png",
     "save_panel",
     "save_predictions",
@@ -164,3 +165,13 @@ def _save_grid(
     for text in legend.get_texts():
         text.set_parse_math(False)
     _save(figure, path)
+
+
+def save_overlay(
+    path: Path, image: np.ndarray, labels: np.ndarray, palette: Palette, class_names: Sequence[str]
+) -> None:
+    """Write the overlay of an RGB image (h, w, 3) and its labels (h, w)."""
+    del class_names
+    blended = overlay(image, labels, palette)
+    if not cv2.imwrite(str(path), cv2.cvtColor(blended, cv2.COLOR_RGB2BGR)):
+        raise OSError(f"{path} could not be written; check the disk")

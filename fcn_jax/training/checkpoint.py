@@ -1,14 +1,12 @@
 """Checkpoints of a run: the only file that knows orbax.
 
 ``checkpoints/STEP`` is a state that was validated; ``interrupted/STEP``, beside it, one that a signal ended the run at.
-Orbax writes a folder under another name and renames it once it is whole. What it does not notice, a changed byte in
-an array, our own digest does.
+Orbax writes a folder under another name and renames it once it is whole. It does not notice a changed byte in an array;
+our checksums do.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 import shutil
 from collections.abc import Iterator
@@ -17,7 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
+import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
@@ -51,7 +49,7 @@ class Checkpoints:
     """Saves a run's states: the newest few, the best by mean IU, and those at a fixed interval for good.
 
     Each holds three items: ``variables`` (params, batch_stats), ``training`` (optimiser state, step, key) and
-    ``progress`` (what the loop gives, and the digests of the other two), with the mean IU as its metric. Saving goes
+    ``progress`` (what the loop gives, and the checksums of the other two), with the mean IU as its metric. Saving goes
     on in the background; ``close`` waits for it.
     """
 
@@ -156,8 +154,8 @@ def restore_newest(folder: Path, like: TrainState, writes: bool = True) -> Resto
             damaged.append((parent / str(step), str(error)))
             continue
         # An older one whose score cannot be read would be in the way of choosing the best.
-        older = [(folder / str(other), "its score is lost") for other in _steps(folder) if other < step]
-        damaged += [(path, error) for path, error in older if _metrics(path) is None]
+        older = [other for other in _steps(folder) if other < step and _metrics(folder, other) is None]
+        damaged += [(folder / str(other), "its score is lost") for other in older]
         if not writes:
             damaged = []
         notes = tuple(f"{_put_aside(path)}: {error}; going on from step {step}" for path, error in damaged)
@@ -218,7 +216,7 @@ def _interrupted(folder: Path) -> Path:
 
 
 def _steps(folder: Path) -> list[int]:
-    return [int(path.name) for path in folder.iterdir() if path.name.isdigit()] if folder.is_dir() else []
+    return ocp.utils.checkpoint_steps(folder) if folder.is_dir() else []
 
 
 def _put_aside(path: Path) -> Path:
@@ -238,21 +236,28 @@ def _parts(state: TrainState) -> dict[str, Any]:
 
 def _items(state: TrainState, progress: dict[str, Any]) -> ocp.args.Composite:
     parts = _parts(state)
-    digests = {name: _digest(part) for name, part in parts.items()}
     return ocp.args.Composite(
         **{name: ocp.args.StandardSave(part) for name, part in parts.items()},
-        progress=ocp.args.JsonSave({**progress, "digests": digests}),
+        progress=ocp.args.JsonSave({**progress, "checksums": _checksums(parts)}),
     )
 
 
-def _digest(tree: Any) -> str:
-    """Return the SHA-256 of the names, types, shapes and bytes of all arrays."""
-    total = hashlib.sha256()
-    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-        array = np.asarray(leaf)
-        total.update(f"{jax.tree_util.keystr(path)} {array.dtype} {array.shape}".encode())
-        total.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
-    return total.hexdigest()
+def _checksums(parts: dict[str, Any]) -> dict[str, list[int]]:
+    """Return one number for each array, computed where the arrays are, so that a step does not wait for a hash."""
+    sums = jax.device_get(_jitted_checksums(parts))
+    return {name: [int(each) for each in jax.tree.leaves(part)] for name, part in sums.items()}
+
+
+@jax.jit
+def _jitted_checksums(parts: Any) -> Any:
+    return jax.tree.map(_checksum, parts)
+
+
+def _checksum(x: jax.Array) -> jax.Array:
+    """Return the sum of (2 i + 1) w_i modulo 2^32 over the words w_i; the factors are odd, so that any word counts."""
+    words = {1: jnp.uint8, 2: jnp.uint16}.get(x.dtype.itemsize, jnp.uint32)
+    flat = jax.lax.bitcast_convert_type(x, words).ravel().astype(jnp.uint32)
+    return jnp.sum(flat * (2 * jnp.arange(flat.size, dtype=jnp.uint32) + 1), dtype=jnp.uint32)
 
 
 def _read(path: Path, like: TrainState) -> tuple[TrainState, dict[str, Any]]:
@@ -267,17 +272,15 @@ def _read_items(path: Path, targets: dict[str, Any]) -> tuple[list[Any], dict[st
     Raises:
         _Damaged: the checkpoint is not whole, or of another network.
     """
-    if (path / "position").is_dir() and not (path / "progress").exists():
-        raise _Damaged("it was written by an older version of fcn_jax, which can read it")
     _check_shapes(path, targets["variables"])
     items = {name: ocp.args.StandardRestore(target) for name, target in targets.items()}
     try:
         with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as reader:
             saved = reader.restore(path, ocp.args.Composite(**items, progress=ocp.args.JsonRestore()))
         progress = dict(saved["progress"])
-        digests = progress.pop("digests")
-        wrong = [name for name in items if digests[name] != _digest(saved[name])]
-        wrong += ["metrics"] if progress.pop("metrics", None) != _metrics(path) else []
+        checksums = progress.pop("checksums")
+        wrong = [name for name in items if checksums[name] != _checksums({name: saved[name]})[name]]
+        wrong += ["metrics"] if progress.pop("metrics", None) != _metrics(path.parent, int(path.name)) else []
     except Exception as error:  # whatever the parsers of damaged bytes come to
         raise _Damaged(first_line(error)) from error
     if wrong:
@@ -285,10 +288,11 @@ def _read_items(path: Path, targets: dict[str, Any]) -> tuple[list[Any], dict[st
     return [saved[name] for name in items], progress
 
 
-def _metrics(path: Path) -> dict[str, Any] | None:
-    """Return what orbax keeps as a checkpoint's metrics; None where there are none, or none that can be read."""
+def _metrics(folder: Path, step: int) -> dict[str, Any] | None:
+    """Return the metrics that orbax keeps with a checkpoint; None where there are none, or none that can be read."""
     try:
-        metrics = json.loads((path / "metrics" / "metrics").read_text())
+        with _open(folder, ocp.CheckpointManagerOptions(read_only=True)) as manager:
+            metrics = manager.metrics(step)
         return metrics if isinstance(_mean_iu(metrics), float) else None
     except Exception:  # as in _read_items
         return None

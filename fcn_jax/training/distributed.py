@@ -6,8 +6,10 @@ process everything here returns at once.
 
 from __future__ import annotations
 
+import os
 import re
 import socket
+import sys
 import time
 import traceback
 import zlib
@@ -18,30 +20,28 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax._src.distributed import global_state as state  # for its client, as orbax does: JAX has no public one
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from fcn_jax.errors import InputError, Stopped, first_line
-from fcn_jax.training.liveness import AGAIN, Liveness, leave
 
 __all__ = [
     "AgreedError",
     "Agreement",
     "check_same",
     "digest",
+    "exit_on_error",
     "from_writer",
     "gather",
     "is_writer",
-    "leave_on_error",
     "processes",
     "share",
     "together",
     "writer_first",
 ]
 
-_HEARTBEAT = 60
-"""Seconds after which JAX aborts a process that has lost another one, should ``Liveness`` not have ended it before."""
+_HEARTBEAT = 30
+"""Seconds without a heartbeat after which JAX's coordination service ends all processes."""
 _SHUTDOWN = 60
 """Seconds for which the first process that is done waits for the last, which may be drawing figures."""
 _START = 300
@@ -69,7 +69,7 @@ def processes(
     """Be one of the processes of a run for as long as the context lasts.
 
     It has to be entered before anything asks JAX for a device. An error of this process alone ends it at once, without
-    a farewell to the others, who would wait for it: they notice by the lost connection.
+    the shutdown barrier, in which it would wait for the others: they notice the lost connection or heartbeat.
 
     Args:
         distributed: None for a single process; "auto" where the environment tells each process its place (SLURM, TPU
@@ -85,28 +85,24 @@ def processes(
         yield
         return
     _connect(distributed, num_processes, process_id)
-    liveness = Liveness(state.client, state.process_id, state.num_processes)
-    with leave_on_error():
+    with exit_on_error():
         try:
             yield
         except _IN_ORDER:
-            liveness.stop()
             jax.distributed.shutdown()
             raise
-        liveness.stop()
         jax.distributed.shutdown()
 
 
 def _check(distributed: str | None, num_processes: int | None, process_id: int | None) -> None:
     both = f"--num-processes {num_processes} --process-id {process_id}"
-    if distributed in (None, "auto"):
+    if distributed is None or distributed == "auto":
         if num_processes is not None or process_id is not None:
             raise InputError(
                 f"expected {both} with --distributed HOST:PORT alone, got --distributed {distributed}; "
                 "name the address of process 0, or leave them out"
             )
         return
-    assert distributed is not None
     address = re.fullmatch(r"(\[[^\]]+\]|[^:\s]+):(\d+)", distributed)
     if address is None or not 0 < int(address[2]) < 2**16:
         raise InputError(f"expected --distributed auto or HOST:PORT, got {distributed}; a port is in 1 ... 65535")
@@ -169,20 +165,23 @@ def _not_found(distributed: str, error: Exception) -> InputError:
 
 
 @contextmanager
-def leave_on_error() -> Iterator[None]:
-    """End this process at once, without clean-up, where it fails and the others do not know; they are told.
+def exit_on_error() -> Iterator[None]:
+    """End this process at once, without clean-up, where it fails and the others do not know.
 
-    Whatever it would wait for at its end, a barrier or what is half saved, may need them, and they wait for it. In a
-    single process nothing is changed.
+    Whatever it would wait for at its end, a barrier or a checkpoint that is half saved, may need them, and they wait
+    for it. In a single process nothing is changed.
     """
     try:
         yield
     except _IN_ORDER:
         raise
     except BaseException as error:
-        if state.client is None:
+        if not jax.distributed.is_initialized():
             raise
-        leave(state.client, state.process_id, *_last_words(error))
+        message, code = _last_words(error)
+        sys.stdout.flush()
+        print(message, file=sys.stderr, flush=True)
+        os._exit(code)
 
 
 def _last_words(error: BaseException) -> tuple[str, int]:
@@ -192,7 +191,8 @@ def _last_words(error: BaseException) -> tuple[str, int]:
     if isinstance(error, KeyboardInterrupt):
         return "stopped; the same commands go on from the last checkpoint", 130
     if isinstance(error, jax.errors.JaxRuntimeError) and _OF_ANOTHER.search(str(error)):
-        return (f"error: another process of the run ended or cannot be reached; {AGAIN} ({first_line(error)})", 1)
+        again = "start all of them again, and they go on from the last checkpoint"
+        return f"error: another process of the run ended or cannot be reached; {again} ({first_line(error)})", 1
     return "".join(traceback.format_exception(error)), 1
 
 

@@ -18,7 +18,7 @@ from fcn_jax.evaluation.evaluate import Evaluation
 from fcn_jax.step import StepSums
 from fcn_jax.training.distributed import AgreedError
 from fcn_jax.training.run import RunFolder, seconds_since_start
-from fcn_jax.training.setup import Trainer
+from fcn_jax.training.trainer import Trainer
 
 __all__ = ["Events", "Logger", "progress_bar"]
 

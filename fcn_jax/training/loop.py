@@ -1,7 +1,7 @@
 """The training loop: its order of operations is the documentation.
 
 resume > given weights > scratch; then step, log, validate, save, draw; the best and the last checkpoints stay.
-Whatever ends the process, the same command takes the run up from what was saved and comes to the same end.
+Whatever ends the process, the same command resumes the run from what was saved and comes to the same end.
 """
 
 from __future__ import annotations
@@ -16,79 +16,42 @@ from typing import Any
 import jax
 import numpy as np
 from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 
 from fcn_jax.config import Config
 from fcn_jax.data.batches import EvalBatch
-from fcn_jax.data.datasets import Split
-from fcn_jax.data.pipeline import make_eval_batches, make_train_iterator
+from fcn_jax.data.pipeline import TrainIterator, make_eval_batches, make_train_iterator
 from fcn_jax.errors import InputError, Stopped
 from fcn_jax.evaluation.evaluate import Evaluation, Sample, evaluate, spread
 from fcn_jax.evaluation.figures import save_confusion, save_curves, save_panel
+from fcn_jax.evaluation.report import score_table
 from fcn_jax.metrics import Scores
 from fcn_jax.step import TrainState
-from fcn_jax.training.checkpoint import Checkpoints, has_checkpoint, restore_newest
+from fcn_jax.training.checkpoint import Checkpoints, Restored, has_checkpoint, restore_newest
 from fcn_jax.training.distributed import (
     Agreement,
     check_same,
+    exit_on_error,
     from_writer,
     gather,
     is_writer,
-    leave_on_error,
     share,
     writer_first,
 )
 from fcn_jax.training.logging import Events, Logger, progress_bar
 from fcn_jax.training.run import DatasetInfo, RunFolder
-from fcn_jax.training.setup import Trainer, make_trainer
 from fcn_jax.training.signals import StopRequest, StopRequested, stop_request
+from fcn_jax.training.trainer import Trainer, make_trainer
 
-__all__ = ["score_table", "train", "validate"]
-
-
-def score_table(scores: Scores, class_names: tuple[str, ...], title: str) -> Table:
-    """Lay the four scores and each class's IU out as a table, to the last digit; a class that is nowhere has nan."""
-    table = Table(title=escape(title))
-    table.add_column("score")
-    table.add_column("value", justify="right")
-    for name in ("pixel_accuracy", "mean_accuracy", "mean_iu", "frequency_weighted_iu"):
-        table.add_row(name.replace("_", " "), repr(getattr(scores, name)))
-    table.add_section()
-    for name, iu in zip(class_names, scores.per_class_iu, strict=True):
-        table.add_row(f"IU {escape(name)}", repr(float(iu)))
-    return table
+__all__ = ["train", "validate"]
 
 
-def validate(trainer: Trainer, config: Config, state: TrainState, stop: StopRequest | None = None) -> Evaluation:
-    """Score the validation split with the current weights.
-
-    Each process scores its share of the images; samples are of its own.
-
-    Raises:
-        StopRequested: in between, where ``stop`` says so and no other process is waiting for this one's counts.
-    """
-    variables = {"params": state.params, "batch_stats": state.batch_stats}
-    batches = make_eval_batches(trainer.val, config.data, config.train.eval_batch_size, **share())
-    heeded = _heeding(stop, batches) if stop is not None and jax.process_count() == 1 else batches
-    own = len(trainer.val) // jax.process_count()  # images of the process that draws them, at least
-    evaluation = evaluate(trainer.predict, variables, heeded, trainer.val.num_classes, spread(own))
-    counts = gather(np.append(evaluation.confusion, evaluation.images)).sum(axis=0)
-    return replace(evaluation, confusion=counts[:-1].reshape(evaluation.confusion.shape), images=int(counts[-1]))
-
-
-def _heeding(stop: StopRequest, batches: Iterable[EvalBatch]) -> Iterator[EvalBatch]:
-    for batch in batches:
-        stop.check()
-        yield batch
-
-
-def train(config: Config, console: Console) -> Scores:
+def train(config: Config, console: Console, lengthen: bool = False) -> Scores:
     """Train as the config says, resuming what its run folder holds.
 
     Args:
         config: the whole run.
         console: where tables and the progress bar go.
+        lengthen: the run in the folder may have been started with another length, see ``run.lengthened``.
 
     Returns:
         The scores of the last validation.
@@ -100,17 +63,143 @@ def train(config: Config, console: Console) -> Scores:
     """
     folder = RunFolder(config.run, writes=is_writer())
     trainer = make_trainer(config, resuming=bool(from_writer(has_checkpoint(folder.checkpoints))))
+    dataset = DatasetInfo(trainer.train.dataset, trainer.train.class_names, trainer.train.palette)
 
     def say(message: str) -> None:
         console.print(message, highlight=False, markup=False)
 
-    with folder.locked(), stop_request(say) as stop, _named(folder):
-        return _train(config, console, folder, trainer, stop)
+    with folder.locked(), stop_request(say) as stop, _disk_errors(folder):
+        writer_first(lambda: folder.start(config, dataset, lengthen))
+        batches = make_train_iterator(trainer.train, config.data, config.train.batch_size, config.train.seed, **share())
+        restored, notes = _restore(config, folder, trainer, batches)
+        for note in (*trainer.notes, *notes):
+            say(f"note: {note}")
+        state, step = (restored.state, restored.step) if restored else (trainer.state, 0)
+        if restored:
+            say(f"resuming {config.run} at step {step}")
+        evaluation: Evaluation | None = None
+        with (
+            closing(Events(folder.events if folder.writes else None, step)) as events,
+            closing(
+                Checkpoints(folder.checkpoints, config.train.keep_last, trainer.length.keep_every, folder.writes)
+            ) as checkpoints,
+            closing(batches),
+            exit_on_error(),
+            _disk_errors(folder),
+        ):
+            stop_wanted = Agreement(trainer.parallel.mesh)
+            unlogged = restored.progress["unlogged"] if restored else ()
+            logger = Logger(folder, events, trainer, config, console, unlogged)
+
+            def progress() -> dict[str, Any]:
+                position, devices = json.loads(batches.get_state()), trainer.parallel.mesh.size
+                return {"data": position, "unlogged": logger.unlogged(), "devices": devices}
+
+            def milestone() -> Evaluation:
+                logger.flush(step)
+                evaluation = validate(trainer, config, state, stop)
+                logger.validation(step, evaluation)
+                checkpoints.save(state, progress(), evaluation.scores.mean_iu)
+                title = f"step {step}, {config.data.val}"
+                console.print(score_table(evaluation.scores, dataset.class_names, title))
+                _save_figures(folder, evaluation, trainer)
+                logger.restart_clock()
+                return evaluation
+
+            try:
+                if restored and not restored.validated and trainer.length.is_milestone(step):
+                    evaluation = milestone()
+                elif step == trainer.length.steps:
+                    evaluation = validate(trainer, config, state, stop)
+                with progress_bar(console, trainer.length.steps, step, config.train.log_every) as advance:
+                    while step < trainer.length.steps:
+                        if stop_wanted(stop.number is not None):
+                            raise StopRequested(stop.number or signal.SIGTERM)  # of another process
+                        try:
+                            batch = logger.waiting(lambda: next(batches))
+                        except InputError:
+                            if jax.process_count() == 1:  # otherwise nobody would take part in saving
+                                stop.check()  # a worker that still starts ends by the signal that came for all
+                                checkpoints.save_interrupted(state, progress())
+                            raise
+                        # Whatever else travels between host and device in a step is a mistake, and slow.
+                        with jax.transfer_guard("disallow"):
+                            arrays = {key: batch[key] for key in ("image", "label")}
+                            state, sums = trainer.parallel.step(state, trainer.parallel.place_batch(arrays))
+                        step += 1
+                        logger.step(step, sums, batch["name"], advance)
+                        if folder.writes and config.train.pictures_every and step % config.train.pictures_every == 0:
+                            _save_training_picture(folder, trainer, state, batch, step)
+                            logger.restart_clock()
+                        if trainer.length.is_milestone(step):
+                            evaluation = milestone()
+            except StopRequested as request:
+                checkpoints.save_interrupted(state, progress())
+                raise Stopped(
+                    f"stopped by {request} at step {step}, which is saved; the same command goes on from there",
+                    request.number,
+                ) from None
+            best = checkpoints.best_step()
+        assert evaluation is not None  # the last step is a milestone
+        _save_figures(folder, evaluation, trainer)
+        say(f"best checkpoint: step {best}; figures in {folder.figures}")
+        return evaluation.scores
+
+
+def validate(trainer: Trainer, config: Config, state: TrainState, stop: StopRequest | None = None) -> Evaluation:
+    """Score the validation split with the current weights.
+
+    Each process scores its share of the images; samples are of its own.
+
+    Raises:
+        StopRequested: in between, where ``stop`` says so and no other process is waiting for this one's counts.
+    """
+    batches = make_eval_batches(trainer.val, config.data, config.train.eval_batch_size, **share())
+    if stop is not None and jax.process_count() == 1:
+        batches = _until_stopped(stop, batches)
+    own = len(trainer.val) // jax.process_count()  # images of the process that draws them, at least
+    variables = {"params": state.params, "batch_stats": state.batch_stats}
+    evaluation = evaluate(trainer.predict, variables, batches, trainer.val.num_classes, spread(own))
+    counts = gather(np.append(evaluation.confusion, evaluation.images)).sum(axis=0)
+    return replace(evaluation, confusion=counts[:-1].reshape(evaluation.confusion.shape), images=int(counts[-1]))
+
+
+def _until_stopped(stop: StopRequest, batches: Iterable[EvalBatch]) -> Iterator[EvalBatch]:
+    for batch in batches:
+        stop.check()
+        yield batch
+
+
+def _restore(
+    config: Config, folder: RunFolder, trainer: Trainer, batches: TrainIterator
+) -> tuple[Restored | None, list[str]]:
+    """Read the newest checkpoint, set the data's position, cut the log to both; return what a user should know."""
+    restored = restore_newest(folder.checkpoints, trainer.state, folder.writes)
+    check_same({"the newest checkpoint": restored and restored.step})
+    notes = list(restored.notes) if restored else []
+    if restored:
+        batches.set_state(json.dumps(restored.progress["data"]).encode())
+        before, now = restored.progress["devices"], trainer.parallel.mesh.size
+        if before != now:
+            notes.append(f"saved with {before} devices, going on with {now}: sums may differ in the last bits")
+    elif sum(row["kind"] == "val" for row in folder.rows()) > 2:
+        # Two may come before the first is written; with more, something was saved and is gone.
+        raise InputError(
+            f"{folder.path} has a log of several validations and no checkpoint in {folder.checkpoints}; "
+            "bring one back from a copy, or train anew with another --run"
+        )
+    elif any(folder.rows()):
+        notes.append("nothing was saved yet; starting from the beginning again, log included")
+    step, validated = (restored.step, restored.validated) if restored else (0, True)
+    damaged_rows = folder.drop_rows_after(step, with_validation=validated)
+    if damaged_rows:
+        notes.append(f"{damaged_rows} damaged rows of {folder.metrics_file} are left out")
+    return restored, notes
 
 
 @contextmanager
-def _named(folder: RunFolder) -> Iterator[None]:
-    """Turn what the disk says into a line for the user."""
+def _disk_errors(folder: RunFolder) -> Iterator[None]:
+    """Turn an error of the disk into a line for the user."""
     try:
         yield
     except OSError as error:
@@ -120,111 +209,10 @@ def _named(folder: RunFolder) -> Iterator[None]:
         ) from error
 
 
-def _train(config: Config, console: Console, folder: RunFolder, trainer: Trainer, stop: StopRequest) -> Scores:
-    info = DatasetInfo(trainer.train.dataset, trainer.train.class_names, trainer.train.palette)
-    writer_first(lambda: folder.start(config, info))
-    restored = restore_newest(folder.checkpoints, trainer.state, folder.writes)
-    check_same({"the newest checkpoint": restored and restored.step})
-    if restored is None and sum(row["kind"] == "val" for row in folder.rows()) > 2:
-        # Two may come before the first is written; with more, something was saved and is gone.
-        raise InputError(
-            f"{folder.path} has a log of several validations and no checkpoint in {folder.checkpoints}; "
-            "bring one back from a copy, or train anew with another --run"
-        )
-    for note in trainer.notes + (restored.notes if restored else ()):
-        console.print(f"note: {note}", highlight=False, markup=False)
-    state, step, validated = trainer.state, 0, True
-    unlogged: list[dict[str, Any]] = []
-    batches = make_train_iterator(trainer.train, config.data, config.train.batch_size, config.train.seed, **share())
-    if restored:
-        state, step, validated = restored.state, restored.step, restored.validated
-        batches.set_state(json.dumps(restored.progress["data"]).encode())
-        unlogged = restored.progress["unlogged"]
-        console.print(f"resuming {config.run} at step {step}", highlight=False, markup=False)
-        before, now = restored.progress["devices"], trainer.parallel.mesh.size
-        if before != now:
-            console.print(
-                f"note: saved with {before} devices, going on with {now}: sums may differ in the last bits",
-                highlight=False,
-            )
-    if restored is None and any(folder.rows()):
-        console.print("note: nothing was saved yet; starting from the beginning again, log included", highlight=False)
-    damaged_rows = folder.drop_rows_after(step, with_validation=validated)
-    if damaged_rows:
-        console.print(f"note: {damaged_rows} damaged rows of {folder.metrics_file} are left out", highlight=False)
-    evaluation: Evaluation | None = None
-    with (
-        closing(Events(folder.events if folder.writes else None, step)) as events,
-        closing(
-            Checkpoints(folder.checkpoints, config.train.keep_last, trainer.length.keep_every, folder.writes)
-        ) as checkpoints,
-        closing(batches),
-        leave_on_error(),
-        _named(folder),
-    ):
-        wanted = Agreement(trainer.parallel.mesh)
-        logger = Logger(folder, events, trainer, config, console, unlogged)
-
-        def progress() -> dict[str, Any]:
-            position, devices = json.loads(batches.get_state()), trainer.parallel.mesh.size
-            return {"data": position, "unlogged": logger.unlogged(), "devices": devices}
-
-        def heed_signals() -> None:
-            if wanted(stop.number is not None):
-                raise StopRequested(stop.number or signal.SIGTERM)  # of another process
-
-        def milestone() -> Evaluation:
-            logger.flush(step)
-            evaluation = validate(trainer, config, state, stop)
-            logger.validation(step, evaluation)
-            checkpoints.save(state, progress(), evaluation.scores.mean_iu)
-            console.print(score_table(evaluation.scores, info.class_names, f"step {step}, {config.data.val}"))
-            _save_figures(folder, evaluation, trainer.val)
-            logger.restart_clock()
-            return evaluation
-
-        try:
-            if not validated and trainer.length.is_milestone(step):
-                evaluation = milestone()
-            elif step == trainer.length.steps:
-                evaluation = validate(trainer, config, state, stop)
-            with progress_bar(console, trainer.length.steps, step, config.train.log_every) as advance:
-                while step < trainer.length.steps:
-                    heed_signals()
-                    try:
-                        batch = logger.waiting(lambda: next(batches))
-                    except InputError:
-                        if jax.process_count() == 1:  # otherwise nobody would take part in saving
-                            stop.check()  # a worker that still starts ends by the signal that came for all
-                            checkpoints.save_interrupted(state, progress())
-                        raise
-                    # Whatever else travels between host and device in a step is a mistake, and slow.
-                    with jax.transfer_guard("disallow"):
-                        arrays = {key: batch[key] for key in ("image", "label")}
-                        state, sums = trainer.parallel.step(state, trainer.parallel.place_batch(arrays))
-                    step += 1
-                    logger.step(step, sums, batch["name"], advance)
-                    if folder.writes and config.train.pictures_every and step % config.train.pictures_every == 0:
-                        _save_training_picture(folder, trainer, state, batch, step)
-                        logger.restart_clock()
-                    if trainer.length.is_milestone(step):
-                        evaluation = milestone()
-        except StopRequested as request:
-            checkpoints.save_interrupted(state, progress())
-            raise Stopped(
-                f"stopped by {request} at step {step}, which is saved; the same command goes on from there",
-                request.number,
-            ) from None
-        best = checkpoints.best_step()
-    assert evaluation is not None  # the last step is a milestone
-    _save_figures(folder, evaluation, trainer.val)
-    console.print(f"best checkpoint: step {best}; figures in {folder.figures}", highlight=False, markup=False)
-    return evaluation.scores
-
-
-def _save_figures(folder: RunFolder, evaluation: Evaluation, val: Split) -> None:
+def _save_figures(folder: RunFolder, evaluation: Evaluation, trainer: Trainer) -> None:
     if not folder.writes:
         return
+    val = trainer.val
     save_curves(folder.figures / "curves.png", folder.rows())
     save_confusion(folder.figures / "confusion.png", evaluation.confusion, val.class_names)
     save_panel(folder.figures / "panel.png", evaluation.samples, val.palette, val.class_names)
@@ -234,6 +222,5 @@ def _save_training_picture(folder: RunFolder, trainer: Trainer, state: TrainStat
     """Draw labels and predictions of the batch just trained on, as gaussian37's notes do every 20 steps."""
     variables = {"params": state.params, "batch_stats": state.batch_stats}
     predictions = trainer.predict(variables, batch["image"], batch["label"].shape[1:3])
-    rows = zip(batch["image"], batch["label"], predictions, strict=True)
-    samples = [Sample("", *row) for row in list(rows)[:6]]
+    samples = list(map(Sample, batch["name"], batch["image"], batch["label"], predictions))[:6]
     save_panel(folder.figures / "train" / f"{step:07d}.png", samples, trainer.train.palette, trainer.train.class_names)

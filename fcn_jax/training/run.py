@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
 import os
 import platform
+import re
 import subprocess
 import time
-import types
-import typing
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import jax
+import msgspec
+
 from fcn_jax.config import Config
 from fcn_jax.errors import InputError, first_line
+from fcn_jax.models import init_variables, model_from_config
+from fcn_jax.models.fcn import FCN
 
 try:
     import fcntl
@@ -28,9 +31,14 @@ except ImportError:  # not a Unix: two processes in one folder are not kept apar
 __all__ = [
     "DatasetInfo",
     "RunFolder",
+    "TrainedRun",
+    "check_local",
     "commit",
     "config_from_json",
     "environment",
+    "flatten",
+    "lengthened",
+    "open_run",
     "seconds_since_start",
     "versions",
     "write_whole",
@@ -55,7 +63,7 @@ _FREE_FIELDS = frozenset(
         "train.pictures_every",
     }
 )
-
+_LENGTH_FIELDS = frozenset({"train.steps", "train.epochs", "optim.step_every"})
 
 _SHOWN_AFTER = 60
 """Seconds in which a file that one machine wrote is visible on another; NFS forgets after 60 that it was not there."""
@@ -113,54 +121,44 @@ def seconds_since_start() -> float:
         return time.perf_counter() - _IMPORTED
 
 
-def _build(cls: Any, values: Any, where: str) -> Any:
-    if not isinstance(values, dict):
-        raise InputError(f"{where} is {_short(values)}, expected an object; restore the file or train again")
-    hints = typing.get_type_hints(cls)
-    unknown = sorted(set(values) - set(hints))
+def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
+    """Return the fields of a config (or of its JSON) by dotted name, as in ``data.crop_size``."""
+    values = config if isinstance(config, dict) else dataclasses.asdict(config)
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        flat |= flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return flat
+
+
+def check_local(path: str | Path, flag: str) -> None:
+    """Raise InputError for a path of an object store, ``SCHEME://...``, which would name a local folder."""
+    scheme = re.match(r"([a-z][a-z0-9+.-]*):/", str(path), re.IGNORECASE)
+    if scheme:
+        raise InputError(f"{flag} {path}: {scheme[1]}:// is not supported; give a path on a local or mounted disk")
+
+
+def _convert(values: Any, cls: Any, where: str) -> Any:
+    """Return a dataclass of what ``dataclasses.asdict`` and JSON made of one."""
+    try:
+        converted = msgspec.convert(values, cls)
+    except msgspec.ValidationError as error:
+        what = first_line(error).replace("`", "").replace(" - at $", ": at $")
+        raise InputError(f"{where}: {what}; restore the file or train again") from error
+    unknown = sorted(flatten(values).keys() - flatten(converted).keys())
     if unknown:
         raise InputError(
             f"{where} has unknown fields {', '.join(unknown)}; it was written by another version of fcn_jax"
         )
-
-    return cls(**{name: _value(hints[name], raw, f"{where}: {name}") for name, raw in values.items()})
-
-
-def _value(hint: Any, raw: Any, where: str) -> Any:
-    """Return a value of JSON as the annotated type, lists as tuples; an InputError where it is of another type."""
-    if dataclasses.is_dataclass(hint):
-        return _build(hint, raw, where)
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if origin is tuple and isinstance(raw, list):
-        each = arguments[:1] * len(raw) if arguments[-1] is Ellipsis else arguments
-        if len(each) == len(raw):
-            return tuple(_value(kind, item, where) for kind, item in zip(each, raw, strict=True))
-    elif origin is typing.Literal:
-        if any(type(raw) is type(choice) and raw == choice for choice in arguments):
-            return raw
-    elif origin in (types.UnionType, typing.Union):
-        for kind in arguments:
-            with contextlib.suppress(InputError):
-                return _value(kind, raw, where)
-    # As Python has it, an int will do for a float; but a bool, which Python takes for an int, will not.
-    elif type(raw) is hint or (hint is float and type(raw) is int):
-        return raw
-    shown = hint.__name__ if isinstance(hint, type) and origin is None else str(hint).replace("typing.", "")
-    raise InputError(f"{where} is {_short(raw)}, expected {shown}; restore the file or train again")
+    return converted
 
 
-def _short(raw: Any) -> str:
-    text = json.dumps(raw)
-    return text if len(text) <= 60 else text[:57] + "..."
-
-
-def config_from_json(values: dict[str, Any], where: str = "config.json") -> Config:
+def config_from_json(values: Any, where: str = "config.json") -> Config:
     """Rebuild a config from what ``dataclasses.asdict`` and JSON made of it.
 
     Raises:
         InputError: fields that this version does not know, or values of another type.
     """
-    return _build(Config, values, where)
+    return _convert(values, Config, where)
 
 
 def _check_palette(dataset: DatasetInfo, where: str) -> None:
@@ -170,11 +168,8 @@ def _check_palette(dataset: DatasetInfo, where: str) -> None:
         raise InputError(f"{where}: expected a colour of three bytes for each class; restore the file or train again")
 
 
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in values.items():
-        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
-    return flat
+def _json(config: Config) -> dict[str, Any]:
+    return json.loads(json.dumps(dataclasses.asdict(config)))
 
 
 def write_whole(path: Path, text: str) -> None:
@@ -192,6 +187,7 @@ class RunFolder:
 
     def __init__(self, path: str | Path, writes: bool = True):
         """Name the folder; nothing is touched yet, and nothing is changed later unless this process ``writes``."""
+        check_local(path, "--run")
         self.path, self.writes = Path(path), writes
         self.config_file = self.path / "config.json"
         self.metrics_file = self.path / "metrics.jsonl"
@@ -199,11 +195,11 @@ class RunFolder:
         self.events = self.path / "events"
         self.figures = self.path / "figures"
 
-    def start(self, config: Config, dataset: DatasetInfo) -> None:
+    def start(self, config: Config, dataset: DatasetInfo, lengthen: bool = False) -> None:
         """Write config.json, or check that the one that is there describes the same run.
 
         A resumed run may have moved or got other devices: those fields are brought up to date, the versions and
-        commit that it was started with stay.
+        commit that it was started with stay. With ``lengthen`` its length may be another, see ``lengthened``.
 
         Raises:
             InputError: the folder belongs to a run with other settings or classes, or cannot be written.
@@ -211,11 +207,11 @@ class RunFolder:
         if not self.writes:
             self._wait_until_started()
             return
-        now = json.loads(json.dumps(dataclasses.asdict(config)))
+        now = _json(config)
         content = {"config": now, "dataset": dataclasses.asdict(dataset), "environment": environment()}
         if self.config_file.exists():
             before, before_dataset = self.read_config()
-            self._check_same(_flat(json.loads(json.dumps(dataclasses.asdict(before)))), _flat(now))
+            self._check_same(flatten(_json(before)), flatten(now), lengthen)
             if before_dataset != dataset:
                 raise InputError(
                     f"{self.path} was started on {before_dataset.name} with other classes; "
@@ -270,8 +266,9 @@ class RunFolder:
             file.flush()
             yield
 
-    def _check_same(self, old: dict[str, Any], new: dict[str, Any]) -> None:
-        changed = [name for name in new if name not in _FREE_FIELDS and old.get(name) != new[name]]
+    def _check_same(self, old: dict[str, Any], new: dict[str, Any], lengthen: bool) -> None:
+        free = _FREE_FIELDS | (_LENGTH_FIELDS if lengthen else frozenset())
+        changed = [name for name in new if name not in free and old.get(name) != new[name]]
         if changed:
             what = ", ".join(f"{name} {old.get(name)} (now {new[name]})" for name in changed[:4])
             raise InputError(
@@ -286,13 +283,12 @@ class RunFolder:
         """
         try:
             content = json.loads(self.config_file.read_text())
-            dataset = _build(DatasetInfo, content["dataset"], str(self.config_file))
+            dataset = _convert(content["dataset"], DatasetInfo, str(self.config_file))
             _check_palette(dataset, str(self.config_file))
             return config_from_json(content["config"], str(self.config_file)), dataset
-        except FileNotFoundError:
-            raise InputError(
-                f"{self.path} is not a run: it has no config.json; give the folder that training wrote"
-            ) from None
+        except (FileNotFoundError, NotADirectoryError):
+            what = "is a file" if self.path.is_file() else "has no config.json"
+            raise InputError(f"{self.path} {what} and not a run; give the folder that training wrote") from None
         except InputError:
             raise
         except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
@@ -338,3 +334,66 @@ class RunFolder:
             write_whole(self.metrics_file, "".join(json.dumps(row) + "\n" for row in kept))
         torn = bool(lines) and (not rows or json.dumps(rows[-1]) != lines[-1])
         return len(lines) - len(rows) - torn
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainedRun:
+    """The network of a run at one of its checkpoints."""
+
+    config: Config
+    dataset: DatasetInfo
+    model: FCN
+    variables: dict[str, Any]
+    step: int
+
+
+def open_run(run: str | Path, checkpoint: str = "best") -> TrainedRun:
+    """Open a run's network at a checkpoint: "best" by mean IoU, "last", or a step's number.
+
+    Raises:
+        InputError: no run, no such checkpoint, or one that does not fit.
+    """
+    from fcn_jax.training.checkpoint import load_variables  # orbax, which the rest of this module does without
+
+    folder = RunFolder(run)
+    config, dataset = folder.read_config()
+    model = model_from_config(config.model, len(dataset.class_names), config.train.remat)
+    shapes = jax.eval_shape(lambda key: init_variables(model, key, (64, 64)), jax.random.key(0))
+    sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    like = {"params": shapes["params"], "batch_stats": shapes.get("batch_stats", {})}
+    like = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), like)
+    variables, step = load_variables(folder.checkpoints, checkpoint, like)
+    return TrainedRun(config, dataset, model, variables, step)
+
+
+def lengthened(before: Config, config: Config) -> Config:
+    """Return the config of a run that goes on for longer than it was started for.
+
+    Args:
+        before: what the run was started with.
+        config: the same with other ``train.steps`` or ``train.epochs``.
+
+    Raises:
+        InputError: the rate falls to zero at the end of the run ("poly"), so that its past depends on its length.
+    """
+    length, old = config.train, before.train
+    if (length.steps, length.epochs) == (old.steps, old.epochs):
+        return config
+    if config.optim.schedule == "poly":
+        raise InputError(
+            f"{config.run}: a run with --optim.schedule poly cannot be lengthened, since its rate is zero at its end; "
+            f"start another from it: --init-from {config.run} with a new --run"
+        )
+    if length.epochs != old.epochs and length.steps == old.steps:
+        length = dataclasses.replace(length, steps=None)
+    config = dataclasses.replace(config, train=length)
+    if config.optim.schedule == "fixed":
+        return config
+    if (length.steps is None) != (old.steps is None):
+        unit = "epochs" if old.steps is None else "steps"
+        raise InputError(f"{config.run}: its length was given by --train.{unit}; lengthen it by the same")
+    ratio = old.steps / length.steps if old.steps and length.steps else (old.epochs or 0) / (length.epochs or 1)
+    # The rate drops at the steps at which it would have before.
+    return dataclasses.replace(
+        config, optim=dataclasses.replace(config.optim, step_every=config.optim.step_every * ratio)
+    )

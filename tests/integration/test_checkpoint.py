@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -8,9 +9,9 @@ import pytest
 from fcn_jax.config import Config, DataConfig
 from fcn_jax.errors import InputError
 from fcn_jax.step import TrainState
-from fcn_jax.training.build import run_length
 from fcn_jax.training.checkpoint import Checkpoints, load_variables, restore_newest
 from fcn_jax.training.run import DatasetInfo, RunFolder
+from fcn_jax.training.trainer import run_length
 
 
 def _state(step):
@@ -111,13 +112,9 @@ def test_rows_after_a_step_are_forgotten_and_a_torn_one_is_left_out(tmp_path):
 
 
 def test_epochs_become_steps():
-    from dataclasses import replace
-
     config = Config()
     train = replace(config.train, batch_size=8, epochs=3, steps=None, eval_every=0.5, keep_every=2)
     length = run_length(replace(config, train=train), 40)
     assert (length.steps, length.eval_every, length.keep_every, length.epoch) == (15, 2, 10, 5.0)
     assert [step for step in range(1, 16) if length.is_milestone(step)] == [2, 4, 6, 8, 10, 12, 14, 15]
     assert run_length(replace(config, train=replace(train, steps=7)), 40).steps == 7
-    with pytest.raises(InputError, match="--train.epochs"):
-        run_length(replace(config, train=replace(train, epochs=None)), 40)

@@ -1,8 +1,10 @@
 """A user's mistake gives one line that names the thing and the way out, and exit code 2."""
 
 import json
+import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import cv2
@@ -11,8 +13,17 @@ import pytest
 import trees
 from PIL import Image
 
-from fcn_jax import cli
+from fcn_jax.cli import eval as evaluation
+from fcn_jax.cli import main
+from fcn_jax.cli.eval import main as eval_command
+from fcn_jax.cli.predict import main as predict_command
+from fcn_jax.cli.process import guarded
+from fcn_jax.cli.summary import main as summary_command
+from fcn_jax.cli.train import main as train_command
+from fcn_jax.config import Config, OptimConfig, TrainConfig
+from fcn_jax.errors import InputError
 from fcn_jax.evaluation.evaluate import Views
+from fcn_jax.training.run import RunFolder, lengthened
 
 ROOT = Path(__file__).parents[2]
 TINY = ["--model.width", "0.05", "--model.encoder", "vgg11", "--model.fc-features", "8", "--train.steps", "1"]
@@ -35,12 +46,12 @@ TINY += [
 def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("cli")
     arguments = ["shapes", *TINY, "--run", str(folder / "run"), "--data.cache-dir", str(folder / "cache")]
-    assert cli.guarded(cli.run_train, arguments) == 0
+    assert guarded(train_command, arguments) == 0
     return folder / "run"
 
 
 def _fails(capsys, command, arguments, *named):
-    assert cli.guarded(command, [str(a) for a in arguments]) == 2
+    assert guarded(command, [str(a) for a in arguments]) == 2
     error = capsys.readouterr().err.strip()
     assert error.startswith("error: ") and len(error.splitlines()) == 1, error
     for word in named:
@@ -53,12 +64,8 @@ def _fails(capsys, command, arguments, *named):
         (["nosuch"], ["nosuch", "shapes", "voc-tramac"]),
         (["shapes", "--model.name", "fcn9s"], ["fcn9s", "fcn8s", "fcns_ladder"]),
         (["shapes", "--model.crop", "1", "2", "3"], ["crop", "fcn8s"]),
-        (["shapes", "--model.encoder", "resnet"], ["resnet", "vgg16"]),
-        (["shapes", "--optim.lrr", "1"], ["--optim.lrr"]),
-        (["shapes", "--optim.lr", "fast"], ["--optim.lr", "fast"]),
         (["shapes", "--data.train", "cityscapes/train"], ["cityscapes", "camvid"]),
         (["shapes", "--data.train", "shapes/dev"], ["dev", "train"]),
-        (["shapes", "--loss.kind", "hinge"], ["hinge", "softmax"]),
         (["shapes", "--train.batch-size", "3", "--devices", "2"], ["3", "2 devices", "--train.batch-size"]),
         (["shapes", "--devices", "99"], ["99", "JAX sees 8"]),
         (["shapes", "--loss.class-weights", "1", "2"], ["6 class weights", "median"]),
@@ -74,6 +81,13 @@ def _fails(capsys, command, arguments, *named):
         (["shapes", "--data.input-size", "0", "32"], ["--data.input-size"]),
         (["shapes", "--optim.warmup-steps", "-1"], ["--optim.warmup-steps"]),
         (["shapes", "--loss.class-weights", "nan", "1", "1", "1", "1", "1"], ["--loss.class-weights"]),
+        (["shapes", "--optim.lr", "0"], ["--optim.lr > 0"]),
+        (["shapes", "--optim.momentum", "1"], ["--optim.momentum"]),
+        (["shapes", "--optim.weight-decay", "-1"], ["--optim.weight-decay"]),
+        (["shapes", "--optim.clip-norm", "0"], ["--optim.clip-norm"]),
+        (["shapes", "--loss.hard-fraction", "1.5"], ["--loss.hard-fraction"]),
+        (["shapes", "--data.eval-multiple", "48"], ["--data.eval-multiple 1 or a multiple of 32"]),
+        (["shapes", "--data.dir", "gs://bucket/set"], ["--data.dir gs://bucket/set", "not supported"]),
         (["camvid"], ["--data.dir"]),
         (["camvid", "--data.dir", "/nonexistent"], ["/nonexistent"]),
         (["shapes", "--init", "/nonexistent.pth"], ["/nonexistent.pth"]),
@@ -84,8 +98,39 @@ def _fails(capsys, command, arguments, *named):
 def test_a_training_command_that_cannot_run(capsys, tmp_path, arguments, named):
     places = ["--run", tmp_path / "run", "--data.cache-dir", tmp_path / "cache"]
     shapes = ["--data.shapes-size", "32", "32", "--data.shapes-count", "4"]
-    _fails(capsys, cli.run_train, [*arguments, *shapes, *places], *named)
+    _fails(capsys, train_command, [*arguments, *shapes, *places], *named)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["shapes", "--model.encoder", "resnet"], ["resnet", "vgg16"]),
+        (["shapes", "--optim.lrr", "1"], ["--optim.lrr"]),
+        (["shapes", "--optim.lr", "fast"], ["--optim.lr", "fast"]),
+        (["shapes", "--loss.kind", "hinge"], ["hinge", "softmax"]),
+    ],
+)
+def test_an_argument_that_cannot_be_parsed_ends_with_exit_code_2(capsys, arguments, named):
+    with pytest.raises(SystemExit) as stopped:
+        main(["train", *arguments])
+    assert stopped.value.code == 2
+    printed = " ".join(capsys.readouterr().err.split())
+    assert all(word in printed for word in named), printed
+
+
+def test_an_object_store_is_refused_and_no_folder_of_its_name_is_made(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    _fails(capsys, train_command, ["shapes", "--run", "gs://bucket/run"], "--run gs://bucket/run", "not supported")
+    _fails(capsys, eval_command, ["--run", "gs://bucket/run"], "gs:/", "not supported")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_traceback_comes_with_FCN_JAX_DEBUG(capsys, monkeypatch):
+    monkeypatch.setenv("FCN_JAX_DEBUG", "1")
+    assert main(["train", "nosuch"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("Traceback") and error.splitlines()[-1].startswith("error: unknown recipe 'nosuch'")
 
 
 def _camvid(root):
@@ -117,42 +162,83 @@ def _no_images(root):
 def test_data_that_cannot_be_used(capsys, tmp_path, damage):
     named = damage(_camvid(tmp_path / "camvid"))
     arguments = ["camvid", *TINY, "--data.dir", tmp_path / "camvid", "--data.cache-dir", tmp_path / "cache"]
-    _fails(capsys, cli.run_train, [*arguments, "--run", tmp_path / "run"], *named)
+    _fails(capsys, train_command, [*arguments, "--run", tmp_path / "run"], *named)
 
 
 def test_a_run_folder_of_another_run_is_not_touched(capsys, run):
     before = (run / "config.json").read_bytes()
     arguments = ["shapes", *TINY, "--run", run, "--data.cache-dir", run.parent / "cache"]
-    _fails(capsys, cli.run_train, [*arguments, "--optim.lr", "0.5"], "optim.lr 0.1 (now 0.5)", "--run")
+    _fails(capsys, train_command, [*arguments, "--optim.lr", "0.5"], "optim.lr 0.1 (now 0.5)", "--run")
     assert (run / "config.json").read_bytes() == before
 
 
-def test_evaluation_over_views(capsys, run, monkeypatch):
-    _fails(capsys, cli.run_eval, ["--run", run, "--scales", "0"], "--scales", "0.1 ... 8")
+def test_each_evaluation_has_files_of_its_own_and_eval_json_is_the_plain_one(capsys, run, monkeypatch):
+    _fails(capsys, eval_command, ["--run", run, "--scales", "0"], "--scales", "0.1 ... 8")
     counted, passed = set(), []
-    make = cli.make_predictor
-    monkeypatch.setattr(cli, "make_predictor", lambda *arguments: passed.append(arguments[3]) or make(*arguments))
-    for arguments, views in (([], "plain"), (["--flip", "--scales", "0.5", "1"], "4 views: scales 0.5 1, flip")):
-        assert cli.run_eval(["--run", str(run), *arguments]) == 0
-        saved = json.loads((run / "eval.json").read_text())
+    make = evaluation.make_predictor
+    monkeypatch.setattr(
+        evaluation, "make_predictor", lambda *arguments: passed.append(arguments[3]) or make(*arguments)
+    )
+    for arguments, name, views in (
+        ([], "eval", "plain"),
+        (["--flip", "--scales", "0.5", "1"], "eval_flip_scales-0.5-1", "4 views: scales 0.5 1, flip"),
+        (["--split", "shapes/test"], "eval_shapes-test", "plain"),
+    ):
+        assert eval_command(["--run", str(run), *arguments]) == 0
+        saved = json.loads((run / f"{name}.json").read_text())
         assert saved["views"] == views and views in " ".join(capsys.readouterr().out.split())
-        counted.add(int(np.sum(saved["confusion"])))
+        assert (run / f"figures/{name}_predictions.png").is_file()
+        if "--split" not in arguments:
+            counted.add(int(np.sum(saved["confusion"])))
     assert len(counted) == 1  # the same pixels
-    assert passed == [Views(), Views(scales=(0.5, 1.0), flip=True)]
-    assert (run / "figures/eval_predictions.png").is_file()
+    assert passed == [Views(), Views(scales=(0.5, 1.0), flip=True), Views()]
+    assert json.loads((run / "eval.json").read_text())["split"] == "shapes/val"
+
+
+def test_a_run_is_resumed_and_lengthened_by_its_folder_alone(capsys, tmp_path):
+    run = tmp_path / "run"
+    small = ["shapes", *TINY, "--data.cache-dir", tmp_path / "cache", "--optim.warmup-steps", "0", "--run", run]
+    assert train_command([*map(str, small), "--optim.schedule", "fixed"]) == 0
+    assert train_command(["--resume", str(run), "--train.steps", "2"]) == 0
+    assert [row["step"] for row in RunFolder(run).rows() if row["kind"] == "val"] == [1, 2]
+    assert RunFolder(run).read_config()[0].train.steps == 2
+    _fails(capsys, train_command, ["--resume", run, "--optim.lr", "0.5"], "optim.lr 0.1 (now 0.5)")
+    _fails(capsys, train_command, ["--resume"], "--resume needs the folder of a run")
+    _fails(capsys, train_command, ["--resume", run / "config.json"], "is a file and not a run")
+
+
+@pytest.mark.parametrize(
+    ("schedule", "before", "after", "expected"),
+    [
+        ("fixed", {"epochs": 2.0}, {"epochs": 2.0, "steps": 30}, (30, 2.0, 0.4)),
+        ("fixed", {"epochs": 2.0, "steps": 10}, {"epochs": 3.0, "steps": 10}, (None, 3.0, 0.4)),
+        ("step", {"steps": 10}, {"steps": 20}, (20, None, 0.2)),
+        ("poly", {"steps": 10}, {"steps": 20}, "--init-from runs/shapes with a new --run"),
+        ("step", {"epochs": 2.0}, {"epochs": 2.0, "steps": 20}, "--train.epochs; lengthen it by the same"),
+    ],
+)
+def test_a_run_is_lengthened_where_its_past_does_not_depend_on_its_length(schedule, before, after, expected):
+    config = Config(optim=OptimConfig(schedule=schedule), train=TrainConfig(**before))
+    longer = replace(config, train=TrainConfig(**after))
+    if isinstance(expected, str):
+        with pytest.raises(InputError, match=expected):
+            lengthened(config, longer)
+        return
+    found = lengthened(config, longer)
+    assert (found.train.steps, found.train.epochs, found.optim.step_every) == expected
 
 
 def test_evaluation_of_what_is_not_there(capsys, run, tmp_path):
-    _fails(capsys, cli.run_eval, ["--run", tmp_path], tmp_path, "config.json")
-    _fails(capsys, cli.run_eval, ["--run", run, "--checkpoint", "77"], "77", "best, last")
-    _fails(capsys, cli.run_eval, ["--run", run, "--split", "shapes/dev"], "dev", "val")
+    _fails(capsys, eval_command, ["--run", tmp_path], tmp_path, "config.json")
+    _fails(capsys, eval_command, ["--run", run, "--checkpoint", "77"], "77", "best, last")
+    _fails(capsys, eval_command, ["--run", run, "--split", "shapes/dev"], "dev", "val")
     trees.folder(tmp_path / "folder", {"val": 1})
     _fails(
         capsys,
-        cli.run_eval,
+        eval_command,
         ["--run", run, "--split", "folder/val", "--dir", tmp_path / "folder"],
         "folder/val",
-        "classes",
+        "class 1 is 'cat' here and 'disc' in the run",
     )
 
 
@@ -163,9 +249,9 @@ def test_a_checkpoint_of_another_network_is_named(capsys, run, tmp_path):
     content["config"]["model"]["width"] = 0.1
     (other / "config.json").write_text(json.dumps(content))
     (other / "checkpoints").symlink_to(run / "checkpoints")
-    _fails(capsys, cli.run_eval, ["--run", other], "checkpoint", "does not fit")
+    _fails(capsys, eval_command, ["--run", other], "checkpoint", "does not fit")
     (other / "config.json").write_text("{")
-    _fails(capsys, cli.run_eval, ["--run", other], "config.json", "damaged")
+    _fails(capsys, eval_command, ["--run", other], "config.json", "damaged")
 
 
 def _images(folder):
@@ -186,7 +272,7 @@ def _images(folder):
 def test_predict_writes_label_map_and_overlay_of_the_images_size(run, tmp_path):
     sizes = _images(tmp_path / "in")
     paths = [str(path) for path in sorted((tmp_path / "in").iterdir())]
-    assert cli.guarded(cli.run_predict, [*paths, "--run", str(run), "--out", str(tmp_path / "out")]) == 0
+    assert guarded(predict_command, [*paths, "--run", str(run), "--out", str(tmp_path / "out")]) == 0
     for name, (h, w) in sizes.items():
         with Image.open(tmp_path / "out" / f"{name}.png") as labels:
             assert labels.mode == "P" and np.asarray(labels).shape == (h, w) and np.asarray(labels).max() < 6
@@ -198,19 +284,19 @@ def test_predict_names_what_it_cannot_read(capsys, run, tmp_path):
     bad = tmp_path / "bad.jpg"
     bad.write_bytes(b"\xff\xd8 not a picture")
     out = ["--run", run, "--out", tmp_path / "out"]
-    _fails(capsys, cli.run_predict, [bad, *out], "bad.jpg")
-    _fails(capsys, cli.run_predict, [tmp_path / "none.png", *out], "none.png")
-    _fails(capsys, cli.run_predict, out, "image")
-    _fails(capsys, cli.run_predict, ["a/x.png", "b/x.jpg", *out], "two of the images")
-    _fails(capsys, cli.run_predict, ["x.png", "x_overlay.png", *out], "two of the images")
-    _fails(capsys, cli.run_predict, [bad, "--run", run, "--out", bad], "--out", "bad.jpg")
+    _fails(capsys, predict_command, [bad, *out], "bad.jpg")
+    _fails(capsys, predict_command, [tmp_path / "none.png", *out], "none.png")
+    _fails(capsys, predict_command, out, "image")
+    _fails(capsys, predict_command, ["a/x.png", "b/x.jpg", *out], "two of the images")
+    _fails(capsys, predict_command, ["x.png", "x_overlay.png", *out], "two of the images")
+    _fails(capsys, predict_command, [bad, "--run", run, "--out", bad], "--out", "bad.jpg")
 
 
 def test_predict_never_overwrites_an_image_it_is_given(capsys, run, tmp_path):
     image = tmp_path / "a.png"
     Image.fromarray(np.zeros((4, 4, 3), np.uint8)).save(image)
     before = image.read_bytes()
-    _fails(capsys, cli.run_predict, [image, "--run", run, "--out", tmp_path], "a.png", "--out")
+    _fails(capsys, predict_command, [image, "--run", run, "--out", tmp_path], "a.png", "--out")
     assert image.read_bytes() == before
 
 
@@ -218,25 +304,29 @@ def test_an_interrupted_command_says_how_to_go_on(capsys):
     def interrupted(arguments):
         raise KeyboardInterrupt
 
-    assert cli.guarded(interrupted, []) == 130
+    assert guarded(interrupted, []) == 130
     assert "goes on from the last checkpoint" in capsys.readouterr().err
 
 
 def test_a_loss_that_is_no_number_ends_the_run_with_advice(capsys, tmp_path):
     arguments = ["shapes", *TINY, "--run", tmp_path / "run", "--data.cache-dir", tmp_path / "cache"]
     arguments += ["--optim.lr", "1e30", "--train.steps", "6", "--train.log-every", "1", "--optim.warmup-steps", "0"]
-    _fails(capsys, cli.run_train, arguments, "step 2: loss", "learning rate", "000000", "--optim.lr")
+    _fails(capsys, train_command, arguments, "step 2: loss", "learning rate", "000000", "--optim.lr")
 
 
 def test_summary_prints_the_layer_table(capsys):
-    assert cli.run_summary(["fcn8s_pad100", "--image-size", "500", "500"]) == 0
+    assert summary_command(["fcn8s_pad100", "--image-size", "500", "500"]) == 0
     out = capsys.readouterr().out
     assert "134,489,759" in out and "vgg/conv1_1" in out and "1 568 568 21" in out
-    _fails(capsys, cli.run_summary, ["fcn8"], "fcn8", "fcn8s")
-    _fails(capsys, cli.run_summary, ["fcn8s", "--image-size", "-3", "5"], "--image-size")
+    _fails(capsys, summary_command, ["fcn8"], "fcn8", "fcn8s")
+    _fails(capsys, summary_command, ["fcn8s", "--image-size", "-3", "5"], "--image-size")
 
 
 def test_commands_end_with_exit_code_2_and_no_traceback():
-    for command in (["train.py", "nosuch"], ["eval.py", "--run", "/nonexistent"], ["-m", "fcn_jax.cli", "nosuch"]):
-        done = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True)
-        assert done.returncode == 2 and "Traceback" not in done.stderr and done.stderr.count("\n") == 1
+    for command, platform in ((["train.py", "nosuch"], "cpu"), (["eval.py", "--run", "/nonexistent"], "cpu"),
+                              (["train.py", "--train.steps", "1", "--run", "/tmp/never"], "cuda")):  # fmt: skip
+        environment = {**os.environ, "JAX_PLATFORMS": platform}
+        done = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True, env=environment)
+        assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
+        assert done.stderr.count("\n") == 1 or platform == "cuda"
+        assert platform == "cpu" or "JAX finds no device with JAX_PLATFORMS='cuda'" in done.stderr

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from tiny_run import assert_same, in_folder, in_process, signalling, train
 
-from fcn_jax import cli
+from fcn_jax.cli.process import guarded
 from fcn_jax.errors import InputError, Stopped
 from fcn_jax.step import TrainState
 from fcn_jax.training import loop
@@ -178,13 +178,13 @@ def test_a_full_disk_is_one_line_and_what_was_saved_is_good(undisturbed, tmp_pat
     code = (
         "import json, resource, sys; from rich.console import Console;"
         "from fcn_jax.training.run import config_from_json;"
-        "from fcn_jax import cli; from fcn_jax.training import loop; original = loop.Logger.step\n"
+        "from fcn_jax.cli.process import guarded; from fcn_jax.training import loop; original = loop.Logger.step\n"
         "def step(self, step, *rest):\n"
         "    if step == 7: resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]), -1))\n"
         "    return original(self, step, *rest)\n"
         "loop.Logger.step = step\n"
         "run = lambda _: loop.train(config_from_json(json.loads(sys.argv[1])), Console())\n"
-        "sys.exit(cli.guarded(run, []))"
+        "sys.exit(guarded(run, []))"
     )
     for limit in ("10", "4096"):  # metrics.jsonl is stopped by the one, a checkpoint by the other
         process = in_process(code, config, limit)
@@ -201,5 +201,5 @@ def test_a_disk_that_gives_no_name_is_one_line(number, capsys):
     def failing(arguments):
         raise OSError(number, os.strerror(number))
 
-    assert cli.guarded(failing, []) == 2
+    assert guarded(failing, []) == 2
     assert capsys.readouterr().err == f"error: a file: {os.strerror(number)}; check the path and the disk\n"

@@ -28,14 +28,17 @@ import torch
 from fuzz_readers import READERS, Reader
 from hypothesis import HealthCheck, given, settings
 
-from fcn_jax import cli, weights
+from fcn_jax import weights
 from fcn_jax.cli import port as cli_port
+from fcn_jax.cli.eval import main as eval_command
+from fcn_jax.cli.export import main as export_command
+from fcn_jax.cli.process import guarded
+from fcn_jax.cli.train import main as train_command
 from fcn_jax.data import download, folder, labels, sbd
 from fcn_jax.errors import InputError, UnreadableError
 from fcn_jax.evaluation import figures
 from fcn_jax.evaluation.evaluate import Sample
-from fcn_jax.training.run import RunFolder, config_from_json
-from fcn_jax.training.trained import open_trained
+from fcn_jax.training.run import RunFolder, config_from_json, open_run
 
 SEED = 20
 # Of each reader; slow ones have less.
@@ -326,19 +329,19 @@ def test_class_names_of_any_signs_are_drawn(tmp_path):
 def test_a_path_that_the_system_refuses_is_one_line(capsys, tmp_path):
     long = "x" * 300
     for command, arguments in (
-        (cli.run_train, ["camvid", "--data.dir", long]),
-        (cli.run_train, ["camvid", "--data.dir", "~nobody-of-this-name"]),
-        (cli.run_train, ["shapes", "--data.cache-dir", long, "--run", str(tmp_path / "run")]),
-        (cli.run_eval, ["--run", long]),
-        (cli.run_export, ["--run", str(tmp_path), "--out", f"{long}.pth"]),
+        (train_command, ["camvid", "--data.dir", long]),
+        (train_command, ["camvid", "--data.dir", "~nobody-of-this-name"]),
+        (train_command, ["shapes", "--data.cache-dir", long, "--run", str(tmp_path / "run")]),
+        (eval_command, ["--run", long]),
+        (export_command, ["--run", str(tmp_path), "--out", f"{long}.pth"]),
     ):
-        assert cli.guarded(command, arguments) == 2
+        assert guarded(command, arguments) == 2
         error = capsys.readouterr().err.strip()
         assert error.startswith("error: ") and "\n" not in error
 
 
 def test_a_file_that_cannot_be_written_is_one_line_whoever_writes_it(capsys):
-    assert cli.guarded(lambda arguments: len(Path("/proc/none/a.png").write_text("")), []) == 2
+    assert guarded(lambda arguments: len(Path("/proc/none/a.png").write_text("")), []) == 2
     assert (
         capsys.readouterr().err == "error: /proc/none/a.png: No such file or directory; check the path and the disk\n"
     )
@@ -358,7 +361,7 @@ def test_a_run_of_impossible_sizes_is_refused_before_any_is_computed(tmp_path, v
     dataset = {"name": "x", "class_names": ["a", "b"], "palette": [[0, 0, 0], [1, 2, 3]]}
     (tmp_path / "config.json").write_text(json.dumps({"config": values, "dataset": dataset}))
     with fuzzing.time_limit(20), pytest.raises(InputError, match=message):
-        open_trained(tmp_path)
+        open_run(tmp_path)
 
 
 def _reader(read):

@@ -100,7 +100,7 @@ def test_the_share_of_time_that_steps_waited_for_data_is_logged(tmp_path, monkey
 
 def test_compiled_programs_are_kept_unless_jax_is_told_otherwise(tmp_path):
     code = (
-        "import jax, sys; from fcn_jax.cli import keep_compiled; keep_compiled();"
+        "import jax, sys; from fcn_jax.cli.process import keep_compiled; keep_compiled();"
         "print(jax.config.jax_compilation_cache_dir)"
     )
 
@@ -116,7 +116,7 @@ def test_compiled_programs_are_kept_unless_jax_is_told_otherwise(tmp_path):
 
 def test_a_second_start_reads_what_the_first_compiled(tmp_path):
     code = (
-        "import jax, fcn_jax; from fcn_jax.cli import keep_compiled; keep_compiled();"
+        "import jax, fcn_jax; from fcn_jax.cli.process import keep_compiled; keep_compiled();"
         "model = fcn_jax.create_model('fcn32s', 2, encoder='vgg11', width=0.03);"
         "fcn_jax.init_variables(model, jax.random.key(0))"
     )

@@ -15,12 +15,17 @@ import torch_sources as sources
 import trees
 
 import fcn_jax
-from fcn_jax import cli, weights
+from fcn_jax import weights
+from fcn_jax.cli.export import main as export_command
+from fcn_jax.cli.parity import main as parity_command
+from fcn_jax.cli.port import main as port_command
+from fcn_jax.cli.process import guarded
+from fcn_jax.cli.train import main as train_command
 from fcn_jax.compare.experiments import random_variables
 from fcn_jax.config import Config, DataConfig
 from fcn_jax.errors import InputError
-from fcn_jax.training.start import start
-from fcn_jax.training.trained import open_trained
+from fcn_jax.training.run import open_run
+from fcn_jax.training.trainer import starting_variables
 
 DOCS = (Path(__file__).parents[2] / "docs/porting.md").read_text()
 W = 0.0625
@@ -32,7 +37,7 @@ SMALL = {
     "export": [],
     "parity": ["--width", str(W), "--steps", "0", "--image-size", "32", "32"],
 }
-COMMANDS = {"train": cli.run_train, "port": cli.run_port, "export": cli.run_export, "parity": cli.run_parity}
+COMMANDS = {"train": train_command, "port": port_command, "export": export_command, "parity": parity_command}
 
 
 def run(line):
@@ -62,7 +67,7 @@ def test_every_command_of_the_guide_works_and_the_last_weights_are_the_trained_o
     assert "new: score_pool4, upscore16, upscore2; unused: upscore32" in out
     assert "new: score_pool3, upscore8, upscore_pool4; unused: upscore16" in out
 
-    trained = open_trained("runs/voc-paper-8s")
+    trained = open_run("runs/voc-paper-8s")
     again = weights.load("again/weights.safetensors", trained.model, jax.tree.map(np.zeros_like, trained.variables))
     jax.tree.map(np.testing.assert_array_equal, again["params"], trained.variables["params"])
     assert weights.inspect("again/weights.safetensors").preprocessing == "imagenet"
@@ -160,7 +165,7 @@ def begin(name="fcn8s", init=None, init_from=None, preprocessing="imagenet", num
     model = fcn_jax.create_model(name, num_classes, width=W, **options)
     data = DataConfig(preprocessing=preprocessing, crop_size=(32, 32))
     text = [None if given is None else str(given) for given in (init, init_from)]
-    variables, notes = start(Config(init=text[0], init_from=text[1], data=data), model)
+    variables, notes = starting_variables(Config(init=text[0], init_from=text[1], data=data), model)
     return model, variables, " ".join(notes)
 
 
@@ -240,15 +245,15 @@ def test_port_keeps_its_source_and_reports_what_it_wrote(tmp_path, capsys):
     file = tmp_path / "vgg16.pth"
     before = file.read_bytes()
     command = [str(file), "--model", "fcn32s", "--width", str(W)]
-    assert cli.guarded(cli.run_port, [*command, "--out", str(file)]) == 2
+    assert guarded(port_command, [*command, "--out", str(file)]) == 2
     assert "is the source" in capsys.readouterr().err and file.read_bytes() == before
-    assert cli.run_port([*command, "--preprocessing", "caffe", "--out", str(tmp_path / "out")]) == 0
+    assert port_command([*command, "--preprocessing", "caffe", "--out", str(tmp_path / "out")]) == 0
     assert json.loads((tmp_path / "out/report.json").read_text())["preprocessing"] == "caffe"
     assert "preprocessing caffe" in capsys.readouterr().out
     back = ["--layout", "torchvision-vgg", "--out", str(tmp_path / "back.pth")]
-    assert cli.run_port([str(tmp_path / "out/weights.safetensors"), *back]) == 0
+    assert port_command([str(tmp_path / "out/weights.safetensors"), *back]) == 0
     assert "not written, since torchvision-vgg has no names for them: score_fr.bias" in capsys.readouterr().out
-    assert cli.guarded(cli.run_port, [*command, "--num-classes", "0", "--out", str(tmp_path / "x")]) == 2
+    assert guarded(port_command, [*command, "--num-classes", "0", "--out", str(tmp_path / "x")]) == 2
 
 
 @pytest.mark.parametrize("name", ["nodir/x.safetensors", "vgg16.pth/x.safetensors", f"{300 * 'x'}.safetensors"])
@@ -276,7 +281,7 @@ def test_our_own_file_tells_its_network_and_is_refused_by_another(tmp_path, caps
     weights.load(tmp_path / "a.safetensors", model.clone(dropout_rate=0.1, remat=True), variables)
     weights.load(tmp_path / "a.safetensors", other, variables, allow_missing=["score_*"])  # by name, then
     # neither its name nor its options have to be said again
-    assert cli.run_port([str(tmp_path / "a.safetensors"), "--out", str(tmp_path / "b.pth")]) == 0
+    assert port_command([str(tmp_path / "a.safetensors"), "--out", str(tmp_path / "b.pth")]) == 0
     twin = fcn_jax.compare.make_twin(model)
     twin.load_state_dict(torch.load(tmp_path / "b.pth"), strict=True)
 

@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 import trees
 
-from fcn_jax import cli
+from fcn_jax.cli.eval import main as eval_command
+from fcn_jax.cli.train import main as train_command
 from fcn_jax.errors import InputError
 from fcn_jax.recipes import RECIPES
 from fcn_jax.training import loop
-from fcn_jax.training.run import RunFolder
-from fcn_jax.training.trained import open_trained
+from fcn_jax.training.run import RunFolder, open_run
 
 SMALL = ["--model.width", "0.06", "--train.steps", "12", "--train.log-every", "2", "--optim.warmup-steps", "0"]
 SCRATCH = ["--init", "None", "--init-from", "None"]
@@ -110,10 +110,10 @@ def test_recipe_trains_stops_resumes_evaluates_and_draws(recipe, easy, tmp_path,
 
     monkeypatch.setattr(loop, "validate", killed_at_the_second)
     with pytest.raises(Killed):
-        cli.run_train(command)
+        train_command(command)
     monkeypatch.setattr(loop, "validate", validate)
     capsys.readouterr()
-    assert cli.run_train(command) == 0
+    assert train_command(command) == 0
     assert "resuming" in capsys.readouterr().out
 
     rows = list(RunFolder(run).rows())
@@ -125,7 +125,7 @@ def test_recipe_trains_stops_resumes_evaluates_and_draws(recipe, easy, tmp_path,
     if recipe == "binary-bce":
         assert [path.stem for path in sorted((run / "figures/train").iterdir())] == ["0000004", "0000008", "0000012"]
 
-    assert cli.run_eval(["--run", str(run), "--checkpoint", "last"]) == 0
+    assert eval_command(["--run", str(run), "--checkpoint", "last"]) == 0
     saved = json.loads((run / "eval.json").read_text())
     assert saved["scores"] == rows[-1]["scores"] and saved["step"] == 12
 
@@ -133,7 +133,7 @@ def test_recipe_trains_stops_resumes_evaluates_and_draws(recipe, easy, tmp_path,
 def test_a_stopped_run_ends_with_the_bits_of_one_that_was_not(tmp_path, monkeypatch):
     common = ["shapes", *SMALL, *SHRUNK["shapes"], *_evals("shapes"), *_tree("shapes", tmp_path)]
     common += ["--data.cache-dir", str(tmp_path / "cache"), "--devices", "2"]
-    assert cli.run_train([*common, "--run", str(tmp_path / "whole")]) == 0
+    assert train_command([*common, "--run", str(tmp_path / "whole")]) == 0
     validate, calls = loop.validate, []
 
     def killed(*args, **kwargs):
@@ -144,13 +144,13 @@ def test_a_stopped_run_ends_with_the_bits_of_one_that_was_not(tmp_path, monkeypa
 
     monkeypatch.setattr(loop, "validate", killed)
     with pytest.raises(Killed):
-        cli.run_train([*common, "--run", str(tmp_path / "stopped")])
+        train_command([*common, "--run", str(tmp_path / "stopped")])
     monkeypatch.setattr(loop, "validate", validate)
-    assert cli.run_train([*common, "--run", str(tmp_path / "stopped")]) == 0
-    assert cli.run_eval(["--run", str(tmp_path / "stopped"), "--checkpoint", "last"]) == 0
+    assert train_command([*common, "--run", str(tmp_path / "stopped")]) == 0
+    assert eval_command(["--run", str(tmp_path / "stopped"), "--checkpoint", "last"]) == 0
     saved = json.loads((tmp_path / "stopped/eval.json").read_text())
     assert saved["scores"] == list(RunFolder(tmp_path / "whole").rows())[-1]["scores"]
-    whole, stopped = (open_trained(tmp_path / name, "last").variables for name in ("whole", "stopped"))
+    whole, stopped = (open_run(tmp_path / name, "last").variables for name in ("whole", "stopped"))
     jax.tree.map(np.testing.assert_array_equal, whole, stopped)
 
     def timeless(name):
@@ -164,7 +164,7 @@ def test_pmap_and_mesh_train_the_same_network(tmp_path):
     common = ["shapes", *SMALL, *SHRUNK["shapes"], *_evals("shapes"), *_tree("shapes", tmp_path)]
     common += ["--data.cache-dir", str(tmp_path / "cache"), "--devices", "2"]
     for mode in ("pmap", "mesh"):
-        assert cli.run_train([*common, "--run", str(tmp_path / mode), "--parallel", mode]) == 0
+        assert train_command([*common, "--run", str(tmp_path / mode), "--parallel", mode]) == 0
     first, second = (list(RunFolder(tmp_path / mode).rows()) for mode in ("pmap", "mesh"))
     # float32 over a dozen steps: the order of sums differs
     losses = [[row["loss"] for row in rows if row["kind"] == "train"] for rows in (first, second)]
@@ -175,28 +175,28 @@ def test_a_longer_stride_starts_a_shorter_one_by_name(tmp_path, easy, capsys):
     data = _tree("voc-paper-32s", tmp_path / "data")
     common = [*SMALL, *SCORE_NET, "--train.steps", "1", "--optim.lr", "1e-5", *data]
     common += ["--data.cache-dir", str(tmp_path / "cache"), "--devices", "1"]
-    assert cli.run_train(["voc-paper-32s", *common, "--init", "None", "--run", str(tmp_path / "32s")]) == 0
+    assert train_command(["voc-paper-32s", *common, "--init", "None", "--run", str(tmp_path / "32s")]) == 0
     start = ["--init-from", str(tmp_path / "32s"), "--run", str(tmp_path / "16s")]
-    assert cli.run_train(["voc-paper-16s", *common, *start]) == 0
+    assert train_command(["voc-paper-16s", *common, *start]) == 0
     out = " ".join(capsys.readouterr().out.split())
     assert "new: score_pool4, upscore16, upscore2; unused: upscore32" in out
     assert "learns little" not in out
     with pytest.raises(InputError, match="--data.preprocessing caffe"):
         elsewhere = [*start[:-1], str(tmp_path / "imagenet"), "--data.preprocessing", "imagenet"]
-        cli.run_train(["voc-paper-16s", *common, *elsewhere])
+        train_command(["voc-paper-16s", *common, *elsewhere])
     with pytest.raises(InputError, match="head.fc6.weight is 8x31x7x7, head.fc6.weight needs 8x51x7x7"):
         other = ["--init-from", str(tmp_path / "32s"), "--run", str(tmp_path / "wide"), "--model.width", "0.1"]
-        cli.run_train(["voc-paper-16s", *common, *other])
+        train_command(["voc-paper-16s", *common, *other])
 
 
 def test_resuming_does_not_need_the_weights_it_started_from(tmp_path, capsys):
     common = ["shapes", *SMALL, *SHRUNK["shapes"], "--train.steps", "1", *_tree("shapes", tmp_path)]
     common += ["--data.cache-dir", str(tmp_path / "cache"), "--devices", "1"]
-    assert cli.run_train([*common, "--run", str(tmp_path / "first")]) == 0
+    assert train_command([*common, "--run", str(tmp_path / "first")]) == 0
     command = [*common, "--run", str(tmp_path / "second"), "--init-from", str(tmp_path / "first")]
-    assert cli.run_train(command) == 0
+    assert train_command(command) == 0
     (tmp_path / "first").rename(tmp_path / "moved")
-    assert cli.run_train(command) == 0
+    assert train_command(command) == 0
     assert "resuming" in capsys.readouterr().out
 
 

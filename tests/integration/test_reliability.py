@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from tiny_run import TINY, assert_same, end, environment, in_folder, in_process, signalling, train
 
-from fcn_jax import cli
+from fcn_jax.cli.process import guarded
 from fcn_jax.errors import InputError, Stopped
 from fcn_jax.training import loop
 from fcn_jax.training.run import RunFolder, config_from_json
@@ -164,7 +164,7 @@ def test_the_exit_code_names_the_signal_and_a_second_one_leaves_at_once(undistur
     def stopped(arguments):
         raise Stopped("stopped by SIGTERM at step 7, which is saved; the same command goes on from there", 15)
 
-    assert cli.guarded(stopped, []) == 143
+    assert guarded(stopped, []) == 143
     assert "which is saved" in capsys.readouterr().err
     code = (
         "import json, sys, time; from rich.console import Console; from fcn_jax.training.run import config_from_json;"
@@ -213,14 +213,15 @@ def test_signals_to_all_processes_of_a_job_stop_the_run_alone(undisturbed, tmp_p
     config = in_folder(tmp_path, workers=2)
     code = (
         "import json, sys, time; from rich.console import Console; from fcn_jax.training.run import config_from_json;"
-        "from fcn_jax import cli; from fcn_jax.data import pipeline; from fcn_jax.training import loop\n"
+        "from fcn_jax.cli.process import guarded; from fcn_jax.data import pipeline;"
+        "from fcn_jax.training import loop\n"
         "iterate = pipeline._iterate\n"
         "def noting(*args):\n"
         "    print('starting workers' if args[2:] == (2,) else '', flush=True)\n"
         "    return iterate(*args)\n"
         "pipeline._iterate = noting\n"
         "run = lambda _: loop.train(config_from_json(json.loads(sys.argv[1])), Console())\n"
-        "if __name__ == '__main__': sys.exit(cli.guarded(run, []))"
+        "if __name__ == '__main__': sys.exit(guarded(run, []))"
     )
     process = in_process(code, config, start_new_session=True)
     for line in process.stdout:

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 import fcn_jax
-from fcn_jax import cli
 from fcn_jax.cli import bench as cli_bench
+from fcn_jax.cli.bench import main as bench_command
+from fcn_jax.cli.process import guarded
 from fcn_jax.compare import networks, operators
 from fcn_jax.compare.bench import alternate, differences, run_row
 from fcn_jax.compare.bench_report import matmul_rate, pool_sum, tables
@@ -113,7 +114,7 @@ def test_flops_are_two_for_each_product_and_thrice_that_with_gradients():
 
 
 def bench(*arguments):
-    return cli.guarded(cli.run_bench, ["--smoke", *map(str, arguments)])
+    return guarded(bench_command, ["--smoke", *map(str, arguments)])
 
 
 def test_a_run_records_what_it_was_made_on(tmp_path, capsys):
@@ -216,7 +217,7 @@ def test_without_torch_only_ours_is_timed_and_the_pools_are_added_up(capsys, mon
     ],
 )
 def test_mistakes_give_one_line_and_code_2(arguments, named, capsys):
-    assert cli.guarded(cli.run_bench, arguments) == cli_bench.main(arguments) == 2
+    assert guarded(bench_command, arguments) == cli_bench.main(arguments) == 2
     lines = capsys.readouterr().err.strip().splitlines()
     assert len(lines) == 2 and lines[0] == lines[1] and lines[0].startswith("error: ")
     for word in named:
@@ -228,7 +229,7 @@ def test_ctrl_c_says_where_the_rows_are(monkeypatch, capsys):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(cli_bench, "_rows", interrupted)
-    assert cli.guarded(cli.run_bench, ["--smoke"]) == cli_bench.main(["--smoke"]) == 130
+    assert guarded(bench_command, ["--smoke"]) == cli_bench.main(["--smoke"]) == 130
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 2 and all("rows that were done" in line for line in lines)
 

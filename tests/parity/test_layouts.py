@@ -12,7 +12,9 @@ import torch
 import torch_sources as sources
 
 import fcn_jax
-from fcn_jax import cli, weights
+from fcn_jax import weights
+from fcn_jax.cli.port import main as port_command
+from fcn_jax.cli.process import guarded
 from fcn_jax.errors import InputError
 from fcn_jax.models import VGGClassifier
 from fcn_jax.models.classifier import adaptive_average_pool
@@ -285,7 +287,7 @@ def test_the_report_says_what_was_taken_off_and_how_arrays_were_turned(tmp_path)
 
 
 def run_port(capsys, *arguments):
-    code = cli.guarded(cli.run_port, [str(argument) for argument in arguments])
+    code = guarded(port_command, [str(argument) for argument in arguments])
     out = capsys.readouterr()
     return code, out.out, out.err
 

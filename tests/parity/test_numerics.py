@@ -12,9 +12,11 @@ import pytest
 import torch
 
 import fcn_jax
-from fcn_jax import cli, weights
 from fcn_jax import compare as numerics
+from fcn_jax import weights
 from fcn_jax.cli import parity as cli_parity
+from fcn_jax.cli.parity import main as parity_command
+from fcn_jax.cli.process import guarded
 from fcn_jax.compare import compare_arrays, error_norm, first_over, measure, ulp_distance
 from fcn_jax.compare.experiments import (
     Case,
@@ -236,7 +238,7 @@ def test_a_batch_that_does_not_split_is_refused():
 
 
 def parity(*arguments):
-    return cli.guarded(cli.run_parity, [str(argument) for argument in arguments])
+    return guarded(parity_command, [str(argument) for argument in arguments])
 
 
 def test_the_exit_code_follows_the_limit(tmp_path, capsys):

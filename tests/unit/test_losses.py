@@ -1,3 +1,5 @@
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -5,10 +7,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fcn_jax.config import LossConfig
+from fcn_jax.config import Config, LossConfig
 from fcn_jax.errors import InputError
 from fcn_jax.losses import make_loss, median_frequency_weights
-from fcn_jax.training.build import build_loss
+from fcn_jax.training import trainer
+from fcn_jax.training.trainer import run_loss
 
 RNG = np.random.default_rng(0)
 LOGITS = RNG.normal(size=(2, 5, 6, 4))
@@ -81,14 +84,16 @@ def test_bfloat16_logits_are_summed_in_float32():
 
 
 @pytest.mark.parametrize(("power", "weights"), [(1.0, (0.5, 2.0, 1.0, 0.0)), (0.5, (0.5**0.5, 2.0**0.5, 1.0, 0.0))])
-def test_a_runs_weights_follow_from_its_labels_and_the_power(power, weights):
+def test_a_runs_weights_follow_from_its_labels_and_the_power(power, weights, monkeypatch):
     counts = np.array([[60, 15, 30, 0], [100, 100, 100, 0]])  # frequencies 0.6, 0.15, 0.3
-    followed = build_loss(LossConfig(class_weights="median", weight_power=power), "made", 4, lambda: counts)
-    given = build_loss(LossConfig(class_weights=weights), "made", 4, lambda: counts)
+    monkeypatch.setattr(trainer, "class_frequencies", lambda split: counts)
+    split = SimpleNamespace(dataset="made", num_classes=4)
+    followed = run_loss(Config(loss=LossConfig(class_weights="median", weight_power=power)), split)
+    given = run_loss(Config(loss=LossConfig(class_weights=weights)), split)
     for found, expected in zip(followed(jnp.asarray(LOGITS), LABELS), given(jnp.asarray(LOGITS), LABELS), strict=True):
         assert float(found) == pytest.approx(float(expected), rel=1e-12)
     with pytest.raises(InputError, match="expected 3 class weights for made, got 4"):
-        build_loss(LossConfig(class_weights=weights), "made", 3, lambda: counts)
+        run_loss(Config(loss=LossConfig(class_weights=weights)), SimpleNamespace(dataset="made", num_classes=3))
 
 
 def test_median_frequency_weights_by_hand():

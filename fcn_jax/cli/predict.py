@@ -1,0 +1,75 @@
+"""`fcn-jax predict`: label maps and overlays of images."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+
+from fcn_jax.cli.process import make_folder
+from fcn_jax.data.labels import decode_image
+from fcn_jax.data.transforms import resize_image
+from fcn_jax.errors import InputError
+from fcn_jax.evaluation.evaluate import make_predictor
+from fcn_jax.evaluation.figures import save_overlay, save_palette_png
+from fcn_jax.evaluation.predict import make_image_predictor
+from fcn_jax.training.run import open_run
+
+__all__ = ["PredictArguments", "main"]
+
+
+@dataclass(frozen=True)
+class PredictArguments:
+    """Write a label map and an overlay for each image."""
+
+    images: tyro.conf.Positional[tuple[Path, ...]]
+    """Image files of any size."""
+    run: Path
+    """The run's folder."""
+    out: Path
+    """Folder to write to."""
+    checkpoint: str = "best"
+    """best, last, or a step's number."""
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Predict images with a run's network; the exit code."""
+    given = tyro.cli(PredictArguments, prog="fcn-jax predict", args=list(arguments))
+    if not given.images:
+        raise InputError("no image given; name one or more image files")
+    outputs = [(given.out / f"{image.stem}.png", given.out / f"{image.stem}_overlay.png") for image in given.images]
+    _check_outputs(given.images, [path for pair in outputs for path in pair])
+    run = open_run(given.run, given.checkpoint)
+    data, dataset = run.config.data, run.dataset
+    by_size = make_predictor(run.model, data.preprocessing)
+    any_size = make_image_predictor(run.model, data.preprocessing)
+    make_folder(given.out)
+    for path, (out, overlay_out) in zip(given.images, outputs, strict=True):
+        image = decode_image(_read(path), str(path))
+        if data.input_size is None:
+            labels = any_size(run.variables, image)
+        else:
+            labels = by_size(run.variables, resize_image(image, data.input_size)[None], image.shape[:2])[0]
+        save_palette_png(out, labels, dataset.palette)
+        save_overlay(overlay_out, image, labels, dataset.palette, dataset.class_names)
+        print(f"{path}: {image.shape[0]}x{image.shape[1]} -> {out}")
+    return 0
+
+
+def _check_outputs(images: Sequence[Path], outputs: Sequence[Path]) -> None:
+    """Raise InputError where an output would overwrite another one or an input."""
+    if len(set(outputs)) < len(outputs):
+        raise InputError("two of the images share a name and would overwrite each other; predict them into two folders")
+    inputs = {image.resolve() for image in images}
+    for path in outputs:
+        if path.resolve() in inputs:
+            raise InputError(f"{path} is one of the images and would be overwritten; choose another --out")
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror}; name an image file") from error

@@ -1,0 +1,55 @@
+"""`fcn-jax summary`: the layer table of a network."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+from fcn_jax.errors import InputError
+from fcn_jax.models import create_model, summarize
+
+__all__ = ["SummaryArguments", "main"]
+
+
+@dataclass(frozen=True)
+class SummaryArguments:
+    """Print the layers of a network: output shapes, parameters, FLOPs."""
+
+    model: tyro.conf.Positional[str]
+    """A name from the catalogue."""
+    image_size: tuple[int, int] = (500, 500)
+    """Height and width in pixels."""
+    num_classes: int = 21
+    encoder: Literal["vgg11", "vgg13", "vgg16", "vgg19"] = "vgg16"
+    encoder_norm: Literal["batch"] | None = None
+    width: float = 1.0
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Print the table; the exit code."""
+    given = tyro.cli(SummaryArguments, prog="fcn-jax summary", args=list(arguments))
+    model = create_model(
+        given.model, given.num_classes, encoder=given.encoder, encoder_norm=given.encoder_norm, width=given.width
+    )
+    height, width = given.image_size
+    if min(given.image_size) < 1:
+        raise InputError(f"expected --image-size of at least 1 1, got {height} {width}")
+    rows = summarize(model, given.image_size)
+    table = Table(title=f"{given.model}, {given.encoder}, image {height}x{width}")
+    for column in ("layer", "kind", "output b h w c"):
+        table.add_column(column, overflow="fold")
+    table.add_column("parameters", justify="right")
+    table.add_column("MFLOPs", justify="right")
+    for row in rows:
+        shape = " ".join(map(str, row.shape))
+        table.add_row(row.path, row.kind, shape, f"{row.parameters:,}", f"{row.flops / 1e6:,.1f}")
+    table.add_section()
+    parameters, flops = sum(row.parameters for row in rows), sum(row.flops for row in rows)
+    table.add_row("total", "", "", f"{parameters:,}", f"{flops / 1e6:,.1f}")
+    Console().print(table)
+    return 0

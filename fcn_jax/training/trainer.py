@@ -1,0 +1,373 @@
+"""A config becomes all that a run needs: checks, data, network, starting weights, loss, optimiser, step."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from fcn_jax import weights
+from fcn_jax.config import Config
+from fcn_jax.data.datasets import Split, load
+from fcn_jax.data.pipeline import class_frequencies
+from fcn_jax.errors import InputError
+from fcn_jax.evaluation.evaluate import Predictor, make_predictor
+from fcn_jax.evaluation.padding import MULTIPLE
+from fcn_jax.losses import Loss, make_loss, median_frequency_weights
+from fcn_jax.models import create_model, init_variables, model_from_config
+from fcn_jax.models.catalog import describe_model
+from fcn_jax.models.fcn import FCN, ScoreFCN
+from fcn_jax.optim import make_optimizer, make_schedule
+from fcn_jax.preprocessing import normalize
+from fcn_jax.step import TrainState, TrainStep, make_train_step, new_state
+from fcn_jax.training.devices import Parallel, make_parallel, pick_devices
+from fcn_jax.training.distributed import check_same, digest, together, writer_first
+from fcn_jax.training.run import check_local, flatten, open_run
+from fcn_jax.weights.names import COUNTER
+
+__all__ = ["Length", "Trainer", "check_config", "make_trainer", "run_length", "run_loss", "starting_variables"]
+
+Notes = tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Length:
+    """The length of a run and its intervals, in steps."""
+
+    steps: int
+    eval_every: int
+    keep_every: int | None
+    epoch: float
+
+    def is_milestone(self, step: int) -> bool:
+        """Whether this step is followed by a validation and a checkpoint."""
+        kept = self.keep_every is not None and step % self.keep_every == 0
+        return step > 0 and (step % self.eval_every == 0 or kept or step == self.steps)
+
+
+@dataclass(frozen=True)
+class Trainer:
+    """What the loop works with."""
+
+    model: FCN
+    train: Split
+    val: Split
+    length: Length
+    schedule: optax.Schedule
+    parallel: Parallel
+    predict: Predictor
+    """On the devices of this process alone; takes the state's variables."""
+    state: TrainState
+    """The start, placed on the devices."""
+    notes: Notes
+    """What a user should know before it starts."""
+
+
+def make_trainer(config: Config, resuming: bool = False) -> Trainer:
+    """Prepare a run; nothing is written but the prepared copy of the data.
+
+    Args:
+        config: the whole run.
+        resuming: a checkpoint will replace the starting weights, so those are not read.
+
+    Raises:
+        InputError: the config asks for something that is not possible.
+    """
+    check_config(config)
+    check_same({name: value for name, value in flatten(config).items() if name not in _OWN_FIELDS})
+    train, val = writer_first(lambda: (load(config.data.train, config.data), load(config.data.val, config.data)))
+    if train.class_names != val.class_names:
+        raise InputError(
+            f"{config.data.train} and {config.data.val} have different classes; choose splits that share them"
+        )
+    devices = pick_devices(config.devices)
+    if config.train.batch_size % (config.train.accumulate * len(devices)):
+        raise InputError(
+            f"expected a batch size that is a multiple of {config.train.accumulate * len(devices)}, of {len(devices)} "
+            f"devices x {config.train.accumulate} parts, got {config.train.batch_size}; "
+            "set --train.batch-size or --devices"
+        )
+    length = run_length(config, len(train))
+    model = model_from_config(config.model, train.num_classes, config.train.remat)
+    if not resuming and config.init in weights.PRETRAINED:
+        config = dataclasses.replace(config, init=str(writer_first(partial(weights.fetch, config.init))))
+    # Orbax reads a run in all processes at once.
+    variables, notes = together(lambda: starting_variables(config, model, resuming))
+    # The same name may be another file in another process.
+    check_same({"training images": len(train), "validation images": len(val), "starting weights": digest(variables)})
+    optimizer = make_optimizer(variables["params"], config.optim, length.steps, config.model.freeze_encoder)
+    loss = run_loss(config, train)
+    if config.train.accumulate > 1 and "batch_stats" in variables:
+        notes += ("gradient accumulation with batch norm: each part is normalised by its own statistics",)
+
+    def make_step(axis_name: str | None) -> TrainStep:
+        network = model.clone(axis_name=axis_name)
+
+        def apply_fn(variables: Any, images: jax.Array, **options: Any) -> Any:
+            return network.apply(variables, normalize(images, config.data.preprocessing, model.param_dtype), **options)
+
+        return make_train_step(
+            apply_fn,
+            optimizer,
+            loss,
+            reduction=config.loss.reduction,
+            accumulate=config.train.accumulate,
+            axis_name=axis_name,
+            pass_example_ids=True,
+        )
+
+    parallel = make_parallel(config.parallel, make_step, devices)
+    predict = make_predictor(model, config.data.preprocessing, parallel.mesh.local_mesh)
+    return Trainer(
+        model=model,
+        train=train,
+        val=val,
+        length=length,
+        schedule=make_schedule(config.optim, length.steps),
+        parallel=parallel,
+        predict=lambda variables, *rest, **options: predict(parallel.local(variables), *rest, **options),
+        state=parallel.place_state(new_state(variables, optimizer, config.train.seed)),
+        notes=notes,
+    )
+
+
+def run_length(config: Config, examples: int) -> Length:
+    """Convert a run's epochs to steps, for a training split of this many examples."""
+    train = config.train
+    epoch = examples / train.batch_size
+    steps = train.steps if train.steps is not None else max(1, round((train.epochs or 0) * epoch))
+    keep = None if train.keep_every is None else max(1, round(train.keep_every * epoch))
+    return Length(steps, max(1, round(train.eval_every * epoch)), keep, epoch)
+
+
+def run_loss(config: Config, train: Split) -> Loss:
+    """Make a run's loss; the pixels of each class are counted where the class weights follow from them.
+
+    Raises:
+        InputError: the number of class weights is not that of the classes.
+    """
+    given = config.loss.class_weights
+    class_weights = None
+    if given == "median":
+        class_weights = median_frequency_weights(*class_frequencies(train)) ** config.loss.weight_power
+    elif given != "none":
+        if len(given) != train.num_classes:
+            raise InputError(
+                f"expected {train.num_classes} class weights for {train.dataset}, got {len(given)}; "
+                "give one per class, or 'median'"
+            )
+        class_weights = np.asarray(given)
+    return make_loss(config.loss.kind, class_weights, config.loss.hard_fraction, config.loss.aux_weight)
+
+
+# --- checks of a config
+
+# Where a machine keeps its data, and what the launch says of a process.
+_OWN_FIELDS = ("data.dir", "data.cache_dir", "data.workers", "process_id")
+_LONGEST = 2**20  # pixels of a side; no memory holds such an image
+# Least and greatest value of each number, and of each entry of a pair; None in the config is not checked.
+_RANGES: dict[str, tuple[float, float]] = {
+    "devices": (1, math.inf),
+    "data.base_size": (1, _LONGEST),
+    "data.crop_size": (1, _LONGEST),
+    "data.input_size": (1, _LONGEST),
+    "data.jitter": (0, math.inf),
+    "data.shapes_count": (1, math.inf),
+    "data.shapes_size": (16, _LONGEST),
+    "data.workers": (0, math.inf),
+    "loss.aux_weight": (0, math.inf),
+    "loss.weight_power": (0, math.inf),
+    "optim.bias_lr": (0, math.inf),
+    "optim.head_lr": (0, math.inf),
+    "optim.poly_power": (0, math.inf),
+    "optim.warmup_steps": (0, math.inf),
+    "optim.weight_decay": (0, math.inf),
+    "train.accumulate": (1, math.inf),
+    "train.batch_size": (1, math.inf),
+    "train.eval_batch_size": (1, math.inf),
+    "train.keep_last": (1, math.inf),
+    "train.log_every": (1, math.inf),
+    "train.pictures_every": (1, math.inf),
+    "train.seed": (0, math.inf),
+    "train.steps": (1, math.inf),
+}
+_ABOVE_ZERO = (
+    *("data.scale", "loss.hard_fraction", "optim.clip_norm", "optim.lr", "optim.step_every"),
+    *("train.epochs", "train.eval_every", "train.keep_every"),
+)
+_PATHS = ("run", "init", "init_from", "data.dir", "data.cache_dir", "data.classes")
+
+
+def check_config(config: Config) -> None:
+    """Raise InputError for the first value that is out of its range, or does not go with another, naming its flag."""
+    values = flatten(config)
+
+    def check(name: str, holds: Any, expected: str) -> None:
+        value = values[name]
+        numbers = value if isinstance(value, tuple) else () if value is None else (value,)
+        # Sizes and counts beyond 2^62 fit in no array's shape or index.
+        most = math.inf if name.startswith("optim.") else 2**62
+        if not all(-math.inf < number < most and holds(number) for number in numbers):
+            flag = "--" + name.replace("_", "-")
+            raise InputError(f"expected {flag} {expected}, got {value}; `train.py RECIPE --help` shows its default")
+
+    for name, (least, most) in _RANGES.items():
+        check(name, lambda x, least=least: x >= least, f">= {least:g}")
+        check(name, lambda x, most=most: x <= most, f"<= {most:g}")
+    for name in _ABOVE_ZERO:
+        check(name, lambda x: x > 0, "> 0")
+    check("loss.hard_fraction", lambda x: x <= 1, "<= 1")
+    check("optim.momentum", lambda x: 0 <= x < 1, "in 0 ... 1, below 1")
+    check("data.eval_multiple", lambda x: x == 1 or (x > 0 and x % MULTIPLE == 0), f"1 or a multiple of {MULTIPLE}")
+    class_weights = config.loss.class_weights
+    if not isinstance(class_weights, str):
+        check("loss.class_weights", lambda x: x >= 0, ">= 0")
+        if not sum(class_weights) > 0:
+            raise InputError("expected --loss.class-weights that are not all zero; or give 'median'")
+    if config.train.steps is None and config.train.epochs is None:
+        raise InputError("the length of the run is not given; set --train.epochs or --train.steps")
+    if config.init is not None and config.init_from is not None:
+        raise InputError(
+            f"both --init {config.init} and --init-from {config.init_from} are set; set one of them to None"
+        )
+    for name in _PATHS:
+        if values[name] is not None:
+            check_local(values[name], "--" + name.replace("_", "-"))
+
+
+# --- starting weights
+
+# What a network of another stride, or of other classes, has otherwise or not at all; all the rest has to be there.
+_NEW = ("score_*", "upscore*", "classifier.*", "head.score.*", "aux.*")
+# Options whose difference shows in the shapes, changes training alone, or goes with the stride.
+_FREE = frozenset(
+    {"encoder", "encoder_norm", "width", "fc_features", "fc6_kernel", "head_features", "aux_head"}
+    | {"dropout", "dropout_rate", "crop", "skip_bias", "upsample_bias"}
+)
+# 'At once' needs scales far below 1: the reference has 0.01 and 0.0001.
+_AT_ONCE = 0.1
+
+
+def starting_variables(config: Config, model: FCN, resuming: bool = False) -> tuple[dict[str, Any], Notes]:
+    """Make a run's first variables, and notes for its user: where they come from and what may go wrong with them.
+
+    Args:
+        config: ``init`` or ``init_from``; with neither, weights are random.
+        model: the network to fill.
+        resuming: a checkpoint will replace them, so that nothing is read.
+
+    Raises:
+        InputError: the weights do not fit the network, or its preprocessing.
+    """
+    size = config.data.crop_size or config.data.input_size or (64, 64)
+    variables = init_variables(model, jax.random.key(config.train.seed), size)
+    if resuming:
+        return variables, ()
+    if config.init_from is not None:
+        return _carry_over(config, model, variables, config.init_from)
+    if config.init is not None:
+        filled, report = weights.load_with_report(config.init, model, variables)
+        _check_preprocessing(config, report.preprocessing, config.init)
+        return filled, (_account(config.init, report), *_warnings(model, filled))
+    if config.model.freeze_encoder:
+        return variables, ("the encoder is frozen at its random start: give --init or --init-from",)
+    return variables, ()
+
+
+def _carry_over(config: Config, model: FCN, variables: dict[str, Any], given: str) -> tuple[dict[str, Any], Notes]:
+    """Take by name what another network of the family has; allow for new scores and upsampling."""
+    tensors, preprocessing, source = _open(given, model)
+    if source is not None and type(source) is not type(model):
+        names = [describe_model(network)[0] for network in (source, model)]
+        raise InputError(f"--init-from {given}: {names[0]} is of another family than {names[1]}; choose one of its own")
+    _check_preprocessing(config, preprocessing, given)
+    try:
+        filled, report = weights.load_with_report(tensors, model, variables, _NEW, ["*"])
+    except InputError as error:
+        what = str(error).removeprefix("the dict: ").partition("; ")[0]
+        raise InputError(
+            f"--init-from {given}: {what}; give both networks the same encoder, width and features"
+        ) from error
+    return filled, (_account(given, report), *_differences(source, model), *_warnings(model, filled))
+
+
+def _open(given: str, model: FCN) -> tuple[weights.Source, str | None, FCN | None]:
+    """Open a run or a file under our names: its tensors, its preprocessing, and its network, as far as known."""
+    path = Path(given)
+    if path.is_dir():
+        run = open_run(given)
+        return weights.to_torch(run.model, run.variables), run.config.data.preprocessing, run.model
+    if not path.exists() and given not in weights.PRETRAINED:
+        raise InputError(f"--init-from {given}: no such run or file; train the run that it names first, or give a file")
+    info = weights.inspect(given)
+    if info.fit is None:
+        return given, info.preprocessing, None
+    # The names of a published network depend on its stride, so it is read as what it is first.
+    name, classes = info.fit.models[0], info.fit.num_classes or model.num_classes
+    source = create_model(name, classes, **info.fit.options)
+    if type(source) is not type(model):
+        return given, info.preprocessing, source
+    same = {name: getattr(model, name) for name in ("width", "fc_features", "head_features") if hasattr(model, name)}
+    source = create_model(name, classes, **{**same, **info.fit.options})
+    shapes = jax.eval_shape(partial(init_variables, source), jax.random.key(0))
+    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+    return weights.to_torch(source, weights.load(given, source, zeros)), info.preprocessing, source
+
+
+def _check_preprocessing(config: Config, expected: str | None, source: str) -> None:
+    if expected is not None and expected != config.data.preprocessing:
+        raise InputError(
+            f"{source} expects {expected} preprocessing, the run has {config.data.preprocessing}; "
+            f"set --data.preprocessing {expected}"
+        )
+
+
+def _account(given: str, report: weights.Report) -> str:
+    new, unused = _layers(report.left, report.filled), _layers(report.ignored, report.filled.values())
+    return f"from {given}: {len(report.filled)} arrays; new: {new}; unused: {unused}"
+
+
+def _layers(names: Iterable[str], others: Collection[str]) -> str:
+    """Join names by layer; a layer that ``others`` has a part of is listed by its arrays."""
+    parts = {name.rpartition(".")[0] for name in others}
+    shown = (
+        name if name.rpartition(".")[0] in parts else name.rpartition(".")[0]
+        for name in names
+        if not name.endswith(COUNTER)
+    )
+    return ", ".join(dict.fromkeys(shown)) or "nothing"
+
+
+def _differences(source: FCN | None, model: FCN) -> Notes:
+    """Warn of what the two networks compute otherwise with the same weights."""
+    if source is None:
+        return ()
+    theirs, ours = describe_model(source)[1], describe_model(model)[1]
+    differs = [f"{key} {theirs[key]} (here {ours[key]})" for key in ours.keys() - _FREE if theirs[key] != ours[key]]
+    return (f"the weights come from a network with {', '.join(sorted(differs))}",) if differs else ()
+
+
+def _warnings(model: FCN, variables: dict[str, Any]) -> Notes:
+    """Warn where an 8s has untrained scores on a trained encoder.
+
+    At-once scales (the reference's voc-fcn8s-atonce), or score layers that a 16s has trained, keep the features of
+    pool3, which are far larger, from drowning the rest; batch norm makes them of one size.
+    """
+    if not isinstance(model, ScoreFCN) or model.stride != 8 or model.encoder_norm is not None:
+        return ()
+    untrained = not np.any(variables["params"]["score_fr"]["kernel"])  # zero is where score layers start
+    if not untrained or max(model.skip_scales) <= _AT_ONCE:
+        return ()
+    return (
+        "an 8s that starts from an encoder alone learns little: train a 32s and a 16s before and give --init-from, "
+        "or set --model.skip-scales 0.01 0.0001",
+    )

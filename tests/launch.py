@@ -1,0 +1,115 @@
+"""Runs in several real processes, started through train.py on this machine's CPU."""
+
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from fcn_jax.training.run import open_run
+
+ROOT = Path(__file__).parents[1]
+SETTINGS = (
+    "--model.name fcn8s --model.encoder vgg11 --model.encoder-norm batch --model.width 0.03 --model.fc-features 8 "
+    "--model.fc6-kernel 1 --data.shapes-size 32 32 --data.shapes-count 16 --train.batch-size 8 --train.steps 6 "
+    "--train.eval-every 1.5 --train.log-every 1 --train.eval-batch-size 4 --optim.warmup-steps 0"
+).split()
+# The sums over devices are added in another order where some of them come over the network: gloo against XLA's own.
+LAST_BITS = 1e-6
+# Ours, where a collective raises before JAX ends the process itself.
+LOST = "^error: another process of the run ended or cannot be reached; start all of them again, and they go on from"
+# With which JAX ends a process where another one's heartbeat is missing or its service is gone.
+LOST_BY_JAX = "heartbeat|another task died|coordination service"
+# Dies in the middle of a run, and nothing of it gets the chance to say so.
+KILLED = """
+import os, signal, sys, time
+from pathlib import Path
+from fcn_jax.cli.process import guarded
+from fcn_jax.cli.train import main
+from fcn_jax.data.pipeline import TrainIterator
+folder, take = Path(sys.argv.pop(1)), TrainIterator.__next__
+def dying(self):
+    batch = take(self)
+    if self._step == 5:
+        while not (folder / "checkpoints/3").is_dir():
+            time.sleep(0.05)
+        os.kill(os.getpid(), signal.SIGKILL)
+    return batch
+TrainIterator.__next__ = dying
+sys.exit(guarded(main, sys.argv[1:]))
+"""
+
+
+def environment(devices):
+    flags = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
+    compiled = jax.config.jax_compilation_cache_dir
+    cache = {"JAX_COMPILATION_CACHE_DIR": compiled, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2"}
+    return {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "PYTHONPATH": str(ROOT), **cache}
+
+
+def address():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return f"127.0.0.1:{free.getsockname()[1]}"
+
+
+def start(arguments, devices, code=None):
+    command = [sys.executable, *(["train.py"] if code is None else ["-c", code]), *map(str, arguments)]
+    return subprocess.Popen(
+        command, cwd=ROOT, env=environment(devices), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+def launch(run, *extra, count=2, each=((), ()), code=None):
+    """Start a run in ``count`` processes that share four devices, the last of them through ``code`` if given."""
+    where, started = address(), []
+    for index in range(count):
+        arguments = ["shapes", "--run", run, "--data.cache-dir", run.parent / "cache", *SETTINGS, *extra, *each[index]]
+        if count > 1:
+            arguments += ["--distributed", where, "--num-processes", count, "--process-id", index]
+        other = code is not None and index == count - 1
+        started.append(start([run, *arguments] if other else arguments, 4 // count, code if other else None))
+    return started
+
+
+def finish(started, timeout=240):
+    """Return exit codes and what was printed."""
+    try:
+        outputs = [process.communicate(timeout=timeout)[0] for process in started]
+    finally:
+        for process in started:
+            process.kill()
+    return [process.returncode for process in started], outputs
+
+
+def train_in_processes(*arguments, **options):
+    return finish(launch(*arguments, **options))
+
+
+def rows(run, kind):
+    return [row for row in map(json.loads, (run / "metrics.jsonl").read_text().splitlines()) if row["kind"] == kind]
+
+
+def parameters(run):
+    return np.concatenate([np.ravel(x) for x in jax.tree.leaves(open_run(run, "last").variables)])
+
+
+def assert_equal_runs(run, reference):
+    losses, expected = ([(row["step"], row["loss"]) for row in rows(which, "train")] for which in (run, reference))
+    np.testing.assert_allclose(losses, expected, rtol=LAST_BITS)
+    assert [row["step"] for row in rows(run, "val")] == [3, 6]
+    for row, other in zip(rows(run, "val"), rows(reference, "val"), strict=True):
+        assert row["confusion"] == other["confusion"]
+    found, expected = parameters(run), parameters(reference)
+    assert np.linalg.norm(found - expected) <= LAST_BITS * np.linalg.norm(expected)
+
+
+def assert_lost_another(process_code, printed):
+    """Check that a process ended because another one did, by our line or by JAX's own."""
+    ours = process_code == 1 and re.search(LOST, printed.splitlines()[-1]) and "Traceback" not in printed
+    assert ours or (process_code == -6 and re.search(LOST_BY_JAX, printed)), (process_code, printed[-2000:])
