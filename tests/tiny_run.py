@@ -96,6 +96,58 @@ def heard():
         signal.signal(number, handler)
 
 
+KILL = """
+import dataclasses, json, os, signal, sys
+import shutil
+from rich.console import Console
+from fcn_jax.training.run import RunFolder, config_from_json
+from fcn_jax.training import checkpoint, loop
+
+moment = sys.argv[2]
+
+def kill(*args, **kwargs):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+def killing(owner, name, when, after=False):
+    original = getattr(owner, name)
+    def instead(*args, **kwargs):
+        if not after and when(*args):
+            kill()
+        result = original(*args, **kwargs)
+        if after and when(*args):
+            kill()
+        return result
+    setattr(owner, name, instead)
+
+def half_a_row(self, row):
+    if row["step"] == 6:
+        with self.metrics_file.open("a") as file:
+            file.write(json.dumps(row)[:20])
+        kill()
+    original_append(self, row)
+
+original_append = RunFolder.append
+if moment == "in a step":
+    killing(loop.Logger, "step", lambda self, step, *rest: step == 7)
+elif moment == "in a row":
+    RunFolder.append = half_a_row
+elif moment == "in a validation":
+    calls = []
+    killing(loop, "evaluate", lambda *args: calls.append(0) or len(calls) == 2)
+elif moment == "in a save":
+    killing(loop.Checkpoints, "save", lambda self, state, *rest: int(state.step) == 8, after=True)
+elif moment == "before the commit of the first":
+    # A checkpoint is written under another name and renamed once it is whole.
+    for name in ("rename", "replace"):
+        killing(os, name, lambda source, target, **options: os.path.basename(target) == "4")
+elif moment == "in the removal of an old one":
+    killing(shutil, "rmtree", lambda path, *args, **options: os.path.basename(path).startswith("4"))
+elif moment == "after the last save":
+    killing(loop.Checkpoints, "close", lambda *args: True, after=True)
+loop.train(config_from_json(json.loads(sys.argv[1])), Console())
+"""
+
+
 def signalling(monkeypatch, owner, name, number, when):
     original = getattr(owner, name)
 

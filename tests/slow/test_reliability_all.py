@@ -1,0 +1,158 @@
+"""Kills at every moment of a run, signals to it, and outputs that nobody reads."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tiny_run import KILL, assert_same, end, environment, in_folder, in_process, signalling, train
+
+from fcn_jax.errors import Stopped
+from fcn_jax.training import loop
+from fcn_jax.training.run import RunFolder
+
+MOMENTS = {
+    "in a step": (0, 4),
+    "in a row": (0, 4),
+    "in a validation": (2, 4),
+    "in a save": (2, None),  # the write was in the background: it may or may not have come to its end
+    "before the commit of the first": (0, 0),
+    "after the last save": (0, 13),
+    "in the removal of an old one": (0, None),
+}
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_a_killed_run_comes_to_the_same_end(moment, undisturbed, tmp_path):
+    workers, saved = MOMENTS[moment]
+    config = in_folder(tmp_path, workers=workers)
+    killed = in_process(KILL, config, moment)
+    _, errors = killed.communicate(timeout=120)
+    assert killed.returncode == -signal.SIGKILL, errors.decode()
+    text = train(config)
+    if saved is not None:
+        assert (f"resuming {config.run} at step {saved}" in text) is (saved > 0)
+    assert_same(config, undisturbed)
+
+
+def test_worker_processes_end_with_the_run_that_is_killed(tmp_path):
+    killed = in_process(KILL, in_folder(tmp_path, workers=2), "in a step", start_new_session=True)
+    killed.communicate(timeout=120)  # returns when all who hold its output have ended
+    assert killed.returncode == -signal.SIGKILL
+    with pytest.raises(ProcessLookupError):
+        for _ in range(50):
+            os.killpg(killed.pid, 0)
+            time.sleep(0.1)
+
+
+@pytest.mark.parametrize(("number", "moment", "saved"), [(signal.SIGHUP, "start", 0), (signal.SIGTERM, "save", 8)])
+@pytest.mark.usefixtures("heard")
+def test_a_signal_before_the_first_step_or_in_a_save_stops_the_run(
+    number, moment, saved, undisturbed, tmp_path, monkeypatch
+):
+    config = in_folder(tmp_path)
+    with monkeypatch.context() as patched:
+        if moment == "start":
+            signalling(patched, loop, "progress_bar", number, lambda *args: True)
+        else:
+            signalling(patched, loop.Checkpoints, "save", number, lambda self, state, *rest: int(state.step) == 8)
+        with pytest.raises(Stopped, match=f"stopped by {number.name} at step {saved}, which is saved"):
+            train(config)
+    # After a save there is nothing more to save.
+    assert (Path(config.run) / "interrupted" / str(saved)).is_dir() is (moment == "start")
+    assert f"resuming {config.run} at step {saved}" in train(config)
+    assert_same(config, undisturbed)
+
+
+@pytest.mark.usefixtures("heard")
+def test_stopped_twice_at_the_same_step_and_with_other_devices(undisturbed, tmp_path, monkeypatch):
+    config = in_folder(tmp_path)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        with monkeypatch.context() as patched, pytest.raises(Stopped, match="at step 7"):
+            # the second time before the first step is taken
+            owner, name = (loop.Logger, "step") if number == signal.SIGTERM else (loop, "progress_bar")
+            signalling(patched, owner, name, number, lambda _, step, *rest: step in (7, 13))
+            train(config)
+    other = replace(config, devices=4)
+    assert "saved with 2 devices, going on with 4: sums may differ in the last bits" in train(other)
+    rows, steps, _ = end(other)
+    assert steps == undisturbed["steps"]
+    for ours, theirs in zip(rows, undisturbed["rows"], strict=True):
+        assert (ours["kind"], ours["step"]) == (theirs["kind"], theirs["step"])
+        if ours["kind"] == "train":  # other sums, in float32
+            np.testing.assert_allclose(ours["loss"], theirs["loss"], rtol=1e-4)
+
+
+def test_a_second_signal_ends_the_process_at_once(undisturbed, tmp_path):
+    code = (
+        "import json, sys, time; from rich.console import Console; from fcn_jax.training.run import config_from_json;"
+        "from fcn_jax.training import loop;"
+        "loop.evaluate = lambda *args: (print('validating', flush=True), time.sleep(100));"
+        "loop.train(config_from_json(json.loads(sys.argv[1])), Console())"
+    )
+    process = in_process(code, in_folder(tmp_path))
+    for line in process.stdout:
+        if b"validating" in line:
+            break
+    process.terminate()
+    time.sleep(0.5)
+    assert process.poll() is None
+    before = time.monotonic()
+    process.terminate()
+    process.communicate(timeout=30)
+    assert process.returncode == 143 and time.monotonic() - before < 5
+    train(in_folder(tmp_path))
+    assert_same(in_folder(tmp_path), undisturbed)
+
+
+@pytest.mark.parametrize("where", ["/dev/full", "a closed pipe"])
+def test_a_run_goes_on_where_nobody_can_read_what_it_says(where, tmp_path):
+    config = in_folder(tmp_path)
+    command = [sys.executable, "train.py", "shapes", "--run", config.run, "--data.cache-dir", config.data.cache_dir]
+    sizes = "--data.shapes-size 32 32 --data.shapes-count 16 --model.width 0.03 --model.encoder vgg11 --devices 1"
+    sizes += " --model.fc-features 8 --model.fc6-kernel 1 --train.batch-size 4 --train.steps 6 --train.eval-every 1"
+    reading, writing = os.pipe()
+    os.close(reading)
+    with os.fdopen(writing, "w") as pipe, open("/dev/full", "w") as full:
+        out = pipe if where == "a closed pipe" else full
+        done = subprocess.run(
+            [*command, *sizes.split()],
+            cwd=Path(__file__).parents[2],
+            env=environment(),
+            stdout=out,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert [row["step"] for row in RunFolder(config.run).rows() if row["kind"] == "val"] == [4, 6]
+
+
+def test_signals_to_all_processes_of_a_job_stop_the_run_alone(undisturbed, tmp_path):
+    config = in_folder(tmp_path, workers=2)
+    code = (
+        "import json, sys, time; from rich.console import Console; from fcn_jax.training.run import config_from_json;"
+        "from fcn_jax.cli.process import guarded; from fcn_jax.data import pipeline;"
+        "from fcn_jax.training import loop\n"
+        "iterate = pipeline._iterate\n"
+        "def noting(*args):\n"
+        "    print('starting workers' if args[2:] == (2,) else '', flush=True)\n"
+        "    return iterate(*args)\n"
+        "pipeline._iterate = noting\n"
+        "run = lambda _: loop.train(config_from_json(json.loads(sys.argv[1])), Console())\n"
+        "if __name__ == '__main__': sys.exit(guarded(run, []))"
+    )
+    process = in_process(code, config, start_new_session=True)
+    for line in process.stdout:
+        if b"starting workers" in line:
+            break
+    time.sleep(1)  # they import what they need
+    os.killpg(process.pid, signal.SIGTERM)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 143 and b"stopped by SIGTERM at step" in errors, errors.decode()
+    train(config)
+    assert_same(config, undisturbed)
