@@ -1,4 +1,4 @@
-# `make demo` and `make test` set everything up themselves, in a venv per Python version.
+# `make demo`, `make test` and `make test-slow` set everything up themselves, in a venv per Python version.
 # Another interpreter: make test PYTHON=python3.13
 
 PYTHON ?= python3
@@ -6,7 +6,7 @@ VERSION := $(shell $(PYTHON) -c "import sys; print('%d.%d' % sys.version_info[:2
 VENV := .venv-$(VERSION)
 BIN := $(VENV)/bin
 
-.PHONY: demo test parity soak lint format clean
+.PHONY: demo test test-slow parity soak lint format clean
 
 demo: $(VENV)/ready
 	$(BIN)/python train.py shapes --run runs/demo
@@ -14,7 +14,12 @@ demo: $(VENV)/ready
 	@echo "the same for your own data: python train.py --help; your own images: fcn-jax predict --run runs/demo IMAGE --out DIR"
 
 test: $(VENV)/ready-dev
-	$(BIN)/python -m pytest -n 2 --dist worksteal
+	$(BIN)/python -m pytest -n 2 --dist loadfile tests/unit tests/parity tests/integration
+
+# What the quick tests have a sample of: every kill, fault, layout, family, width and dtype, and 2,000 damaged files. Hours.
+test-slow: $(VENV)/ready-dev
+	$(BIN)/python -m pytest -n 2 --dist loadfile tests/slow
+	$(BIN)/python tests/slow/soak.py --kills 10
 
 # The table of docs/numerics.md: every network at full width against PyTorch in float64; slow, and wants 20 GB.
 PARITY := $(foreach s,32 16 8,fcn$(s)s fcn$(s)s_pad100 fcn$(s)s_ladder fcn$(s)s_resize) fcn8s_pad100_atonce fcns_ladder

@@ -18,7 +18,7 @@ from fcn_jax.training.distributed import is_writer, processes
 from fcn_jax.training.loop import train
 from fcn_jax.training.run import RunFolder, lengthened
 
-__all__ = ["main"]
+__all__ = ["config_of_recipe", "main"]
 
 _ABOUT = (
     f"Train a recipe; without one, {DEFAULT_RECIPE}. Any field of it can be overridden. The same command again resumes "
@@ -31,7 +31,7 @@ def main(arguments: Sequence[str]) -> int:
     """Train; the exit code."""
     arguments = list(arguments)
     resumes = [index for index, argument in enumerate(arguments) if argument.partition("=")[0] == "--resume"]
-    config, title = _of_run(arguments, resumes[0]) if resumes else _of_recipe(arguments)
+    config, title = _config_of_run(arguments, resumes[0]) if resumes else config_of_recipe(arguments)
     jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM for itself
     with processes(config.distributed, config.num_processes, config.process_id):
         console = Console(quiet=not is_writer(), file=cast(Any, Output()))
@@ -40,7 +40,8 @@ def main(arguments: Sequence[str]) -> int:
     return 0
 
 
-def _of_recipe(arguments: list[str]) -> tuple[Config, str]:
+def config_of_recipe(arguments: list[str]) -> tuple[Config, str]:
+    """Return the config that ``[RECIPE] [--field value ...]`` asks for, and a line about the recipe."""
     if not arguments or arguments[0].startswith("-") and arguments[0] not in ("-h", "--help"):
         arguments = [DEFAULT_RECIPE, *arguments]
     if not arguments[0].startswith("-") and arguments[0] not in RECIPES:
@@ -51,7 +52,7 @@ def _of_recipe(arguments: list[str]) -> tuple[Config, str]:
     return config, f"{recipe.name}: {recipe.source}; score there: {recipe.score}"
 
 
-def _of_run(arguments: list[str], index: int) -> tuple[Config, str]:
+def _config_of_run(arguments: list[str], index: int) -> tuple[Config, str]:
     """Take a run's own config, and the fields of it that the other arguments override."""
     flag, _, run = arguments.pop(index).partition("=")
     if not run:

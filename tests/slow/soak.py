@@ -19,7 +19,7 @@ import tempfile
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 TIMING = ("images_per_s", "data_wait")
 SHAPES = (
     "shapes --data.shapes-size 32 32 --data.shapes-count 64 --model.width 0.03 --model.encoder vgg11 "
@@ -40,15 +40,15 @@ def start(arguments, log):
 
 
 def end(run):
-    """Return what a run came to: rows without times, and the kept steps with their scores and digests, as saved."""
+    """Return what a run came to: rows without times, and the kept steps with their scores and checksums, as saved."""
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     rows = [{key: value for key, value in row.items() if key not in TIMING} for row in rows]
     steps = sorted(int(path.name) for path in (run / "checkpoints").iterdir() if path.name.isdigit())
     saved = [run / "checkpoints" / str(step) for step in steps]
-    digests = [json.loads((path / "progress" / "metadata").read_text())["digests"] for path in saved]
+    checksums = [json.loads((path / "progress" / "metadata").read_text())["checksums"] for path in saved]
     scores = [json.loads((path / "metrics" / "metrics").read_text()) for path in saved]
     left = (run / "interrupted").exists()
-    return {"rows": rows, "steps": steps, "digests": digests, "scores": scores, "left": left}
+    return {"rows": rows, "steps": steps, "checksums": checksums, "scores": scores, "left": left}
 
 
 def tear(run):

@@ -1,0 +1,128 @@
+"""Recipes shrunk to seconds, on tiny trees in the data sets' own formats."""
+
+import json
+
+import numpy as np
+import pytest
+import trees
+
+from fcn_jax.cli.eval import main as eval_command
+from fcn_jax.cli.train import main as train_command
+from fcn_jax.recipes import RECIPES
+from fcn_jax.training import loop
+from fcn_jax.training.run import RunFolder
+
+SMALL = ["--model.width", "0.06", "--train.steps", "12", "--train.log-every", "2", "--optim.warmup-steps", "0"]
+SCRATCH = ["--init", "None", "--init-from", "None"]
+SCORE_NET = ["--model.encoder", "vgg11", "--model.fc-features", "8"]
+OTHER_NET = ["--model.encoder", "vgg11"]
+VOC_NAMES = {
+    "train": ["2007_000001", "2007_000002", "2007_000003", "2007_000004"],
+    "val": ["2007_000101", "2007_000102"],
+}
+
+
+@pytest.fixture
+def easy(monkeypatch):
+    """Pictures whose colour tells the class, and classes of very unequal size, so that a few steps lower the loss."""
+
+    def mask(seed, num_classes, size=(12, 16), ignore=255):
+        label = np.zeros(size, np.uint8)
+        label[:, size[1] // 2 + seed % 3 :] = 1 + seed % (num_classes - 1)
+        label[0] = ignore
+        return label
+
+    def picture(seed, size=(12, 16)):
+        image = np.full((*size, 3), 40, np.uint8)
+        image[:, size[1] // 2 + seed % 3 :] = 200
+        return image
+
+    monkeypatch.setattr(trees, "mask", mask)
+    monkeypatch.setattr(trees, "picture", picture)
+
+
+def tree(recipe, root):
+    if recipe == "shapes":
+        return ["--data.shapes-size", "32", "32", "--data.shapes-count", "16"]
+    if recipe.startswith("camvid"):
+        trees.camvid(root, {"train": 4, "val": 2}, suffix=".jpg")
+    elif recipe == "voc-tramac":
+        trees.voc(root, "2012", VOC_NAMES)
+    elif recipe.startswith("voc"):
+        trees.sbd(root, {"train": VOC_NAMES["train"], "val": []})
+        trees.voc(root, "2011", {"val": VOC_NAMES["val"], "train": []})
+    else:
+        trees.folder(root, {"train": 4, "val": 2}, classes=("background", "bag"))
+    return ["--data.dir", str(root)]
+
+
+# What each recipe needs to fit: a rate at which a small network from scratch moves where the published one starts from
+# ImageNet weights, a crop and a batch as small as the pictures.
+SHRUNK = {
+    "shapes": [*SCORE_NET, "--train.batch-size", "8"],
+    "camvid": [*SCORE_NET, "--data.crop-size", "16", "16", "--data.workers", "0", "--train.batch-size", "4"],
+    "camvid-cpu": [
+        *SCORE_NET, "--data.input-size", "16", "20", "--data.crop-size", "16", "16", "--train.batch-size", "4",
+    ],
+    "voc-paper-32s": [*SCORE_NET, "--optim.lr", "1e-7"],
+    "voc-paper-16s": [*SCORE_NET, "--optim.lr", "1e-7"],
+    "voc-paper-8s": [*SCORE_NET, "--optim.lr", "1e-7"],
+    "voc-paper-8s-atonce": [*SCORE_NET, "--optim.lr", "1e-7"],
+    "voc-cvpr": [*SCORE_NET, "--optim.lr", "1e-3", "--data.crop-size", "16", "16", "--train.batch-size", "4"],
+    "voc-tramac": [
+        *OTHER_NET, "--optim.lr", "1e-2", "--data.base-size", "20", "--data.crop-size", "16", "16",
+        "--data.workers", "0", "--train.batch-size", "4",
+    ],
+    "binary-bce": [
+        *OTHER_NET, "--data.input-size", "32", "32", "--train.pictures-every", "4", "--train.keep-every", "6",
+    ],
+    "scratch-fcn1": [*OTHER_NET, "--data.input-size", "32", "32", "--train.batch-size", "4"],
+}  # fmt: skip
+
+
+def evals(recipe, examples=4):
+    """Epochs between validations that make one every 6 steps."""
+    arguments = SHRUNK[recipe]
+    batch = int(arguments[arguments.index("--train.batch-size") + 1]) if "--train.batch-size" in arguments else None
+    batch = batch or RECIPES[recipe].config.train.batch_size
+    return ["--train.eval-every", str(6 * batch / (16 if recipe == "shapes" else examples))]
+
+
+class Killed(BaseException):
+    """Stands for a process that ends without a word."""
+
+
+def run_through(recipe, tmp_path, monkeypatch, capsys):
+    """Train, end without a word, resume, evaluate, draw."""
+    data = tree(recipe, tmp_path / "data")
+    run = tmp_path / "run"
+    places = ["--run", str(run), "--data.cache-dir", str(tmp_path / "cache"), "--devices", "1"]
+    command = [recipe, *SMALL, *SHRUNK[recipe], *SCRATCH, *evals(recipe), *data, *places]
+    validate, calls = loop.validate, []
+
+    def killed_at_the_second(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == 2:
+            raise Killed
+        return validate(*args, **kwargs)
+
+    monkeypatch.setattr(loop, "validate", killed_at_the_second)
+    with pytest.raises(Killed):
+        train_command(command)
+    monkeypatch.setattr(loop, "validate", validate)
+    capsys.readouterr()
+    assert train_command(command) == 0
+    assert "resuming" in capsys.readouterr().out
+
+    rows = list(RunFolder(run).rows())
+    losses = [row["loss"] for row in rows if row["kind"] == "train"]
+    assert [row["step"] for row in rows if row["kind"] == "train"] == [2, 4, 6, 8, 10, 12]
+    assert np.mean(losses[-2:]) < losses[0]
+    assert [row["step"] for row in rows if row["kind"] == "val"] == [6, 12]
+    assert {"curves.png", "confusion.png", "panel.png"} <= {path.name for path in (run / "figures").iterdir()}
+    if recipe == "binary-bce":
+        assert [path.stem for path in sorted((run / "figures/train").iterdir())] == ["0000004", "0000008", "0000012"]
+
+    assert eval_command(["--run", str(run), "--checkpoint", "last"]) == 0
+    saved = json.loads((run / "eval.json").read_text())
+    assert saved["scores"] == rows[-1]["scores"] and saved["step"] == 12
