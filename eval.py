@@ -2,7 +2,8 @@
 
 import sys
 
-from fcn_jax.cli import main
+from fcn_jax.cli.eval import main
+from fcn_jax.cli.process import guarded
 
 if __name__ == "__main__":
-    sys.exit(main(["eval", *sys.argv[1:]]))
+    sys.exit(guarded(main, sys.argv[1:]))

@@ -43,24 +43,13 @@ _PAPER = Config(
 )
 # The VGG weights that the reference starts from.
 _CAFFE_VGG = "vgg16-caffe"
-
-
-def _paper(
-    suffix: str, model: str, lr: float, steps: int, score: str, init: str | None = None, init_from: str | None = None
-) -> Recipe:
-    name = f"voc-paper-{suffix}"
-    config = replace(
-        _PAPER,
-        run=f"runs/{name}",
-        init=init,
-        init_from=init_from,
-        model=ModelConfig(name=model),
-        optim=replace(_PAPER_OPTIM, lr=lr),
-        train=replace(_PAPER.train, steps=steps),
-    )
-    source = "Shelhamer, Long & Darrell 2017, 'heavy' learning; solver.prototxt of the reference"
-    return Recipe(name, config, source, f"{score} on seg11valid (pixel/mean acc/mean IU/f.w. IU)", "--data.dir ROOT")
-
+# Name, network, learning rate, steps, weights or run that it starts from, and the released network's scores on seg11valid.
+_PAPER_STAGES = (
+    ("voc-paper-32s", "fcn32s_pad100", 1e-10, 100_000, _CAFFE_VGG, None, "90.48/76.48/63.63/83.46"),
+    ("voc-paper-16s", "fcn16s_pad100", 1e-12, 100_000, None, "runs/voc-paper-32s", "91.00/78.07/65.01/84.26"),
+    ("voc-paper-8s", "fcn8s_pad100", 1e-14, 100_000, None, "runs/voc-paper-16s", "91.22/77.61/65.51/84.54"),
+    ("voc-paper-8s-atonce", "fcn8s_pad100_atonce", 1e-10, 300_000, _CAFFE_VGG, None, "91.13/78.50/65.40/84.43"),
+)
 
 _RECIPES = (
     Recipe(
@@ -122,10 +111,24 @@ _RECIPES = (
         score="53.1 mean IU on test, mean of two seeds (docs/camvid.md)",
         needs="--data.dir CAMVID",
     ),
-    _paper("32s", "fcn32s_pad100", 1e-10, 100_000, "90.48/76.48/63.63/83.46", init=_CAFFE_VGG),
-    _paper("16s", "fcn16s_pad100", 1e-12, 100_000, "91.00/78.07/65.01/84.26", init_from="runs/voc-paper-32s"),
-    _paper("8s", "fcn8s_pad100", 1e-14, 100_000, "91.22/77.61/65.51/84.54", init_from="runs/voc-paper-16s"),
-    _paper("8s-atonce", "fcn8s_pad100_atonce", 1e-10, 300_000, "91.13/78.50/65.40/84.43", init=_CAFFE_VGG),
+    *(
+        Recipe(
+            name,
+            replace(
+                _PAPER,
+                run=f"runs/{name}",
+                model=ModelConfig(name=model),
+                optim=replace(_PAPER_OPTIM, lr=lr),
+                train=replace(_PAPER.train, steps=steps),
+                init=init,
+                init_from=init_from,
+            ),
+            source="Shelhamer, Long & Darrell 2017, 'heavy' learning; solver.prototxt of the reference",
+            score=f"{score} on seg11valid (pixel/mean acc/mean IU/f.w. IU)",
+            needs="--data.dir ROOT",
+        )
+        for name, model, lr, steps, init, init_from, score in _PAPER_STAGES
+    ),
     Recipe(
         "voc-cvpr",
         Config(
