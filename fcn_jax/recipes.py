@@ -43,7 +43,7 @@ _PAPER = Config(
 )
 # The VGG weights that the reference starts from.
 _CAFFE_VGG = "vgg16-caffe"
-# Name, network, learning rate, steps, weights or run that it starts from, and the released network's scores on seg11valid.
+# Name, network, learning rate, steps, weights or run to start from, and the released scores on seg11valid.
 _PAPER_STAGES = (
     ("voc-paper-32s", "fcn32s_pad100", 1e-10, 100_000, _CAFFE_VGG, None, "90.48/76.48/63.63/83.46"),
     ("voc-paper-16s", "fcn16s_pad100", 1e-12, 100_000, None, "runs/voc-paper-32s", "91.00/78.07/65.01/84.26"),
