@@ -11,7 +11,7 @@ from typing import Any
 
 import jax
 
-from fcn_jax.training.run import commit, versions
+from fcn_jax.training.run import environment
 
 __all__ = ["cores_allowed", "describe", "load", "meter"]
 
@@ -27,11 +27,9 @@ def describe(against_torch: bool) -> dict[str, Any]:
             "jax_devices": [f"{device.platform}: {device.device_kind}" for device in jax.devices()],
         },
         "versions": {
-            "python": platform.python_version(),
             "platform": platform.platform(),
-            **versions(("jax", "jaxlib", "flax", "optax", "numpy")),
+            **environment(),
         },
-        "commit": commit(),
         "xla_flags": os.environ.get("XLA_FLAGS", ""),
     }
     if against_torch:

@@ -9,7 +9,7 @@ import platform
 import re
 import subprocess
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from importlib import metadata
 from pathlib import Path
@@ -33,35 +33,19 @@ __all__ = [
     "RunFolder",
     "TrainedRun",
     "check_local",
-    "commit",
     "config_from_json",
     "environment",
     "flatten",
     "lengthened",
     "open_run",
     "seconds_since_start",
-    "versions",
     "write_whole",
 ]
 
 # Where and how fast, not what: these may change between stop and resume.
 _FREE_FIELDS = frozenset(
-    {
-        "run",
-        "data.dir",
-        "data.cache_dir",
-        "data.download",
-        "data.workers",
-        "devices",
-        "distributed",
-        "num_processes",
-        "process_id",
-        "parallel",
-        "train.log_every",
-        "train.keep_last",
-        "train.nonfinite",
-        "train.pictures_every",
-    }
+    "run data.dir data.cache_dir data.download data.workers devices distributed num_processes process_id parallel "
+    "train.log_every train.keep_last train.nonfinite train.pictures_every".split()
 )
 _LENGTH_FIELDS = frozenset({"train.steps", "train.epochs", "optim.step_every"})
 
@@ -79,37 +63,25 @@ class DatasetInfo:
     palette: tuple[tuple[int, int, int], ...]
 
 
-def versions(names: Iterable[str]) -> dict[str, str | None]:
-    """Return the versions of installed packages; None for one that is not there."""
-
-    def version(name: str) -> str | None:
+def environment(*packages: str) -> dict[str, Any]:
+    """Return versions, None for a package that is missing, and the project's commit where it is known."""
+    found: dict[str, Any] = {"python": platform.python_version()}
+    for name in ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", *packages):
         try:
-            return metadata.version(name)
+            found[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
-            return None
+            found[name] = None
+    return {**found, "commit": _commit()}
 
-    return {name: version(name) for name in names}
 
-
-def commit() -> str | None:
-    """Return the project's commit where it is known."""
+def _commit() -> str | None:
+    command = ["git", "describe", "--always", "--dirty"]
+    folder = Path(__file__).resolve().parent
     try:
-        return subprocess.run(
-            ["git", "describe", "--always", "--dirty"],
-            cwd=Path(__file__).resolve().parent,
-            capture_output=True,
-            text=True,
-            timeout=10,
-            check=True,
-        ).stdout.strip()
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=10, check=True)
     except (OSError, subprocess.SubprocessError):
         return None
-
-
-def environment() -> dict[str, Any]:
-    """Return versions of what computes, and the project's commit where it is known."""
-    names = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
-    return {"python": platform.python_version(), **versions(names), "commit": commit()}
+    return done.stdout.strip()
 
 
 def seconds_since_start() -> float:

@@ -174,32 +174,15 @@ def run_loss(config: Config, train: Split) -> Loss:
 # Where a machine keeps its data, and what the launch says of a process.
 _OWN_FIELDS = ("data.dir", "data.cache_dir", "data.workers", "process_id")
 _LONGEST = 2**20  # pixels of a side; no memory holds such an image
-# Least and greatest value of each number, and of each entry of a pair; None in the config is not checked.
-_RANGES: dict[str, tuple[float, float]] = {
-    "devices": (1, math.inf),
-    "data.base_size": (1, _LONGEST),
-    "data.crop_size": (1, _LONGEST),
-    "data.input_size": (1, _LONGEST),
-    "data.jitter": (0, math.inf),
-    "data.shapes_count": (1, math.inf),
-    "data.shapes_size": (16, _LONGEST),
-    "data.workers": (0, math.inf),
-    "loss.aux_weight": (0, math.inf),
-    "loss.weight_power": (0, math.inf),
-    "optim.bias_lr": (0, math.inf),
-    "optim.head_lr": (0, math.inf),
-    "optim.poly_power": (0, math.inf),
-    "optim.warmup_steps": (0, math.inf),
-    "optim.weight_decay": (0, math.inf),
-    "train.accumulate": (1, math.inf),
-    "train.batch_size": (1, math.inf),
-    "train.eval_batch_size": (1, math.inf),
-    "train.keep_last": (1, math.inf),
-    "train.log_every": (1, math.inf),
-    "train.pictures_every": (1, math.inf),
-    "train.seed": (0, math.inf),
-    "train.steps": (1, math.inf),
-}
+_SIDES = ("data.base_size", "data.crop_size", "data.input_size", "data.shapes_size")
+_AT_LEAST_ONE = (
+    *("devices", "data.shapes_count", "train.accumulate", "train.batch_size", "train.eval_batch_size"),
+    *("train.keep_last", "train.log_every", "train.pictures_every", "train.steps", *_SIDES),
+)
+_AT_LEAST_ZERO = (
+    *("data.jitter", "data.workers", "loss.aux_weight", "loss.weight_power", "optim.bias_lr", "optim.head_lr"),
+    *("optim.poly_power", "optim.warmup_steps", "optim.weight_decay", "train.seed"),
+)
 _ABOVE_ZERO = (
     *("data.scale", "loss.hard_fraction", "optim.clip_norm", "optim.lr", "optim.step_every"),
     *("train.epochs", "train.eval_every", "train.keep_every"),
@@ -220,9 +203,12 @@ def check_config(config: Config) -> None:
             flag = "--" + name.replace("_", "-")
             raise InputError(f"expected {flag} {expected}, got {value}; `train.py RECIPE --help` shows its default")
 
-    for name, (least, most) in _RANGES.items():
-        check(name, lambda x, least=least: x >= least, f">= {least:g}")
-        check(name, lambda x, most=most: x <= most, f"<= {most:g}")
+    for name in _AT_LEAST_ONE:
+        check(name, lambda x: x >= 1, ">= 1")
+    for name in _AT_LEAST_ZERO:
+        check(name, lambda x: x >= 0, ">= 0")
+    for name in _SIDES:
+        check(name, lambda x: x <= _LONGEST, f"<= {_LONGEST}")
     for name in _ABOVE_ZERO:
         check(name, lambda x: x > 0, "> 0")
     check("loss.hard_fraction", lambda x: x <= 1, "<= 1")
