@@ -19,9 +19,11 @@ import jax
 
 from fcn_jax.errors import InputError, Stopped
 
-__all__ = ["Output", "guarded", "keep_compiled", "make_folder"]
+__all__ = ["COMPILED", "Output", "guarded", "keep_compiled", "make_folder"]
 
 _DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EFBIG}
+COMPILED = Path("~/.cache/fcn_jax/programs")
+"""Where compiled programs are kept."""
 _MOST_COMPILED = 2 * 2**30
 """Bytes of compiled programs that are kept; the least recently used go first."""
 
@@ -120,7 +122,7 @@ def _quieten_orbax() -> None:
 
 def keep_compiled() -> None:
     """Keep compiled programs on disk, so that a command's second start is quick; JAX's own settings go before ours."""
-    folder = Path("~/.cache/fcn_jax/compiled").expanduser()
+    folder = COMPILED.expanduser()
     if jax.config.jax_compilation_cache_dir is None:  # type: ignore[attr-defined]
         with contextlib.suppress(OSError):  # where nothing can be kept, everything is compiled anew
             folder.mkdir(parents=True, exist_ok=True)

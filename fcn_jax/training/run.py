@@ -15,6 +15,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import filelock
 import jax
 import msgspec
 
@@ -22,11 +23,6 @@ from fcn_jax.config import Config
 from fcn_jax.errors import InputError, first_line
 from fcn_jax.models import init_variables, model_from_config
 from fcn_jax.models.fcn import FCN
-
-try:
-    import fcntl
-except ImportError:  # not a Unix: two processes in one folder are not kept apart
-    fcntl = None  # type: ignore[assignment]
 
 __all__ = [
     "DatasetInfo",
@@ -208,7 +204,7 @@ class RunFolder:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Keep other processes from training in this folder; the system lets go when the process ends, however it does.
+        """Keep other processes from training in this folder; the lock ends with the process, however it ends.
 
         Raises:
             InputError: another process has it, or it cannot be written.
@@ -216,27 +212,22 @@ class RunFolder:
         if not self.writes:
             yield
             return
+        lock = filelock.FileLock(self.path / ".lock")
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            file = (self.path / ".lock").open("a+")
+            lock.acquire(blocking=False)
+        except filelock.Timeout:
+            raise InputError(
+                f"{self.path} is being trained by another process; wait for its end, stop it, or give another --run"
+            ) from None
         except OSError as error:
             raise InputError(f"cannot write to {self.path}: {error.strerror}; give another --run") from error
-        with file:
-            if fcntl is not None:
-                try:
-                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                except BlockingIOError:
-                    file.seek(0)
-                    raise InputError(
-                        f"{self.path} is being trained by another process ({file.read().strip() or 'unknown'}); "
-                        "wait for its end, stop it, or give another --run"
-                    ) from None
-                except OSError:  # a disk that knows no locks: nobody is kept apart there
-                    pass
-            file.truncate(0)
-            file.write(f"process {os.getpid()} on {platform.node()}\n")
-            file.flush()
+        except NotImplementedError:  # a disk without locks: nobody is kept apart there
+            pass
+        try:
             yield
+        finally:
+            lock.release()
 
     def _check_same(self, old: dict[str, Any], new: dict[str, Any], lengthen: bool) -> None:
         free = _FREE_FIELDS | (_LENGTH_FIELDS if lengthen else frozenset())
