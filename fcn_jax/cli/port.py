@@ -76,7 +76,8 @@ def port(given: PortArguments) -> None:
         raise InputError(f"{given.out} is the source and would be overwritten; choose another --out")
     if given.layout not in weights.LAYOUTS:
         raise unknown("layout", given.layout, weights.LAYOUTS)
-    info = weights.inspect(given.source)
+    source = weights.open_source(given.source)
+    info = weights.inspect(source)
     name = given.model or _only_model(given.source, info)
     options, num_classes = weights.source_options(info, name)
     if given.encoder is not None:
@@ -92,7 +93,7 @@ def port(given: PortArguments) -> None:
     # Shapes first: what a file says of its network may be larger than any memory, and its tensors show whether it is.
     key = jax.random.key(given.seed)
     variables, report = weights.load_with_report(
-        given.source, model, jax.eval_shape(init, key), given.allow_missing, given.allow_unexpected
+        source, model, jax.eval_shape(init, key), given.allow_missing, given.allow_unexpected
     )
     if report.left:
         initial = init(key)
@@ -125,9 +126,9 @@ def export(given: ExportArguments) -> None:
 
 def _print_written(what: str, model: FCN, variables: dict[str, Any], layout: str) -> None:
     print(what)
-    left_out = weights.nameless(model, variables, layout)
+    left_out = weights.left_out(model, variables, layout)
     if left_out:
-        print(f"not written, since {layout} has no names for them: {', '.join(left_out)}")
+        print(f"not written, since no network of {layout} takes them: {', '.join(left_out)}")
 
 
 def _make_folder(folder: Path) -> None:

@@ -23,7 +23,7 @@ from fcn_jax.training.check import check_config
 from fcn_jax.training.devices import Parallel, make_parallel, pick_devices
 from fcn_jax.training.distributed import check_same, digest, together, writer_first
 from fcn_jax.training.start import start
-from fcn_jax.weights.fetch import PRETRAINED, fetch
+from fcn_jax.weights import PRETRAINED, open_source
 
 __all__ = ["Trainer", "make_trainer"]
 
@@ -81,10 +81,11 @@ def make_trainer(config: Config, resuming: bool = False) -> Trainer:
     check_share(config, len(devices))
     length = run_length(config, len(train))
     model = model_from_config(config.model, train.num_classes, config.train.remat)
-    for given in () if resuming else (config.init, config.init_from):
-        if given in PRETRAINED:
-            writer_first(partial(fetch, given))
-    variables, notes = together(lambda: start(config, model, resuming))  # orbax reads a run in all processes at once
+    named = [given for given in (config.init, config.init_from) if given in PRETRAINED and not resuming]
+    opened = {given: writer_first(partial(open_source, given)) for given in named}
+    variables, notes = together(
+        lambda: start(config, model, resuming, opened)
+    )  # orbax reads a run in all processes at once
     optimizer = make_optimizer(variables["params"], config.optim, length.steps, config.model.freeze_encoder)
     loss = build_loss(config.loss, train.dataset, train.num_classes, lambda: class_frequencies(train))
     if config.train.accumulate > 1 and "batch_stats" in variables:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -34,13 +34,16 @@ _FREE = frozenset(
 _AT_ONCE = 0.1
 
 
-def start(config: Config, model: FCN, resuming: bool = False) -> tuple[dict[str, Any], tuple[str, ...]]:
+def start(
+    config: Config, model: FCN, resuming: bool = False, opened: Mapping[str, weights.Tensors] | None = None
+) -> tuple[dict[str, Any], tuple[str, ...]]:
     """Make a run's first variables, and notes for its user: what they are from and what may go wrong with them.
 
     Args:
         config: ``init`` or ``init_from``; with neither, weights are random.
         model: the network to fill.
         resuming: a checkpoint will replace them, so that nothing is read.
+        opened: sources that are open already, by their names in the config.
 
     Raises:
         InputError: both are given, or the weights do not fit the network, or its preprocessing.
@@ -54,10 +57,10 @@ def start(config: Config, model: FCN, resuming: bool = False) -> tuple[dict[str,
     if resuming:
         return variables, ()
     if config.init_from is not None:
-        return _carry_over(config, model, variables, config.init_from)
+        return _carry_over(config, model, variables, config.init_from, opened or {})
     if config.init is not None:
-        _check_preprocessing(config, weights.inspect(config.init).preprocessing, config.init)
-        filled, report = weights.load_with_report(config.init, model, variables)
+        filled, report = weights.load_with_report((opened or {}).get(config.init, config.init), model, variables)
+        _check_preprocessing(config, report.preprocessing, config.init)
         return filled, (_account(config.init, report), *_warnings(model, filled))
     if config.model.freeze_encoder:
         return variables, ("the encoder is frozen at its random start: give --init or --init-from",)
@@ -75,10 +78,10 @@ class _Origin:
 
 
 def _carry_over(
-    config: Config, model: FCN, variables: dict[str, Any], given: str
+    config: Config, model: FCN, variables: dict[str, Any], given: str, opened: Mapping[str, weights.Tensors]
 ) -> tuple[dict[str, Any], tuple[str, ...]]:
     """Take by name what another network of the family has; allow for new scores and upsampling."""
-    origin = _open(given, model)
+    origin = _open(given, model, opened)
     if origin.model is not None and type(origin.model) is not type(model):
         names = [describe_model(network)[0] for network in (origin.model, model)]
         raise InputError(f"--init-from {given}: {names[0]} is of another family than {names[1]}; choose one of its own")
@@ -93,7 +96,7 @@ def _carry_over(
     return filled, (_account(given, report), *_differences(origin.model, model), *_warnings(model, filled))
 
 
-def _open(given: str, model: FCN) -> _Origin:
+def _open(given: str, model: FCN, opened: Mapping[str, weights.Tensors]) -> _Origin:
     """Open a run or a file; a published network's tensors come back under our names."""
     path = Path(given)
     if path.is_dir():
@@ -102,19 +105,20 @@ def _open(given: str, model: FCN) -> _Origin:
         return _Origin(tensors, trained.config.data.preprocessing, trained.model)
     if not path.exists() and given not in weights.PRETRAINED:
         raise InputError(f"--init-from {given}: no such run or file; train the run that it names first, or give a file")
-    info = weights.inspect(given)
+    source = opened[given] if given in opened else weights.open_source(given)
+    info = weights.inspect(source)
     if info.fit is None:
-        return _Origin(given, info.preprocessing, None)
+        return _Origin(source, info.preprocessing, None)
     # The names of a published network depend on its stride, so it is read as what it is first.
     name, classes = info.fit.models[0], info.fit.num_classes or model.num_classes
     own = create_model(name, classes, **info.fit.options)
     if type(own) is not type(model):
-        return _Origin(given, info.preprocessing, own)
+        return _Origin(source, info.preprocessing, own)
     same = {name: getattr(model, name) for name in ("width", "fc_features", "head_features") if hasattr(model, name)}
     own = create_model(name, classes, **{**same, **info.fit.options})
     shapes = jax.eval_shape(partial(init_variables, own), jax.random.key(0))
     zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
-    return _Origin(weights.to_torch(own, weights.load(given, own, zeros)), info.preprocessing, own)
+    return _Origin(weights.to_torch(own, weights.load(source, own, zeros)), info.preprocessing, own)
 
 
 def _account(given: str, report: weights.Report) -> str:

@@ -247,7 +247,7 @@ def test_port_keeps_its_source_and_reports_what_it_wrote(tmp_path, capsys):
     assert "preprocessing caffe" in capsys.readouterr().out
     back = ["--layout", "torchvision-vgg", "--out", str(tmp_path / "back.pth")]
     assert cli.run_port([str(tmp_path / "out/weights.safetensors"), *back]) == 0
-    assert "not written, since torchvision-vgg has no names for them: score_fr.bias" in capsys.readouterr().out
+    assert "not written, since no network of torchvision-vgg takes them: score_fr.bias" in capsys.readouterr().out
     assert cli.guarded(cli.run_port, [*command, "--num-classes", "0", "--out", str(tmp_path / "x")]) == 2
 
 

@@ -22,7 +22,7 @@ import fcn_jax
 from fcn_jax import weights
 from fcn_jax.compare import make_twin
 from fcn_jax.errors import InputError
-from fcn_jax.weights.source import open_source
+from fcn_jax.weights import open_source
 
 STATE = {"features.0.weight": torch.full((4, 3, 3, 3), 0.5), "features.0.bias": torch.zeros(4)}
 
@@ -408,7 +408,7 @@ def test_a_source_of_another_type_is_refused(source, message):
 
 def test_a_path_that_equals_the_name_of_a_pretrained_encoder_is_that_encoder(tmp_path, monkeypatch):
     torch.save(STATE, tmp_path / "fetched.pth")
-    monkeypatch.setattr("fcn_jax.weights.source.fetch", {"vgg16-imagenet": tmp_path / "fetched.pth"}.__getitem__)
+    monkeypatch.setattr("fcn_jax.weights.sources.fetch", {"vgg16-imagenet": tmp_path / "fetched.pth"}.__getitem__)
     for source in ("vgg16-imagenet", pathlib.Path("vgg16-imagenet")):
         assert list(weights.inspect(source).tensors) == list(STATE)
 
