@@ -5,6 +5,8 @@ Repeated lines of the sources are loops here. ``w`` scales channel counts as the
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -36,15 +38,9 @@ class TorchvisionVGG(nn.Module):
         fc = round(4096 * w)
         self.features = make_layers(encoder, batch_norm, w)
         self.avgpool = nn.AdaptiveAvgPool2d((7, 7))
-        self.classifier = nn.Sequential(
-            nn.Linear(round(512 * w) * 7 * 7, fc),
-            nn.ReLU(True),
-            nn.Dropout(p=0.5),
-            nn.Linear(fc, fc),
-            nn.ReLU(True),
-            nn.Dropout(p=0.5),
-            nn.Linear(fc, num_classes),
-        )
+        sizes = (round(512 * w) * 7 * 7, fc, fc, num_classes)
+        layers = [part for i, o in pairwise(sizes) for part in (nn.Linear(i, o), nn.ReLU(True), nn.Dropout(p=0.5))]
+        self.classifier = nn.Sequential(*layers[:-2])
 
     def forward(self, x):
         return self.classifier(torch.flatten(self.avgpool(self.features(x)), 1))
@@ -80,64 +76,92 @@ class TimmVGG(nn.Module):
 class PytorchFCN(nn.Module):
     """torchfcn/models/fcn32s.py, fcn16s.py, fcn8s.py; ``at_once`` is FCN8sAtOnce"""
 
+    fc = ("fc6", "fc7")
+    scores = {
+        32: ("score_fr", "upscore"),
+        16: ("score_fr", "score_pool4", "upscore2", "upscore16"),
+        8: ("score_fr", "score_pool3", "score_pool4", "upscore2", "upscore8", "upscore_pool4"),
+    }
+    second = "upscore_pool4"
+    ceil_mode = True
+    crop = {32: 19, 16: 27, 8: 31}
+
+    @staticmethod
+    def conv(stage: int, layer: int, index: int) -> str:
+        return f"conv{stage}_{layer}"
+
     def __init__(self, stride: int, n: int, w: float, at_once: bool = False) -> None:
         super().__init__()
         self.stride, self.scales = stride, (0.01, 0.0001) if at_once else (1, 1)
-        c_in = 3
+        self.stages: list[list[str]] = []
+        c_in, index = 3, 0
         for stage, (convs, channels) in enumerate(zip(CFGS["vgg16"], CHANNELS, strict=True), start=1):
-            for layer in range(1, convs + 1):
-                c_out = round(channels * w)
-                padding = 100 if (stage, layer) == (1, 1) else 1
-                setattr(self, f"conv{stage}_{layer}", nn.Conv2d(c_in, c_out, 3, padding=padding))
-                c_in = c_out
+            self.stages.append([self.conv(stage, layer, index + layer) for layer in range(1, convs + 1)])
+            for name in self.stages[-1]:
+                setattr(self, name, nn.Conv2d(c_in, round(channels * w), 3, padding=1 if index else 100))
+                c_in, index = round(channels * w), index + 1
         fc = round(4096 * w)
-        self.fc6 = nn.Conv2d(c_in, fc, 7)
-        self.fc7 = nn.Conv2d(fc, fc, 1)
-        self.score_fr = nn.Conv2d(fc, n, 1)
-        if stride == 32:
-            self.upscore = nn.ConvTranspose2d(n, n, 64, stride=32, bias=False)
-        elif stride == 16:
-            self.score_pool4 = nn.Conv2d(c_in, n, 1)
-            self.upscore2 = nn.ConvTranspose2d(n, n, 4, stride=2, bias=False)
-            self.upscore16 = nn.ConvTranspose2d(n, n, 32, stride=16, bias=False)
-        else:
-            self.score_pool3 = nn.Conv2d(round(256 * w), n, 1)
-            self.score_pool4 = nn.Conv2d(c_in, n, 1)
-            self.upscore2 = nn.ConvTranspose2d(n, n, 4, stride=2, bias=False)
-            self.upscore8 = nn.ConvTranspose2d(n, n, 16, stride=8, bias=False)
-            self.upscore_pool4 = nn.ConvTranspose2d(n, n, 4, stride=2, bias=False)
+        setattr(self, self.fc[0], nn.Conv2d(c_in, fc, 7))
+        setattr(self, self.fc[1], nn.Conv2d(fc, fc, 1))
+        inputs = {"score_fr": fc, "score_pool3": round(256 * w), "score_pool4": c_in}
+        for name in self.scores[stride]:
+            up = {"upscore2": 2, self.second: 2}.get(name, stride)
+            if name in inputs:
+                setattr(self, name, nn.Conv2d(inputs[name], n, 1, bias=self.has_bias(name)))
+            else:
+                setattr(self, name, nn.ConvTranspose2d(n, n, 2 * up, stride=up, bias=False))
+
+    def has_bias(self, name: str) -> bool:
+        return True
 
     def forward(self, x):
         h, pools = x, []
-        for stage, convs in enumerate(CFGS["vgg16"], start=1):
-            for layer in range(1, convs + 1):
-                h = F.relu(getattr(self, f"conv{stage}_{layer}")(h))
-            h = F.max_pool2d(h, 2, stride=2, ceil_mode=True)
+        for names in self.stages:
+            for name in names:
+                h = F.relu(getattr(self, name)(h))
+            h = F.max_pool2d(h, 2, stride=2, ceil_mode=self.ceil_mode)
             pools.append(h)
-        h = self.score_fr(F.relu(self.fc7(F.relu(self.fc6(h)))))
-        if self.stride == 32:
-            h = self.upscore(h)
-            return h[:, :, 19 : 19 + x.size(2), 19 : 19 + x.size(3)]
-        h = self.upscore2(h)
-        h = h + self.score_pool4(pools[3] * self.scales[0])[:, :, 5 : 5 + h.size(2), 5 : 5 + h.size(3)]
-        if self.stride == 16:
-            return self.upscore16(h)[:, :, 27 : 27 + x.size(2), 27 : 27 + x.size(3)]
-        h = self.upscore_pool4(h)
-        h = h + self.score_pool3(pools[2] * self.scales[1])[:, :, 9 : 9 + h.size(2), 9 : 9 + h.size(3)]
-        return self.upscore8(h)[:, :, 31 : 31 + x.size(2), 31 : 31 + x.size(3)]
+        for name in self.fc:
+            h = F.relu(getattr(self, name)(h))
+        h = self.score_fr(h)
+        if self.stride <= 16:
+            h = self.upscore2(h)
+            h = h + self.score_pool4(pools[3] * self.scales[0])[:, :, 5 : 5 + h.size(2), 5 : 5 + h.size(3)]
+        if self.stride == 8:
+            h = getattr(self, self.second)(h)
+            h = h + self.score_pool3(pools[2] * self.scales[1])[:, :, 9 : 9 + h.size(2), 9 : 9 + h.size(3)]
+        h = (self.upscore if hasattr(self, "upscore") else getattr(self, f"upscore{self.stride}"))(h)
+        c = self.crop[self.stride]
+        return h[:, :, c : c + x.size(2), c : c + x.size(3)]
+
+
+class Fanrencli(PytorchFCN):
+    """VGG16 of Fanrencli's FCN: FCN32s, FCN16s, FCN8s"""
+
+    fc = ("conv14", "conv15")
+    scores = {
+        32: ("score_fr", "upscore32"),
+        16: ("score_fr", "upscore16", "upscore2", "score_pool4"),
+        8: ("score_fr", "score_pool3", "score_pool4", "upscore2", "upscore8", "upscore2x2"),
+    }
+    second = "upscore2x2"
+    ceil_mode = False
+    crop = {32: 6, 16: 27, 8: 31}
+
+    @staticmethod
+    def conv(stage: int, layer: int, index: int) -> str:
+        return f"conv{index}"
+
+    def has_bias(self, name: str) -> bool:
+        return (name, self.stride) != ("score_pool4", 16)
 
 
 class TramacHead(nn.Module):
     def __init__(self, c_in: int, n: int) -> None:
         super().__init__()
         c = c_in // 4
-        self.block = nn.Sequential(
-            nn.Conv2d(c_in, c, 3, padding=1, bias=False),
-            nn.BatchNorm2d(c),
-            nn.ReLU(inplace=True),
-            nn.Dropout(0.1),
-            nn.Conv2d(c, n, 1),
-        )
+        conv = (nn.Conv2d(c_in, c, 3, padding=1, bias=False), nn.BatchNorm2d(c), nn.ReLU(inplace=True))
+        self.block = nn.Sequential(*conv, nn.Dropout(0.1), nn.Conv2d(c, n, 1))
 
     def forward(self, x):
         return self.block(x)
@@ -148,15 +172,13 @@ class Tramac(nn.Module):
 
     def __init__(self, stride: int, n: int, w: float, aux: bool = False) -> None:
         super().__init__()
-        self.stride, self.aux, c = stride, aux, round(512 * w)
-        self.pretrained = make_layers("vgg16", False, w)
-        if stride == 16:
-            self.pool4 = nn.Sequential(*self.pretrained[:24])
-            self.pool5 = nn.Sequential(*self.pretrained[24:])
-        if stride == 8:
-            self.pool3 = nn.Sequential(*self.pretrained[:17])
-            self.pool4 = nn.Sequential(*self.pretrained[17:24])
-            self.pool5 = nn.Sequential(*self.pretrained[24:])
+        c, whole = round(512 * w), make_layers("vgg16", False, w)
+        self.pretrained = whole
+        slices = {32: {}, 16: {"pool4": whole[:24], "pool5": whole[24:]}}
+        slices[8] = {"pool3": whole[:17], "pool4": whole[17:24], "pool5": whole[24:]}
+        self.parts = tuple(slices[stride] or ("pretrained",))
+        for name, layers in slices[stride].items():
+            setattr(self, name, nn.Sequential(*layers))
         self.head = TramacHead(c, n)
         if stride == 8:
             self.score_pool3 = nn.Conv2d(round(256 * w), n, 1)
@@ -169,19 +191,14 @@ class Tramac(nn.Module):
         def resize(score, size):
             return F.interpolate(score, size, mode="bilinear", align_corners=True)
 
-        if self.stride == 32:
-            return resize(self.head(self.pretrained(x)), x.size()[2:])
-        if self.stride == 16:
-            pool4 = self.pool4(x)
-            score_pool4 = self.score_pool4(pool4)
-            out = resize(self.head(self.pool5(pool4)), score_pool4.size()[2:]) + score_pool4
-            return resize(out, x.size()[2:])
-        pool3 = self.pool3(x)
-        pool4 = self.pool4(pool3)
-        score_pool4, score_pool3 = self.score_pool4(pool4), self.score_pool3(pool3)
-        out = resize(self.head(self.pool5(pool4)), score_pool4.size()[2:]) + score_pool4
-        out = resize(out, score_pool3.size()[2:]) + score_pool3
-        return resize(out, x.size()[2:])
+        h, maps = x, {}
+        for name in self.parts:
+            h = maps[name] = getattr(self, name)(h)
+        h = self.head(h)
+        for name in self.parts[-2::-1]:
+            score = getattr(self, f"score_{name}")(maps[name])
+            h = resize(h, score.size()[2:]) + score
+        return resize(h, x.size()[2:])
 
 
 class PochihVGG(nn.Module):
@@ -240,14 +257,8 @@ class FCN1(nn.Module):
         c_in = 3
         for stage, channels in enumerate(CHANNELS, start=1):
             c = round(channels * w)
-            block = nn.Sequential(
-                nn.Conv2d(c_in, c, kernel_size=3, padding=1),
-                nn.ReLU(),
-                nn.Conv2d(c, c, kernel_size=3, padding=1),
-                nn.ReLU(),
-                nn.MaxPool2d(kernel_size=2, stride=2),
-            )
-            setattr(self, f"block{stage}", block)
+            convs = (nn.Conv2d(c_in, c, 3, padding=1), nn.ReLU(), nn.Conv2d(c, c, 3, padding=1), nn.ReLU())
+            setattr(self, f"block{stage}", nn.Sequential(*convs, nn.MaxPool2d(2)))
             c_in = c
         _add_rungs(self, n, w)
 
@@ -257,54 +268,6 @@ class FCN1(nn.Module):
             x = getattr(self, f"block{stage}")(x)
             pools.append(x)
         return _ladder(self, pools, "s")
-
-
-class Fanrencli(nn.Module):
-    """VGG16 of Fanrencli's FCN: FCN32s, FCN16s, FCN8s"""
-
-    def __init__(self, stride: int, n: int, w: float) -> None:
-        super().__init__()
-        self.stride = stride
-        c_in, index = 3, 1
-        for convs, channels in zip(CFGS["vgg16"], CHANNELS, strict=True):
-            for _ in range(convs):
-                c = round(channels * w)
-                setattr(self, f"conv{index}", nn.Conv2d(c_in, c, kernel_size=3, padding=100 if index == 1 else 1))
-                c_in, index = c, index + 1
-        fc = round(4096 * w)
-        self.conv14 = nn.Conv2d(c_in, fc, 7)
-        self.conv15 = nn.Conv2d(fc, fc, 1)
-        self.score_fr = nn.Conv2d(fc, n, 1)
-        if stride == 32:
-            self.upscore32 = nn.ConvTranspose2d(n, n, 64, stride=32, bias=False)
-        elif stride == 16:
-            self.upscore16 = nn.ConvTranspose2d(n, n, 32, stride=16, bias=False)
-            self.upscore2 = nn.ConvTranspose2d(n, n, 4, stride=2, bias=False)
-            self.score_pool4 = nn.Conv2d(c_in, n, kernel_size=1, stride=1, bias=False)
-        else:
-            self.score_pool3 = nn.Conv2d(round(256 * w), n, 1)
-            self.score_pool4 = nn.Conv2d(c_in, n, 1)
-            self.upscore2 = nn.ConvTranspose2d(n, n, 4, stride=2, bias=False)
-            self.upscore8 = nn.ConvTranspose2d(n, n, 16, stride=8, bias=False)
-            self.upscore2x2 = nn.ConvTranspose2d(n, n, 4, stride=2, bias=False)
-
-    def forward(self, h):
-        x, index, pools = h, 1, []
-        for convs in CFGS["vgg16"]:
-            for _ in range(convs):
-                x, index = F.relu(getattr(self, f"conv{index}")(x)), index + 1
-            x = F.max_pool2d(x, kernel_size=2, stride=2)
-            pools.append(x)
-        x = self.score_fr(F.relu(self.conv15(F.relu(self.conv14(x)))))
-        if self.stride == 32:
-            return self.upscore32(x)[:, :, 6 : 6 + h.size(2), 6 : 6 + h.size(3)]
-        x = self.upscore2(x)
-        x = x + self.score_pool4(pools[3])[:, :, 5 : 5 + x.size(2), 5 : 5 + x.size(3)]
-        if self.stride == 16:
-            return self.upscore16(x)[:, :, 27 : 27 + h.size(2), 27 : 27 + h.size(3)]
-        x = self.upscore2x2(x)
-        x = x + self.score_pool3(pools[2])[:, :, 9 : 9 + x.size(2), 9 : 9 + x.size(3)]
-        return self.upscore8(x)[:, :, 31 : 31 + h.size(2), 31 : 31 + h.size(3)]
 
 
 def _cbr(c_in: int, c_out: int, kernel: int = 3, padding: int = 1) -> nn.Sequential:

@@ -207,7 +207,7 @@ def _read_torch(path: Path, head: bytes) -> Any:
     """Read a file of torch.save, of the zip format (torch >= 1.6) or the older one, without running what is in it."""
     torch = import_torch(path)
     zipped = head.startswith(_ZIP)  # as torch tells them
-    _check_bulk(path, zipped)
+    _check_content(path, zipped)
     # NumPy's numbers, which checkpoints keep beside the weights, by their names in NumPy 2 and 1. Not its strings:
     # their size comes from the file, and NumPy crashes at a negative one.
     makers: list[Any] = [value.__reduce__()[0] for value in (np.float64(1), np.zeros(1))]
@@ -225,8 +225,6 @@ def _read_torch(path: Path, head: bytes) -> Any:
 def _why_refused(error: Exception) -> str:
     """Tell why torch did not read a file, and what to do."""
     text = str(error)
-    if "TorchScript" in text:
-        return "a TorchScript archive; if you trust it, load it with torch.jit.load and save its state_dict()"
     if not isinstance(error, pickle.UnpicklingError):
         return f"not a whole torch file ({first_line(error)}); fetch it again"
     name = re.search(r"GLOBAL (\S+)", text)
@@ -236,8 +234,8 @@ def _why_refused(error: Exception) -> str:
     return f"{what} ({reason}); if you trust it, load it with torch and save model.state_dict()"
 
 
-def _check_bulk(path: Path, zipped: bool) -> None:
-    """Refuse a file of which a few bytes would take any amount of memory: packed records, bytearrays of a given size.
+def _check_content(path: Path, zipped: bool) -> None:
+    """Refuse TorchScript, and what may take any amount of memory: packed records, bytearrays of a given size.
 
     torch.save packs nothing, so that a file's records are no larger than itself.
     """
@@ -245,10 +243,14 @@ def _check_bulk(path: Path, zipped: bool) -> None:
         if data.find(b"\nbytearray\n") >= 0:  # as a pickle names the type
             raise InputError(f"{path}: holds bytearrays, which may be of any size; store model.state_dict() alone")
         size = len(data)
-    packed = False
+    entries: list[zipfile.ZipInfo] = []
     with contextlib.suppress(Exception):  # a damaged archive fails anywhere; torch tells whether it can be read
         if zipped:
             with zipfile.ZipFile(path) as archive:
-                packed = any(entry.compress_type or entry.file_size > size for entry in archive.filelist)
-    if packed:
+                entries = archive.filelist
+    if any(entry.filename.endswith("/constants.pkl") for entry in entries):
+        raise InputError(
+            f"{path}: a TorchScript archive; if you trust it, load it with torch.jit.load and save its state_dict()"
+        )
+    if any(entry.compress_type or entry.file_size > size for entry in entries):
         raise InputError(f"{path}: a packed archive, which torch.save does not write; unpack it, store it plain")
