@@ -81,6 +81,12 @@ def test_every_name_says_encoder_and_hash():
 # --- starting a run
 
 
+@pytest.fixture
+def uncompiled(monkeypatch):
+    """Start from zeros, where score layers start anyway: no initialisation is compiled."""
+    monkeypatch.setattr("fcn_jax.training.start.init_variables", lambda model, *rest: zeros(model))
+
+
 def begin(name="fcn8s", init=None, init_from=None, preprocessing="imagenet", num_classes=6, opened=None, **options):
     """Return a run's first variables and its notes, in one line."""
     model = create(name, num_classes, **options)
@@ -90,7 +96,7 @@ def begin(name="fcn8s", init=None, init_from=None, preprocessing="imagenet", num
     return model, variables, " ".join(notes)
 
 
-def test_an_8s_from_a_bare_encoder_is_warned_of_unless_scaled_or_staged(encoder, tmp_path):
+def test_an_8s_from_a_bare_encoder_is_warned_of_unless_scaled_or_staged(uncompiled, encoder, tmp_path):
     warning = "an 8s that starts from an encoder alone learns little"
     encoder, coarse = encoder[0], tmp_path / "32s.safetensors"
     _, _, notes = begin(init=encoder)
@@ -117,7 +123,7 @@ def test_an_8s_from_a_bare_encoder_is_warned_of_unless_scaled_or_staged(encoder,
             begin(**given, preprocessing="caffe")
 
 
-def test_a_run_opens_what_it_starts_from_once(hub, monkeypatch):
+def test_a_run_opens_what_it_starts_from_once(uncompiled, hub, monkeypatch):
     fetched = []
     monkeypatch.setattr("fcn_jax.weights.sources.fetch", lambda name: fetched.append(name) or weights.fetch(name))
     assert "from tiny: " in begin("fcn32s", init="tiny")[2] and fetched == ["tiny"]
@@ -125,7 +131,7 @@ def test_a_run_opens_what_it_starts_from_once(hub, monkeypatch):
     assert fetched == ["tiny"] * 2
 
 
-def test_a_stage_starts_from_a_file_of_another_project(tmp_path):
+def test_a_stage_starts_from_a_file_of_another_project(uncompiled, tmp_path):
     file = tmp_path / "boostcamp.pth"
     state = sources.randomise(sources.Boostcamp(32, 21, W)).float().state_dict()
     torch.save(state, file)
@@ -142,7 +148,7 @@ def test_a_stage_starts_from_a_file_of_another_project(tmp_path):
         begin("fcn16s_resize", init_from=file)
 
 
-def test_carrying_over_says_what_the_networks_compute_otherwise(tmp_path):
+def test_carrying_over_says_what_the_networks_compute_otherwise(uncompiled, tmp_path):
     file = tmp_path / "atonce.safetensors"
     weights.save(file, *build("fcn8s_pad100_atonce", 6), None)
     _, _, notes = begin("fcn8s_pad100", init_from=file)

@@ -23,10 +23,6 @@ def test_a_ported_classifier_gives_the_sources_logits(source, encoder, norm):
     check_classifier(source, encoder, norm, (224, 224), ("float64", "float32"))
 
 
-def test_the_classifier_takes_wide_images_as_torchvision_does():
-    check_classifier("torchvision", "vgg11", None, (75, 330))
-
-
 @pytest.mark.parametrize("norm", [None, "batch"])
 @pytest.mark.parametrize("encoder", ENCODERS)
 @pytest.mark.parametrize("kind", [sources.TorchvisionVGG, sources.TimmVGG])

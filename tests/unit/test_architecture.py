@@ -52,6 +52,7 @@ def test_packages_import_only_those_before_them():
             "fcn_jax.optim, fcn_jax.step, fcn_jax.training.devices",
             "grain tensorflow_datasets orbax tyro torch tensorflow",
         ),
+        ("fcn_jax.weights", "torch safetensors"),
         ("fcn_jax.compare, fcn_jax.cli", "torch tensorflow"),
     ],
 )

@@ -1,8 +1,6 @@
 """Weights in and out: round trips, an encoder's weights, and tensors that are not those of the network."""
 
 import os
-import subprocess
-import sys
 
 import jax.numpy as jnp
 import numpy as np
@@ -182,15 +180,6 @@ def test_a_wrong_shape_is_passed_over_only_where_both_sides_allow_it():
     assert_same(loaded["params"]["head"], theirs["params"]["head"])
 
 
-def test_staged_networks_hand_their_weights_on_by_name():
-    coarse, source = build()
-    fine, variables = build("fcn16s", seed=1)
-    new = ("score_pool4.*", "upscore2.*", "upscore16.*")
-    loaded = weights.load(weights.to_torch(coarse, source), fine, variables, new, ["upscore32.*"])
-    assert_same(loaded["params"]["score_fr"], source["params"]["score_fr"])
-    assert_same(loaded["params"]["upscore16"], variables["params"]["upscore16"])
-
-
 def test_a_renamed_tensor_is_told_from_a_missing_one():
     model, variables = build()
     source = weights.to_torch(model, variables)
@@ -262,12 +251,3 @@ def test_a_file_that_cannot_be_written_is_one_line(tmp_path, name):
     (tmp_path / "file").write_bytes(b"")
     with pytest.raises(InputError, match="cannot be written"):
         weights.save(tmp_path / name, *build("fcn32s_ladder"), None)
-
-
-def test_importing_and_loading_safetensors_needs_no_torch():
-    code = (
-        "import sys, fcn_jax.weights\n"
-        "heavy = {'torch', 'safetensors', 'grain', 'tensorflow_datasets', 'orbax', 'tyro'} & set(sys.modules)\n"
-        "assert not heavy, heavy"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True)
