@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import fnmatch
 import json
-import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -32,14 +31,14 @@ class Info:
     layout: str | None
     """A key of ``LAYOUTS``, or None where no layout has such names."""
     variant: str | None
-    """The encoder, as far as names and shapes tell: ``vgg16``, ``vgg16_bn`` ..."""
+    """The encoder, inferred from names and shapes: ``vgg16``, ``vgg16_bn`` ...; None where that fails."""
     preprocessing: str | None
-    """What images the weights were trained on, "imagenet" or "caffe"; None: the source does not say."""
+    """What the weights were trained with, "imagenet" or "caffe"; None: unknown."""
     tensors: dict[str, TensorInfo]
     fit: Fit | None = None
-    """The network that the weights are of; None: an encoder, or the source does not say."""
+    """The network that the weights belong to; None: an encoder, or unknown."""
     unwrapped: tuple[str, ...] = ()
-    """What was taken off around the tensors: ``model_state_dict``, ``module.`` ..."""
+    """Wrappers and prefixes removed from around the tensors: ``model_state_dict``, ``module.`` ..."""
 
 
 @dataclass(frozen=True)
@@ -57,29 +56,29 @@ class Report:
     converted: dict[str, str] = field(default_factory=dict)
     """Parameter that was filled -> how its array was turned."""
     unwrapped: tuple[str, ...] = ()
-    """What was taken off around the tensors: ``model_state_dict``, ``module.`` ..."""
+    """Wrappers and prefixes removed from around the tensors: ``model_state_dict``, ``module.`` ..."""
 
 
 def inspect(source: Source) -> Info:
-    """Tell what a source holds, without a network.
+    """Describe what a source holds, without a network.
 
     Raises:
         InputError: the source cannot be opened, or its metadata is damaged.
     """
     tensors = open_source(source)
-    name, said = recognise(tensors.shapes), tensors.metadata.get("preprocessing")
-    if said is not None and said not in PREPROCESSINGS:
+    name, stated = recognise(tensors.shapes), tensors.metadata.get("preprocessing")
+    if stated is not None and stated not in PREPROCESSINGS:
         expected = " or ".join(PREPROCESSINGS)
         raise InputError(
-            f"{tensors.origin}: its metadata says preprocessing {said!r}, expected {expected}; write the file again"
+            f"{tensors.origin}: its metadata says preprocessing {stated!r}, expected {expected}; write the file again"
         )
     if name is None:
-        return Info(None, None, said, tensors.infos, unwrapped=tensors.unwrapped)
+        return Info(None, None, stated, tensors.infos, unwrapped=tensors.unwrapped)
     layout, shapes = LAYOUTS[name], tensors.shapes
     fit = layout.fit(shapes) if layout.fit else _saved_fit(tensors)
     variant = layout.encoder(shapes) if layout.encoder else fit.encoder if fit else None
-    # What the file says of itself goes before what its layout's files usually are.
-    return Info(name, variant, said or layout.preprocessing, tensors.infos, fit, tensors.unwrapped)
+    # The file's own statement takes precedence over what is usual for its layout.
+    return Info(name, variant, stated or layout.preprocessing, tensors.infos, fit, tensors.unwrapped)
 
 
 def _saved_fit(tensors: Tensors) -> Fit | None:
@@ -101,11 +100,11 @@ def _saved_fit(tensors: Tensors) -> Fit | None:
 
 
 def source_options(info: Info, name: str) -> tuple[dict[str, Any], int | None]:
-    """Return the options of ``create_model`` for a source's own network, as far as it says them, and its classes.
+    """Return the options of ``create_model`` for a source's own network, as far as they are known, and its classes.
 
     Args:
         info: of the source.
-        name: the network that is wanted; one that the source's weights are not of gets no options.
+        name: the network to create; no options where the source's weights belong to another.
     """
     if info.fit is None:
         return encoder_options(info.variant or "vgg16"), None
@@ -130,7 +129,7 @@ def load_with_report(
     allow_missing: Iterable[str] = (),
     allow_unexpected: Iterable[str] = (),
 ) -> tuple[dict[str, Any], Report]:
-    """Fill a network's variables from a source and tell what became of everything.
+    """Fill a network's variables from a source and account for every parameter and tensor.
 
     Args:
         source: a path (.safetensors, .pth, .pt), a key of ``PRETRAINED``, a dict of arrays, or what ``open_source``
@@ -184,7 +183,7 @@ class _Loading:
     may_miss: list[str]
     may_stay: list[str]
     is_network: bool
-    """Whether the source says of which network it is, so that it has to have all of it."""
+    """Whether the source is known to be a whole network, so that nothing of it may be missing."""
     report: Report
     values: dict[tuple[str, ...], Any] = field(default_factory=dict)
     sought: dict[str, str] = field(default_factory=dict)
@@ -222,7 +221,7 @@ class _Loading:
         value = from_torch(parameter, raw)
         if value is None:
             misfit = f"{theirs} is {_times(raw.shape)}, {name} needs {_times(parameter.torch_shape)}"
-            if raw.size == math.prod(parameter.shape):  # the right numbers in another order are no other network's
+            if raw.size == np.prod(parameter.shape):  # as many numbers, so it is no other network's
                 misfit, optional = f"{misfit} (transposed?)", False
             if not optional and not (_any(name, self.may_miss) and _any(theirs, self.may_stay)):
                 return misfit
@@ -240,7 +239,7 @@ class _Loading:
         return None
 
     def _cast(self, theirs: str, value: np.ndarray, parameter: Parameter) -> np.ndarray:
-        """Return the values in the parameter's dtype; refuse those that no training leaves behind."""
+        """Return the values in the parameter's dtype; refuse non-floats, infinities and negative variances."""
         if not jnp.issubdtype(value.dtype, jnp.floating):
             wrong = f"{value.dtype}, expected floats; use the original file"
         elif not np.isfinite(value).all():
@@ -248,7 +247,7 @@ class _Loading:
         elif parameter.leaf == "running_var" and (value < 0).any():
             wrong = "negative variances; use another file"
         else:
-            with np.errstate(over="ignore"):  # told below
+            with np.errstate(over="ignore"):  # reported below
                 cast = value.astype(parameter.dtype)
             if np.isfinite(cast).all():
                 return cast
@@ -256,9 +255,9 @@ class _Loading:
         raise InputError(f"{self.tensors.origin}: {theirs} holds {wrong}")
 
     def _explain_parameters(self, parameters: dict[str, Parameter]) -> list[Parameter]:
-        """Say why parameters were not filled; return those that should have been."""
+        """Record why parameters were not filled; return those that should have been."""
         report, missing = self.report, []
-        # As after `vgg16().features`.
+        # Whether the source is, say, the state dict of `vgg16().features`.
         names = {name for name in self.tensors.infos if not name.endswith(f".{COUNTER}")}
         of_encoder = {theirs for name, theirs in report.filled.items() if name.startswith("vgg.")}
         encoder_alone = isinstance(self.model, FCN) and not self.is_network and names <= of_encoder
@@ -276,7 +275,7 @@ class _Loading:
         return missing
 
     def _explain_tensors(self) -> list[str]:
-        """Say why tensors were not used; return those that should have been."""
+        """Record why tensors were not used; return those that should have been."""
         report, unexpected = self.report, []
         used = set(report.filled.values())
         for theirs in self.tensors.infos:

@@ -115,6 +115,8 @@ def save(
     check_suffix(path)
     if preprocessing is not None and preprocessing not in PREPROCESSINGS:
         raise unknown("preprocessing", preprocessing, PREPROCESSINGS)
+    if path.suffix != ".safetensors":
+        import_torch(path)
     arrays = to_torch(model, variables, layout)
     if not arrays:
         raise InputError(f"{path}: layout {layout!r} has names for nothing in these variables; give all of them")
@@ -148,7 +150,7 @@ def _write(path: Path, arrays: dict[str, np.ndarray], metadata: dict[str, str]) 
         except safetensors.SafetensorError as error:
             raise OSError(str(error)) from error
         return
-    torch = import_torch(path)
+    import torch
 
     def tensor(value: np.ndarray) -> Any:
         if value.dtype == jnp.bfloat16:  # NumPy has none, so it goes by its bits

@@ -23,10 +23,10 @@ __all__ = ["Source", "TensorInfo", "Tensors", "open_source"]
 
 # The last: what pytorch-fcn's trainer writes.
 _TORCH_SUFFIXES = (".pth", ".pt", ".pth.tar")
-# Under which of its keys a checkpoint keeps the state dict; what DataParallel and torch.compile put before every name.
+# Keys under which a checkpoint keeps the state dict, and prefixes that DataParallel and torch.compile add to all names.
 _WRAPPERS = ("state_dict", "model_state_dict", "model")
 _PREFIXES = ("module.", "_orig_mod.")
-# More dicts around a state dict than anybody writes: only one that contains itself has so many.
+# Only a dict that contains itself is nested as deep.
 _MOST_WRAPPERS = 8
 # The codes of safetensors' header.
 _DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64", "I32": "int32"}
@@ -51,7 +51,7 @@ class Tensors:
     read: Callable[[str], np.ndarray]
     metadata: dict[str, str] = field(default_factory=dict)
     unwrapped: tuple[str, ...] = ()
-    """What was taken off around the state dict, from the outside in: ``model_state_dict``, ``module.`` ..."""
+    """Wrappers and prefixes removed around the state dict, outermost first: ``model_state_dict``, ``module.`` ..."""
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -65,8 +65,8 @@ Source = str | os.PathLike[str] | Mapping[str, Any] | Tensors
 def open_source(source: Source) -> Tensors:
     """Open a file, a pretrained encoder by its name in ``PRETRAINED``, or a dict of arrays (NumPy, JAX or torch).
 
-    What wraps a state dict (``state_dict``, ``model_state_dict``, ``model``) and what stands before every name
-    (``module.``, ``_orig_mod.``) are taken off. An opened source is returned as it is.
+    Wrappers of a state dict (``state_dict``, ``model_state_dict``, ``model``) and prefixes of all names (``module.``,
+    ``_orig_mod.``) are removed. An opened source is returned unchanged.
 
     Raises:
         InputError: no such file, not such a file, damaged, torch is needed and missing, or no tensors in it.
@@ -106,7 +106,7 @@ def _read_head(path: Path) -> bytes:
 
 
 def _mistaken_for(head: bytes, is_safetensors: bool) -> str | None:
-    """Say what a file is by its first bytes, where it is not what its name says.
+    """Identify a file by its first bytes; None where they fit its suffix.
 
     A .safetensors file begins with eight bytes that may be any number, then a brace.
     """
@@ -176,7 +176,7 @@ def _from_mapping(source: Any, origin: str) -> Tensors:
 
 
 def _strip(names: Mapping[str, Any]) -> tuple[dict[str, str], tuple[str, ...]]:
-    """Map names without ``_PREFIXES``, where all have them, to the whole ones; tell those, from the outside in."""
+    """Map names without the ``_PREFIXES`` that all of them have to the whole names; return those prefixes too."""
     stored = {name: name for name in names}
     found: tuple[str, ...] = ()
     while prefix := next((p for p in _PREFIXES if stored and all(name.startswith(p) for name in stored)), None):
@@ -206,16 +206,16 @@ def _not_for_numpy(origin: str, name: str, kind: str) -> InputError:
 def _read_torch(path: Path, head: bytes) -> Any:
     """Read a file of torch.save, of the zip format (torch >= 1.6) or the older one, without running what is in it."""
     torch = import_torch(path)
-    zipped = head.startswith(_ZIP)  # as torch tells them
+    zipped = head.startswith(_ZIP)  # the test that torch itself makes
     _check_content(path, zipped)
-    # NumPy's numbers, which checkpoints keep beside the weights, by their names in NumPy 2 and 1. Not its strings:
-    # their size comes from the file, and NumPy crashes at a negative one.
+    # Checkpoints keep NumPy numbers beside the weights; they are allowed under their names in NumPy 2 and 1. Strings
+    # are not: their size comes from the file, and NumPy crashes at a negative one.
     makers: list[Any] = [value.__reduce__()[0] for value in (np.float64(1), np.zeros(1))]
     dtypes = {type(np.dtype(code)) for code in np.typecodes["All"] if code not in "OSUV"}
     numbers = [*makers, *((make, f"numpy.core.multiarray.{make.__name__}") for make in makers), np.dtype, np.ndarray]
     try:
         with warnings.catch_warnings(), torch.serialization.safe_globals([*numbers, *dtypes]):
-            warnings.simplefilter("ignore")  # on pickle protocols; whether it could be read is answered below
+            warnings.simplefilter("ignore")  # on pickle protocols
             # Only the zip format can be mapped instead of read whole.
             return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     except Exception as error:  # a damaged file fails anywhere in the unpickler, with any exception
@@ -223,7 +223,7 @@ def _read_torch(path: Path, head: bytes) -> Any:
 
 
 def _why_refused(error: Exception) -> str:
-    """Tell why torch did not read a file, and what to do."""
+    """Describe why torch did not read a file, and the way out."""
     text = str(error)
     if not isinstance(error, pickle.UnpicklingError):
         return f"not a whole torch file ({first_line(error)}); fetch it again"
@@ -235,9 +235,9 @@ def _why_refused(error: Exception) -> str:
 
 
 def _check_content(path: Path, zipped: bool) -> None:
-    """Refuse TorchScript, and what may take any amount of memory: packed records, bytearrays of a given size.
+    """Refuse TorchScript, and what may take any amount of memory: compressed records, bytearrays of a given size.
 
-    torch.save packs nothing, so that a file's records are no larger than itself.
+    torch.save compresses nothing, so a file's records are no larger than itself.
     """
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
         if data.find(b"\nbytearray\n") >= 0:  # as a pickle names the type
@@ -253,4 +253,6 @@ def _check_content(path: Path, zipped: bool) -> None:
             f"{path}: a TorchScript archive; if you trust it, load it with torch.jit.load and save its state_dict()"
         )
     if any(entry.compress_type or entry.file_size > size for entry in entries):
-        raise InputError(f"{path}: a packed archive, which torch.save does not write; unpack it, store it plain")
+        raise InputError(
+            f"{path}: a compressed archive, which torch.save does not write; extract it and store it uncompressed"
+        )

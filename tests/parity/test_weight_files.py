@@ -70,7 +70,7 @@ def cut(write, length):
     return write_and_cut
 
 
-def packed(path):
+def compressed(path):
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("w/data.pkl", pickle.dumps({}))
 
@@ -106,7 +106,7 @@ OTHER = r"holds something other than tensors \(%s\); if you trust it, load it wi
         ("w.pth", bytes(range(256)), "holds something other than tensors, or is damaged \\(Unsupported operand 0\\)"),
         ("w.pth", cut(saved(STATE), 100), "not a whole torch file"),
         ("w.pth", cut(old({"a": torch.zeros(2000)}), 1000), "not a whole torch file"),
-        ("w.pth", packed, "a packed archive"),
+        ("w.pth", compressed, "a compressed archive"),
         ("w.pth", saved([torch.zeros(2)]), "expected a dict of tensors, got list"),
         ("w.pth", saved({}), "holds no tensors"),
         ("w.pth", saved({"names": "a"}), "expected arrays by name, got str under 'names'"),

@@ -45,20 +45,20 @@ Rows = list[tuple[str, str]]
 
 @dataclass(frozen=True)
 class Fit:
-    """The networks of the catalogue that a source's weights belong to, as its names and shapes tell."""
+    """The networks of the catalogue that a source's weights belong to, inferred from names and shapes."""
 
     models: tuple[str, ...]
-    """Names of ``MODELS`` that share names and shapes and differ in computation: the user has to know which."""
+    """Names of ``MODELS`` with the same names and shapes that compute differently: only the user knows which it is."""
     num_classes: int | None
     options: dict[str, Any] = field(default_factory=dict)
     """What must be as in the source for the network to compute the same."""
 
     @property
     def encoder(self) -> str | None:
-        """The encoder by ``encoder_name``, where the options say it."""
-        return (
-            encoder_name(self.options["encoder"], self.options["encoder_norm"]) if "encoder" in self.options else None
-        )
+        """The encoder's name as ``encoder_name`` gives it; None where it is not known."""
+        if "encoder" not in self.options:
+            return None
+        return encoder_name(self.options["encoder"], self.options["encoder_norm"])
 
     @property
     def call(self) -> str:
@@ -80,11 +80,11 @@ class Layout:
     modules: Callable[[Any], Rows] | None
     """The names of a network's modules; None: they are ours."""
     preprocessing: str | None = None
-    """What images these weights were trained on; None: the file's metadata says it, or nothing does."""
+    """The preprocessing these weights were trained with; None: given by the file's metadata, or unknown."""
     encoder: Callable[[Shapes], str | None] | None = None
-    """Tell the encoder from names and shapes, e.g. ``vgg16_bn``; None: ``fit`` tells it."""
+    """Infers the encoder from names and shapes, e.g. ``vgg16_bn``; None: ``fit`` has it."""
     fit: Callable[[Shapes], Fit] | None = None
-    """Tell the network from names and shapes; None: an encoder, or anything of ours."""
+    """Infers the network from names and shapes; None for encoders and for our own names."""
     families: tuple[type[Network], ...] = ()
     """The families that the layout has names for; empty: all."""
     linear: str | None = None
@@ -94,7 +94,7 @@ class Layout:
 
     @property
     def encoder_only(self) -> bool:
-        """Whether it is a classifier's, so that score layers and upsampling have no names in it."""
+        """Whether it is a classifier's, which has no names for score layers and upsampling."""
         return self.fit is None and self.modules is not None
 
 
@@ -104,7 +104,7 @@ def encoder_name(encoder: str, norm: str | None) -> str:
 
 
 def encoder_options(name: str | None) -> dict[str, Any]:
-    """Return the options of ``create_model`` for ``encoder_name``'s name; none where it is not known."""
+    """Return the options of ``create_model`` for an encoder's name, the inverse of ``encoder_name``; none for None."""
     encoder, _, norm = (name or "").partition("_")
     return {"encoder": encoder, "encoder_norm": "batch" if norm else None} if name else {}
 
@@ -119,7 +119,7 @@ def encoder_stages(encoder: str, norm: str | None) -> list[list[str]]:
 
 
 def encoder_of(shapes: Shapes, prefix: str, rows: Callable[[str, str | None], Rows]) -> str | None:
-    """Tell the encoder by the names and ranks of the weights under a prefix; ``rows`` names those of each encoder."""
+    """Infer the encoder from names and ranks of the weights under a prefix; ``rows`` lists an encoder's modules."""
     ranks = {name: len(shape) for name, shape in shapes.items() if name.startswith(prefix) and name.endswith(".weight")}
     for encoder, norm in itertools.product(ENCODERS, (None, "batch")):
         if ranks == {f"{theirs}.weight": 1 if ".bn" in ours else 4 for ours, theirs in rows(encoder, norm)}:
@@ -128,14 +128,14 @@ def encoder_of(shapes: Shapes, prefix: str, rows: Callable[[str, str | None], Ro
 
 
 def stride_of(shapes: Shapes) -> int:
-    """Tell the stride by the layers of the finer skips; one of them is enough, should another be missing."""
+    """Infer the stride from the layers of the finer skips; one of them is enough, should another be missing."""
     if any(name.startswith(("score_pool3", "upscore8", "pool3.")) for name in shapes):
         return 8
     return 16 if any(name.startswith(("score_pool4", "upscore16", "pool4.")) for name in shapes) else 32
 
 
 def classes_of(shapes: Shapes, name: str) -> int | None:
-    """Tell the number of classes by a score layer's weight; None where that is missing."""
+    """Read the number of classes off a score layer's weight; None where that is missing."""
     return shapes[name][0] if shapes.get(name) else None
 
 
