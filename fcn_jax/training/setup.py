@@ -83,9 +83,8 @@ def make_trainer(config: Config, resuming: bool = False) -> Trainer:
     model = model_from_config(config.model, train.num_classes, config.train.remat)
     named = [given for given in (config.init, config.init_from) if given in PRETRAINED and not resuming]
     opened = {given: writer_first(partial(open_source, given)) for given in named}
-    variables, notes = together(
-        lambda: start(config, model, resuming, opened)
-    )  # orbax reads a run in all processes at once
+    # Orbax reads a run in all processes at once.
+    variables, notes = together(lambda: start(config, model, resuming, opened))
     optimizer = make_optimizer(variables["params"], config.optim, length.steps, config.model.freeze_encoder)
     loss = build_loss(config.loss, train.dataset, train.num_classes, lambda: class_frequencies(train))
     if config.train.accumulate > 1 and "batch_stats" in variables:
