@@ -40,7 +40,7 @@ from fcn_jax.step import TrainState
 from fcn_jax.training import checkpoint
 from fcn_jax.training.run import DatasetInfo, RunFolder
 from fcn_jax.training.trainer import check_config
-from fcn_jax.weights.source import open_source
+from fcn_jax.weights import open_source
 
 warnings.simplefilter("ignore")  # what a library says of a damaged file is no failure
 

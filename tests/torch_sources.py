@@ -5,6 +5,9 @@ Repeated lines of the sources are loops here. ``w`` scales channel counts as the
 
 from __future__ import annotations
 
+from collections import OrderedDict
+from itertools import islice, pairwise
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -14,16 +17,19 @@ CFGS = {"vgg11": (1, 1, 2, 2, 2), "vgg13": (2, 2, 2, 2, 2), "vgg16": (2, 2, 3, 3
 CHANNELS = (64, 128, 256, 512, 512)
 
 
+def stages(encoder: str, w: float) -> list[list[tuple[int, int]]]:
+    """Channels in and out of each convolution, by stage."""
+    out = [round(channels * w) for channels, n in zip(CHANNELS, CFGS[encoder], strict=True) for _ in range(n)]
+    convs = pairwise([3, *out])
+    return [list(islice(convs, n)) for n in CFGS[encoder]]
+
+
 def make_layers(encoder: str, batch_norm: bool, w: float) -> nn.Sequential:
     layers: list[nn.Module] = []
-    c_in = 3
-    for convs, channels in zip(CFGS[encoder], CHANNELS, strict=True):
-        for _ in range(convs):
-            c_out = round(channels * w)
-            layers.append(nn.Conv2d(c_in, c_out, kernel_size=3, padding=1))
-            layers += [nn.BatchNorm2d(c_out)] if batch_norm else []
-            layers.append(nn.ReLU(inplace=True))
-            c_in = c_out
+    for stage in stages(encoder, w):
+        for c_in, c_out in stage:
+            norm = [nn.BatchNorm2d(c_out)] if batch_norm else []
+            layers += [nn.Conv2d(c_in, c_out, kernel_size=3, padding=1), *norm, nn.ReLU(inplace=True)]
         layers.append(nn.MaxPool2d(kernel_size=2, stride=2))
     return nn.Sequential(*layers)
 
@@ -36,40 +42,22 @@ class TorchvisionVGG(nn.Module):
         fc = round(4096 * w)
         self.features = make_layers(encoder, batch_norm, w)
         self.avgpool = nn.AdaptiveAvgPool2d((7, 7))
-        self.classifier = nn.Sequential(
-            nn.Linear(round(512 * w) * 7 * 7, fc),
-            nn.ReLU(True),
-            nn.Dropout(p=0.5),
-            nn.Linear(fc, fc),
-            nn.ReLU(True),
-            nn.Dropout(p=0.5),
-            nn.Linear(fc, num_classes),
-        )
+        sizes = (round(512 * w) * 7 * 7, fc, fc, num_classes)
+        layers = [part for i, o in pairwise(sizes) for part in (nn.Linear(i, o), nn.ReLU(True), nn.Dropout(p=0.5))]
+        self.classifier = nn.Sequential(*layers[:-2])
 
     def forward(self, x):
         return self.classifier(torch.flatten(self.avgpool(self.features(x)), 1))
 
 
-class ConvMlp(nn.Module):
-    def __init__(self, c_in: int, fc: int) -> None:
-        super().__init__()
-        self.fc1 = nn.Conv2d(c_in, fc, 7, bias=True)
-        self.act1 = nn.ReLU(inplace=True)
-        self.drop = nn.Dropout(0.0)
-        self.fc2 = nn.Conv2d(fc, fc, 1, bias=True)
-        self.act2 = nn.ReLU(inplace=True)
-
-    def forward(self, x):
-        return self.act2(self.fc2(self.drop(self.act1(self.fc1(x)))))
-
-
 class TimmVGG(nn.Module):
-    """timm/models/vgg.py; the head's pooling and dropout have no tensors."""
+    """timm/models/vgg.py; the head's pooling and all dropout have no tensors."""
 
     def __init__(self, encoder: str, batch_norm: bool, w: float, num_classes: int) -> None:
         super().__init__()
         self.features = make_layers(encoder, batch_norm, w)
-        self.pre_logits = ConvMlp(round(512 * w), round(4096 * w))
+        fc6, fc7 = nn.Conv2d(round(512 * w), round(4096 * w), 7), nn.Conv2d(round(4096 * w), round(4096 * w), 1)
+        self.pre_logits = nn.Sequential(OrderedDict(fc1=fc6, act1=nn.ReLU(), fc2=fc7, act2=nn.ReLU()))  # ConvMlp
         self.head = nn.Module()
         self.head.fc = nn.Linear(round(4096 * w), num_classes)
 
@@ -80,67 +68,87 @@ class TimmVGG(nn.Module):
 class PytorchFCN(nn.Module):
     """torchfcn/models/fcn32s.py, fcn16s.py, fcn8s.py; ``at_once`` is FCN8sAtOnce"""
 
+    fc = ("fc6", "fc7")
+    scores = {
+        32: ("score_fr", "upscore"),
+        16: ("score_fr", "score_pool4", "upscore2", "upscore16"),
+        8: ("score_fr", "score_pool3", "score_pool4", "upscore2", "upscore8", "upscore_pool4"),
+    }
+    second = "upscore_pool4"
+    without_bias: tuple[tuple[str, int], ...] = ()
+    ceil_mode = True
+    crop = {32: 19, 16: 27, 8: 31}
+
+    @staticmethod
+    def conv(stage: int, layer: int, index: int) -> str:
+        return f"conv{stage}_{layer}"
+
     def __init__(self, stride: int, n: int, w: float, at_once: bool = False) -> None:
         super().__init__()
         self.stride, self.scales = stride, (0.01, 0.0001) if at_once else (1, 1)
-        c_in = 3
-        for stage, (convs, channels) in enumerate(zip(CFGS["vgg16"], CHANNELS, strict=True), start=1):
-            for layer in range(1, convs + 1):
-                c_out = round(channels * w)
-                padding = 100 if (stage, layer) == (1, 1) else 1
-                setattr(self, f"conv{stage}_{layer}", nn.Conv2d(c_in, c_out, 3, padding=padding))
-                c_in = c_out
+        self.names: list[list[str]] = []
+        for stage, convs in enumerate(stages("vgg16", w), start=1):
+            self.names.append([])
+            for layer, (c_in, c) in enumerate(convs, start=1):
+                index = sum(map(len, self.names)) + 1
+                self.names[-1].append(self.conv(stage, layer, index))
+                setattr(self, self.names[-1][-1], nn.Conv2d(c_in, c, 3, padding=100 if index == 1 else 1))
         fc = round(4096 * w)
-        self.fc6 = nn.Conv2d(c_in, fc, 7)
-        self.fc7 = nn.Conv2d(fc, fc, 1)
-        self.score_fr = nn.Conv2d(fc, n, 1)
-        if stride == 32:
-            self.upscore = nn.ConvTranspose2d(n, n, 64, stride=32, bias=False)
-        elif stride == 16:
-            self.score_pool4 = nn.Conv2d(c_in, n, 1)
-            self.upscore2 = nn.ConvTranspose2d(n, n, 4, stride=2, bias=False)
-            self.upscore16 = nn.ConvTranspose2d(n, n, 32, stride=16, bias=False)
-        else:
-            self.score_pool3 = nn.Conv2d(round(256 * w), n, 1)
-            self.score_pool4 = nn.Conv2d(c_in, n, 1)
-            self.upscore2 = nn.ConvTranspose2d(n, n, 4, stride=2, bias=False)
-            self.upscore8 = nn.ConvTranspose2d(n, n, 16, stride=8, bias=False)
-            self.upscore_pool4 = nn.ConvTranspose2d(n, n, 4, stride=2, bias=False)
+        setattr(self, self.fc[0], nn.Conv2d(c, fc, 7))
+        setattr(self, self.fc[1], nn.Conv2d(fc, fc, 1))
+        inputs = {"score_fr": fc, "score_pool3": round(256 * w), "score_pool4": c}
+        for name in self.scores[stride]:
+            up = {"upscore2": 2, self.second: 2}.get(name, stride)
+            if name in inputs:
+                setattr(self, name, nn.Conv2d(inputs[name], n, 1, bias=(name, stride) not in self.without_bias))
+            else:
+                setattr(self, name, nn.ConvTranspose2d(n, n, 2 * up, stride=up, bias=False))
 
     def forward(self, x):
         h, pools = x, []
-        for stage, convs in enumerate(CFGS["vgg16"], start=1):
-            for layer in range(1, convs + 1):
-                h = F.relu(getattr(self, f"conv{stage}_{layer}")(h))
-            h = F.max_pool2d(h, 2, stride=2, ceil_mode=True)
+        for names in self.names:
+            for name in names:
+                h = F.relu(getattr(self, name)(h))
+            h = F.max_pool2d(h, 2, stride=2, ceil_mode=self.ceil_mode)
             pools.append(h)
-        h = self.score_fr(F.relu(self.fc7(F.relu(self.fc6(h)))))
-        if self.stride == 32:
-            h = self.upscore(h)
-            return h[:, :, 19 : 19 + x.size(2), 19 : 19 + x.size(3)]
-        h = self.upscore2(h)
-        h = h + self.score_pool4(pools[3] * self.scales[0])[:, :, 5 : 5 + h.size(2), 5 : 5 + h.size(3)]
-        if self.stride == 16:
-            return self.upscore16(h)[:, :, 27 : 27 + x.size(2), 27 : 27 + x.size(3)]
-        h = self.upscore_pool4(h)
-        h = h + self.score_pool3(pools[2] * self.scales[1])[:, :, 9 : 9 + h.size(2), 9 : 9 + h.size(3)]
-        return self.upscore8(h)[:, :, 31 : 31 + x.size(2), 31 : 31 + x.size(3)]
+        for name in self.fc:
+            h = F.relu(getattr(self, name)(h))
+        h = self.score_fr(h)
+        if self.stride <= 16:
+            h = self.upscore2(h)
+            h = h + self.score_pool4(pools[3] * self.scales[0])[:, :, 5 : 5 + h.size(2), 5 : 5 + h.size(3)]
+        if self.stride == 8:
+            h = getattr(self, self.second)(h)
+            h = h + self.score_pool3(pools[2] * self.scales[1])[:, :, 9 : 9 + h.size(2), 9 : 9 + h.size(3)]
+        h = (self.upscore if hasattr(self, "upscore") else getattr(self, f"upscore{self.stride}"))(h)
+        c = self.crop[self.stride]
+        return h[:, :, c : c + x.size(2), c : c + x.size(3)]
 
 
-class TramacHead(nn.Module):
-    def __init__(self, c_in: int, n: int) -> None:
-        super().__init__()
-        c = c_in // 4
-        self.block = nn.Sequential(
-            nn.Conv2d(c_in, c, 3, padding=1, bias=False),
-            nn.BatchNorm2d(c),
-            nn.ReLU(inplace=True),
-            nn.Dropout(0.1),
-            nn.Conv2d(c, n, 1),
-        )
+class Fanrencli(PytorchFCN):
+    """VGG16 of Fanrencli's FCN: FCN32s, FCN16s, FCN8s"""
 
-    def forward(self, x):
-        return self.block(x)
+    fc = ("conv14", "conv15")
+    scores = {
+        32: ("score_fr", "upscore32"),
+        16: ("score_fr", "upscore16", "upscore2", "score_pool4"),
+        8: ("score_fr", "score_pool3", "score_pool4", "upscore2", "upscore8", "upscore2x2"),
+    }
+    second = "upscore2x2"
+    without_bias = (("score_pool4", 16),)
+    ceil_mode = False
+    crop = {32: 6, 16: 27, 8: 31}
+
+    @staticmethod
+    def conv(stage: int, layer: int, index: int) -> str:
+        return f"conv{index}"
+
+
+def tramac_head(c_in: int, n: int) -> nn.Module:
+    """_FCNHead"""
+    c = c_in // 4
+    conv = (nn.Conv2d(c_in, c, 3, padding=1, bias=False), nn.BatchNorm2d(c), nn.ReLU(inplace=True))
+    return nn.Sequential(OrderedDict(block=nn.Sequential(*conv, nn.Dropout(0.1), nn.Conv2d(c, n, 1))))
 
 
 class Tramac(nn.Module):
@@ -148,54 +156,33 @@ class Tramac(nn.Module):
 
     def __init__(self, stride: int, n: int, w: float, aux: bool = False) -> None:
         super().__init__()
-        self.stride, self.aux, c = stride, aux, round(512 * w)
-        self.pretrained = make_layers("vgg16", False, w)
-        if stride == 16:
-            self.pool4 = nn.Sequential(*self.pretrained[:24])
-            self.pool5 = nn.Sequential(*self.pretrained[24:])
-        if stride == 8:
-            self.pool3 = nn.Sequential(*self.pretrained[:17])
-            self.pool4 = nn.Sequential(*self.pretrained[17:24])
-            self.pool5 = nn.Sequential(*self.pretrained[24:])
-        self.head = TramacHead(c, n)
+        c, whole = round(512 * w), make_layers("vgg16", False, w)
+        self.pretrained = whole
+        slices = {32: {}, 16: {"pool4": whole[:24], "pool5": whole[24:]}}
+        slices[8] = {"pool3": whole[:17], "pool4": whole[17:24], "pool5": whole[24:]}
+        self.parts = tuple(slices[stride] or ("pretrained",))
+        for name, layers in slices[stride].items():
+            setattr(self, name, nn.Sequential(*layers))
+        self.head = tramac_head(c, n)
         if stride == 8:
             self.score_pool3 = nn.Conv2d(round(256 * w), n, 1)
         if stride <= 16:
             self.score_pool4 = nn.Conv2d(c, n, 1)
         if aux:
-            self.auxlayer = TramacHead(c, n)
+            self.auxlayer = tramac_head(c, n)
 
     def forward(self, x):
         def resize(score, size):
             return F.interpolate(score, size, mode="bilinear", align_corners=True)
 
-        if self.stride == 32:
-            return resize(self.head(self.pretrained(x)), x.size()[2:])
-        if self.stride == 16:
-            pool4 = self.pool4(x)
-            score_pool4 = self.score_pool4(pool4)
-            out = resize(self.head(self.pool5(pool4)), score_pool4.size()[2:]) + score_pool4
-            return resize(out, x.size()[2:])
-        pool3 = self.pool3(x)
-        pool4 = self.pool4(pool3)
-        score_pool4, score_pool3 = self.score_pool4(pool4), self.score_pool3(pool3)
-        out = resize(self.head(self.pool5(pool4)), score_pool4.size()[2:]) + score_pool4
-        out = resize(out, score_pool3.size()[2:]) + score_pool3
-        return resize(out, x.size()[2:])
-
-
-class PochihVGG(nn.Module):
-    def __init__(self, encoder: str, w: float) -> None:
-        super().__init__()
-        self.features = make_layers(encoder, False, w)
-
-    def forward(self, x):
-        pools = []
-        for layer in self.features:
-            x = layer(x)
-            if isinstance(layer, nn.MaxPool2d):
-                pools.append(x)
-        return pools
+        h, maps = x, {}
+        for name in self.parts:
+            h = maps[name] = getattr(self, name)(h)
+        h = self.head(h)
+        for name in self.parts[-2::-1]:
+            score = getattr(self, f"score_{name}")(maps[name])
+            h = resize(h, score.size()[2:]) + score
+        return resize(h, x.size()[2:])
 
 
 def _add_rungs(module: nn.Module, n: int, w: float) -> None:
@@ -215,11 +202,15 @@ class Pochih(nn.Module):
     def __init__(self, kind: int | str, n: int, w: float, encoder: str = "vgg16") -> None:
         super().__init__()
         self.kind = kind
-        self.pretrained_net = PochihVGG(encoder, w)
+        self.pretrained_net = nn.Sequential(OrderedDict(features=make_layers(encoder, False, w)))
         _add_rungs(self, n, w)
 
     def forward(self, x):
-        return _ladder(self, self.pretrained_net(x), self.kind)
+        pools = []
+        for layer in self.pretrained_net.features:
+            x = layer(x)
+            pools += [x] if isinstance(layer, nn.MaxPool2d) else []
+        return _ladder(self, pools, self.kind)
 
 
 def _ladder(m, pools, kind):
@@ -237,18 +228,9 @@ class FCN1(nn.Module):
 
     def __init__(self, n: int, w: float) -> None:
         super().__init__()
-        c_in = 3
-        for stage, channels in enumerate(CHANNELS, start=1):
-            c = round(channels * w)
-            block = nn.Sequential(
-                nn.Conv2d(c_in, c, kernel_size=3, padding=1),
-                nn.ReLU(),
-                nn.Conv2d(c, c, kernel_size=3, padding=1),
-                nn.ReLU(),
-                nn.MaxPool2d(kernel_size=2, stride=2),
-            )
-            setattr(self, f"block{stage}", block)
-            c_in = c
+        for stage, ((c_in, c), _) in enumerate(stages("vgg13", w), start=1):
+            convs = (nn.Conv2d(c_in, c, 3, padding=1), nn.ReLU(), nn.Conv2d(c, c, 3, padding=1), nn.ReLU())
+            setattr(self, f"block{stage}", nn.Sequential(*convs, nn.MaxPool2d(2)))
         _add_rungs(self, n, w)
 
     def forward(self, x):
@@ -259,56 +241,8 @@ class FCN1(nn.Module):
         return _ladder(self, pools, "s")
 
 
-class Fanrencli(nn.Module):
-    """VGG16 of Fanrencli's FCN: FCN32s, FCN16s, FCN8s"""
-
-    def __init__(self, stride: int, n: int, w: float) -> None:
-        super().__init__()
-        self.stride = stride
-        c_in, index = 3, 1
-        for convs, channels in zip(CFGS["vgg16"], CHANNELS, strict=True):
-            for _ in range(convs):
-                c = round(channels * w)
-                setattr(self, f"conv{index}", nn.Conv2d(c_in, c, kernel_size=3, padding=100 if index == 1 else 1))
-                c_in, index = c, index + 1
-        fc = round(4096 * w)
-        self.conv14 = nn.Conv2d(c_in, fc, 7)
-        self.conv15 = nn.Conv2d(fc, fc, 1)
-        self.score_fr = nn.Conv2d(fc, n, 1)
-        if stride == 32:
-            self.upscore32 = nn.ConvTranspose2d(n, n, 64, stride=32, bias=False)
-        elif stride == 16:
-            self.upscore16 = nn.ConvTranspose2d(n, n, 32, stride=16, bias=False)
-            self.upscore2 = nn.ConvTranspose2d(n, n, 4, stride=2, bias=False)
-            self.score_pool4 = nn.Conv2d(c_in, n, kernel_size=1, stride=1, bias=False)
-        else:
-            self.score_pool3 = nn.Conv2d(round(256 * w), n, 1)
-            self.score_pool4 = nn.Conv2d(c_in, n, 1)
-            self.upscore2 = nn.ConvTranspose2d(n, n, 4, stride=2, bias=False)
-            self.upscore8 = nn.ConvTranspose2d(n, n, 16, stride=8, bias=False)
-            self.upscore2x2 = nn.ConvTranspose2d(n, n, 4, stride=2, bias=False)
-
-    def forward(self, h):
-        x, index, pools = h, 1, []
-        for convs in CFGS["vgg16"]:
-            for _ in range(convs):
-                x, index = F.relu(getattr(self, f"conv{index}")(x)), index + 1
-            x = F.max_pool2d(x, kernel_size=2, stride=2)
-            pools.append(x)
-        x = self.score_fr(F.relu(self.conv15(F.relu(self.conv14(x)))))
-        if self.stride == 32:
-            return self.upscore32(x)[:, :, 6 : 6 + h.size(2), 6 : 6 + h.size(3)]
-        x = self.upscore2(x)
-        x = x + self.score_pool4(pools[3])[:, :, 5 : 5 + x.size(2), 5 : 5 + x.size(3)]
-        if self.stride == 16:
-            return self.upscore16(x)[:, :, 27 : 27 + h.size(2), 27 : 27 + h.size(3)]
-        x = self.upscore2x2(x)
-        x = x + self.score_pool3(pools[2])[:, :, 9 : 9 + x.size(2), 9 : 9 + x.size(3)]
-        return self.upscore8(x)[:, :, 31 : 31 + h.size(2), 31 : 31 + h.size(3)]
-
-
-def _cbr(c_in: int, c_out: int, kernel: int = 3, padding: int = 1) -> nn.Sequential:
-    return nn.Sequential(nn.Conv2d(c_in, c_out, kernel, 1, padding), nn.ReLU(inplace=True))
+def _cbr(c_in: int, c_out: int, kernel_size: int = 3, padding: int = 1) -> nn.Sequential:
+    return nn.Sequential(nn.Conv2d(c_in, c_out, kernel_size, 1, padding), nn.ReLU(inplace=True))
 
 
 class Boostcamp(nn.Module):
@@ -317,23 +251,14 @@ class Boostcamp(nn.Module):
     def __init__(self, stride: int, n: int, w: float) -> None:
         super().__init__()
         self.stride = stride
-        c_in = 3
-        for stage, (convs, channels) in enumerate(zip(CFGS["vgg16"], CHANNELS, strict=True), start=1):
-            for layer in range(1, convs + 1):
-                c = round(channels * w)
+        for stage, convs in enumerate(stages("vgg16", w), start=1):
+            for layer, (c_in, c) in enumerate(convs, start=1):
                 setattr(self, f"conv{stage}_{layer}", _cbr(c_in, c))
-                c_in = c
-            if stage == 3 and stride == 8:
-                self.score_pool3_fr = nn.Conv2d(c_in, n, kernel_size=1)
-            if stage == 4 and stride <= 16:
-                self.score_pool4_fr = nn.Conv2d(c_in, n, kernel_size=1)
-        fc = round(4096 * w)
-        if stride == 32:
-            self.fc6 = _cbr(c_in, fc, 1, 0)
-            self.fc7 = _cbr(fc, fc, 1, 0)
-        else:
-            self.fc6 = nn.Conv2d(c_in, fc, 1)
-            self.fc7 = nn.Conv2d(fc, fc, 1)
+            if (stage, stride) in ((3, 8), (4, 8), (4, 16)):
+                setattr(self, f"score_pool{stage}_fr", nn.Conv2d(c, n, kernel_size=1))
+        fc, block = round(4096 * w), _cbr if stride == 32 else nn.Conv2d
+        self.fc6 = block(c, fc, kernel_size=1, padding=0)
+        self.fc7 = block(fc, fc, kernel_size=1, padding=0)
         self.score_fr = nn.Conv2d(fc, n, kernel_size=1)
         if stride <= 16:
             self.upscore2 = nn.ConvTranspose2d(n, n, kernel_size=4, stride=2, padding=1)
@@ -371,7 +296,5 @@ def randomise(module: nn.Module, seed: int = 0) -> nn.Module:
         elif name.endswith("running_var"):
             value.copy_(0.5 + noise.abs())
         else:
-            value.copy_(0.1 * noise)
-            if ".bn" in name or ".block.1." in name or name.startswith("bn"):
-                value.add_(1.0 if name.endswith("weight") else 0.0)
+            value.copy_(0.1 * noise + (1 if name.endswith("weight") else 0))
     return module

@@ -44,8 +44,8 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def print_written(what: str, model: FCN, variables: Mapping[str, Any], layout: str) -> None:
-    """Print what was written, and which parameters a layout has no names for."""
+    """Print what was written, and which parameters no network of the layout takes."""
     print(what)
-    left_out = weights.nameless(model, variables, layout)
+    left_out = weights.left_out(model, variables, layout)
     if left_out:
-        print(f"not written, since {layout} has no names for them: {', '.join(left_out)}")
+        print(f"not written, since no network of {layout} takes them: {', '.join(left_out)}")

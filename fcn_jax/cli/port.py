@@ -60,7 +60,8 @@ def main(arguments: Sequence[str]) -> int:
         raise InputError(f"{given.out} is the source and would be overwritten; choose another --out")
     if given.layout not in weights.LAYOUTS:
         raise unknown("layout", given.layout, weights.LAYOUTS)
-    info = weights.inspect(given.source)
+    source = weights.open_source(given.source)
+    info = weights.inspect(source)
     name = given.model or _only_model(given.source, info)
     options, num_classes = weights.source_options(info, name)
     if given.encoder is not None:
@@ -76,7 +77,7 @@ def main(arguments: Sequence[str]) -> int:
     # Shapes first: what a file says of its network may be larger than any memory, and its tensors show whether it is.
     key = jax.random.key(given.seed)
     variables, report = weights.load_with_report(
-        given.source, model, jax.eval_shape(init, key), given.allow_missing, given.allow_unexpected
+        source, model, jax.eval_shape(init, key), given.allow_missing, given.allow_unexpected
     )
     if report.left:
         initial = init(key)

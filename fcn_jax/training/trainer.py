@@ -98,8 +98,8 @@ def make_trainer(config: Config, resuming: bool = False) -> Trainer:
         )
     length = run_length(config, len(train))
     model = model_from_config(config.model, train.num_classes, config.train.remat)
-    if not resuming and config.init in weights.PRETRAINED:
-        config = dataclasses.replace(config, init=str(writer_first(partial(weights.fetch, config.init))))
+    if not resuming:  # names become files, which are fetched and hashed once
+        config = dataclasses.replace(config, init=_fetched(config.init), init_from=_fetched(config.init_from))
     # Orbax reads a run in all processes at once.
     variables, notes = together(lambda: starting_variables(config, model, resuming))
     # The same name may be another file in another process.
@@ -138,6 +138,10 @@ def make_trainer(config: Config, resuming: bool = False) -> Trainer:
         state=parallel.place_state(new_state(variables, optimizer, config.train.seed)),
         notes=notes,
     )
+
+
+def _fetched(given: str | None) -> str | None:
+    return str(writer_first(partial(weights.fetch, given))) if given in weights.PRETRAINED else given
 
 
 def run_length(config: Config, examples: int) -> Length:
@@ -294,19 +298,20 @@ def _open(given: str, model: FCN) -> tuple[weights.Source, str | None, FCN | Non
         return weights.to_torch(run.model, run.variables), run.config.data.preprocessing, run.model
     if not path.exists() and given not in weights.PRETRAINED:
         raise InputError(f"--init-from {given}: no such run or file; train the run that it names first, or give a file")
-    info = weights.inspect(given)
+    tensors = weights.open_source(given)
+    info = weights.inspect(tensors)
     if info.fit is None:
-        return given, info.preprocessing, None
+        return tensors, info.preprocessing, None
     # The names of a published network depend on its stride, so it is read as what it is first.
     name, classes = info.fit.models[0], info.fit.num_classes or model.num_classes
     source = create_model(name, classes, **info.fit.options)
     if type(source) is not type(model):
-        return given, info.preprocessing, source
+        return tensors, info.preprocessing, source
     same = {name: getattr(model, name) for name in ("width", "fc_features", "head_features") if hasattr(model, name)}
     source = create_model(name, classes, **{**same, **info.fit.options})
     shapes = jax.eval_shape(partial(init_variables, source), jax.random.key(0))
     zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
-    return weights.to_torch(source, weights.load(given, source, zeros)), info.preprocessing, source
+    return weights.to_torch(source, weights.load(tensors, source, zeros)), info.preprocessing, source
 
 
 def _check_preprocessing(config: Config, expected: str | None, source: str) -> None:

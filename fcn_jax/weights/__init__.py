@@ -1,11 +1,10 @@
 """Weights in and out: files and state dicts to variables, and back to torch."""
 
-from fcn_jax.weights.export import check_suffix, nameless, save, to_torch
-from fcn_jax.weights.fetch import PRETRAINED, fetch
-from fcn_jax.weights.port import load, load_with_report
-from fcn_jax.weights.published import LAYOUTS
-from fcn_jax.weights.report import Info, Report, inspect, source_options
-from fcn_jax.weights.source import Source, TensorInfo
+from fcn_jax.weights.layouts import LAYOUTS
+from fcn_jax.weights.load import Info, Report, inspect, load, load_with_report, source_options
+from fcn_jax.weights.pretrained import PRETRAINED, fetch
+from fcn_jax.weights.save import check_suffix, left_out, save, to_torch
+from fcn_jax.weights.sources import Source, TensorInfo, Tensors, open_source
 
 __all__ = [
     "LAYOUTS",
@@ -14,12 +13,14 @@ __all__ = [
     "Report",
     "Source",
     "TensorInfo",
+    "Tensors",
     "check_suffix",
     "fetch",
     "inspect",
+    "left_out",
     "load",
     "load_with_report",
-    "nameless",
+    "open_source",
     "save",
     "source_options",
     "to_torch",

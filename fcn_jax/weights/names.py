@@ -1,4 +1,4 @@
-"""Names and axes: what a Flax variable is called in torch, and how its array is turned."""
+"""Names and axes: what a Flax variable is called in torch, and how its axes are ordered."""
 
 from __future__ import annotations
 
@@ -9,16 +9,7 @@ from typing import Any
 import numpy as np
 from flax import traverse_util
 
-__all__ = [
-    "COUNTER",
-    "LEAVES",
-    "Parameter",
-    "conversion",
-    "from_torch",
-    "list_parameters",
-    "to_torch_axes",
-    "torch_shape",
-]
+__all__ = ["COUNTER", "LEAVES", "Parameter", "conversion", "from_torch", "list_parameters", "to_torch_axes"]
 
 COUNTER = "num_batches_tracked"
 """What torch keeps beside the statistics of a batch norm; no network here uses it."""
@@ -58,23 +49,19 @@ class Parameter:
         """Whether it is the kernel of a transposed convolution."""
         return len(self.shape) == 4 and self.path[-2].startswith(_TRANSPOSED)
 
+    @property
+    def torch_shape(self) -> tuple[int, ...]:
+        """The shape that torch keeps it in."""
+        if len(self.shape) != 4:
+            return self.shape
+        h, w, i, o = self.shape
+        return (i, o, h, w) if self.transposed else (o, i, h, w)
+
 
 def list_parameters(variables: Mapping[str, Any]) -> list[Parameter]:
     """List the arrays of {"params": ...[, "batch_stats": ...]}; other collections are passed over."""
-    found = []
-    for collection in ("params", "batch_stats"):
-        arrays: dict[tuple[str, ...], Any] = traverse_util.flatten_dict(dict(variables.get(collection, {})))
-        for path, value in arrays.items():
-            found.append(Parameter((collection, *path), tuple(value.shape), value.dtype))
-    return found
-
-
-def torch_shape(parameter: Parameter) -> tuple[int, ...]:
-    """Return the shape that torch keeps the parameter in."""
-    if len(parameter.shape) != 4:
-        return parameter.shape
-    h, w, i, o = parameter.shape
-    return (i, o, h, w) if parameter.transposed else (o, i, h, w)
+    flat = traverse_util.flatten_dict({key: dict(variables.get(key, {})) for key in ("params", "batch_stats")})
+    return [Parameter(path, tuple(value.shape), value.dtype) for path, value in flat.items()]
 
 
 def to_torch_axes(parameter: Parameter, value: np.ndarray, linear: bool = False) -> np.ndarray:
@@ -105,11 +92,11 @@ def from_torch(parameter: Parameter, value: np.ndarray) -> np.ndarray | None:
         The turned array, or None where the shape does not fit.
     """
     if value.ndim == 2 and len(parameter.shape) == 4 and not parameter.transposed:
-        o, i, h, w = torch_shape(parameter)
+        o, i, h, w = parameter.torch_shape
         if value.shape != (o, i * h * w):
             return None
         value = value.reshape(o, i, h, w)
-    if value.shape != torch_shape(parameter):
+    if value.shape != parameter.torch_shape:
         return None
     if value.ndim == 4:
         # (in, out, k, k) and (out, in, k, k) to (k, k, in, out)

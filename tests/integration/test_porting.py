@@ -1,109 +1,55 @@
-"""From torchvision's file to a training run and back: docs/porting.md as it stands, with a narrower network."""
+"""Encoders by name, what a run starts from, and `fcn-jax port`."""
 
 import hashlib
 import json
 import re
-import shlex
-import sys
-from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
+import safetensors
 import torch
 import torch_sources as sources
-import trees
+from small_networks import WIDTH as W
+from small_networks import assert_same, build, create, zeros
 
 import fcn_jax
 from fcn_jax import weights
-from fcn_jax.cli.export import main as export_command
-from fcn_jax.cli.parity import main as parity_command
 from fcn_jax.cli.port import main as port_command
 from fcn_jax.cli.process import guarded
-from fcn_jax.cli.train import main as train_command
-from fcn_jax.compare.experiments import random_variables
-from fcn_jax.config import Config, DataConfig
+from fcn_jax.config import Config, DataConfig, TrainConfig
 from fcn_jax.errors import InputError
-from fcn_jax.training.run import open_run
-from fcn_jax.training.trainer import starting_variables
-
-DOCS = (Path(__file__).parents[2] / "docs/porting.md").read_text()
-W = 0.0625
-VOC = {"train": ["2007_000001", "2007_000002"], "val": ["2007_000101"]}
-# What makes each command small; nothing of what it does changes.
-SMALL = {
-    "port": ["--width", str(W)],
-    "train": ["--model.width", str(W), "--train.steps", "2", "--devices", "1", "--data.cache-dir", "cache"],
-    "export": [],
-    "parity": ["--width", str(W), "--steps", "0", "--image-size", "32", "32"],
-}
-COMMANDS = {"train": train_command, "port": port_command, "export": export_command, "parity": parity_command}
+from fcn_jax.training.trainer import check_config, starting_variables
 
 
-def run(line):
-    words = shlex.split(line)
-    assert words[:2] == ["python", "train.py"] or words[0] == "fcn-jax", line
-    name = "train" if words[0] == "python" else words[1]
-    return COMMANDS[name]([*words[2:], *SMALL[name]])
-
-
-def vgg16(tmp_path):
-    module = sources.randomise(sources.TorchvisionVGG("vgg16", False, W, 10)).float()
-    torch.save(module.state_dict(), tmp_path / "vgg16.pth")
-    return module.state_dict()
-
-
-def test_every_command_of_the_guide_works_and_the_last_weights_are_the_trained_ones(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    original = vgg16(tmp_path)
-    trees.sbd(tmp_path / "VOC", {"train": VOC["train"], "val": []})
-    trees.voc(tmp_path / "VOC", "2011", {"val": VOC["val"], "train": []})
-    blocks = re.findall(r"^```(\w*)\n(.*?)^```$", DOCS, re.DOTALL | re.MULTILINE)
-    lines = [line for kind, block in blocks if not kind for line in block.splitlines()]
-    assert len(lines) == 7
-    for line in lines:
-        assert run(line) == 0, line
-    out = " ".join(capsys.readouterr().out.split())
-    assert "new: score_pool4, upscore16, upscore2; unused: upscore32" in out
-    assert "new: score_pool3, upscore8, upscore_pool4; unused: upscore16" in out
-
-    trained = open_run("runs/voc-paper-8s")
-    again = weights.load("again/weights.safetensors", trained.model, jax.tree.map(np.zeros_like, trained.variables))
-    jax.tree.map(np.testing.assert_array_equal, again["params"], trained.variables["params"])
-    assert weights.inspect("again/weights.safetensors").preprocessing == "imagenet"
-    # The encoder came all the way from torchvision's file; the paper's rates hardly move it in six steps.
-    first = np.asarray(trained.variables["params"]["vgg"]["conv1_1"]["kernel"]).transpose(3, 2, 0, 1)
-    np.testing.assert_allclose(first, original["features.0.weight"].numpy(), atol=1e-3)
-    assert np.asarray(trained.variables["params"]["score_pool3"]["bias"]).any()
-    # and pytorch-fcn's own class takes the exported file
-    sources.PytorchFCN(8, 21, W).load_state_dict(torch.load("fcn8s.pth"), strict=True)
-
-    (example,) = [block for kind, block in blocks if kind == "python"]
-    exec(compile(example, "docs/porting.md", "exec"), {})
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory):
+    """A file of torchvision's VGG-11, narrow, and its state dict."""
+    state = sources.randomise(sources.TorchvisionVGG("vgg11", False, W, 10)).float().state_dict()
+    path = tmp_path_factory.mktemp("encoder") / "vgg11.pth"
+    torch.save(state, path)
+    return path, state
 
 
 # --- encoders by name
 
 
 @pytest.fixture
-def hub(tmp_path, monkeypatch):
+def hub(encoder, tmp_path, monkeypatch):
     """torch.hub's cache in a folder of its own, and a pretrained encoder by the name of `tiny`, served from a file."""
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "home"))
-    state = vgg16(tmp_path)
-    digest = hashlib.sha256((tmp_path / "vgg16.pth").read_bytes()).hexdigest()
-    served = (tmp_path / "vgg16.pth").rename(tmp_path / f"vgg16-{digest[:8]}.pth")
+    content = encoder[0].read_bytes()
+    served = tmp_path / f"vgg11-{hashlib.sha256(content).hexdigest()[:8]}.pth"
+    served.write_bytes(content)
     monkeypatch.setitem(weights.PRETRAINED, "tiny", served.as_uri())
-    return state, served, tmp_path / "home/hub/checkpoints" / served.name
+    return served, tmp_path / "home/hub/checkpoints" / served.name
 
 
-def test_an_encoder_by_name_is_fetched_once_checked_and_loaded(hub, capsys):
-    state, served, cached = hub
-    model = fcn_jax.create_model("fcn32s_pad100", 3, width=W)
-    variables = fcn_jax.init_variables(model, jax.random.key(0))
-    loaded = weights.load("tiny", model, variables)
-    np.testing.assert_array_equal(
-        weights.to_torch(model, loaded, "torchvision-vgg")["features.0.weight"], state["features.0.weight"]
-    )
+def test_an_encoder_by_name_is_fetched_once_checked_and_loaded(hub, encoder):
+    served, cached = hub
+    model = create("fcn32s_pad100")
+    loaded = weights.load("tiny", model, zeros(model))
+    kernel = weights.to_torch(model, loaded, "torchvision-vgg")["features.0.weight"]
+    np.testing.assert_array_equal(kernel, encoder[1]["features.0.weight"])
     assert cached.is_file()
     served.unlink()
     assert weights.fetch("tiny") == cached  # no network is needed again
@@ -113,7 +59,7 @@ def test_an_encoder_by_name_is_fetched_once_checked_and_loaded(hub, capsys):
 
 
 def test_a_download_that_is_not_the_published_file_is_refused(hub):
-    _, served, cached = hub
+    served, cached = hub
     served.write_bytes(b"<html>moved</html>")
     with pytest.raises(InputError, match="tiny: file:.* cannot be fetched .*hash"):
         weights.fetch("tiny")
@@ -128,51 +74,33 @@ def test_without_a_network_the_message_names_address_and_place(hub, monkeypatch)
         weights.inspect("vgg16-imagnet")
 
 
-def test_fetching_without_torch_says_what_to_install(monkeypatch):
-    monkeypatch.setitem(sys.modules, "torch", None)
-    with pytest.raises(InputError, match=r"vgg16-imagenet: .*pip install fcn_jax\[torch\].*\.safetensors"):
-        weights.fetch("vgg16-imagenet")
-
-
 def test_every_name_says_encoder_and_hash():
     for name, url in weights.PRETRAINED.items():
         encoder = name.partition("-")[0]
         assert re.fullmatch(rf"https://.*/{encoder}-[0-9a-f]{{8}}\.pth", url), url
 
 
-def test_the_caffe_weights_are_told_from_torchvisions(tmp_path):
-    module = sources.randomise(sources.TorchvisionVGG("vgg16", False, W, 10)).float()
-    old = {"classifier.0": "classifier.1", "classifier.3": "classifier.4"}  # dropout before each layer
-    state = {
-        f"{old.get(name.rpartition('.')[0], name.rpartition('.')[0])}.{name.rpartition('.')[2]}": value
-        for name, value in module.state_dict().items()
-    }
-    info = weights.inspect(state)
-    assert (info.layout, info.variant, info.preprocessing) == ("johnson-vgg", "vgg16", "caffe")
-    model = fcn_jax.create_model("fcn32s_pad100", 3, width=W)
-    loaded = weights.load(state, model, fcn_jax.init_variables(model, jax.random.key(0)))
-    back = weights.to_torch(model, loaded, "johnson-vgg")
-    assert set(state) - set(back) == {"classifier.6.weight", "classifier.6.bias"}
-    for name, value in back.items():
-        np.testing.assert_array_equal(value, state[name])
-
-
 # --- starting a run
+
+
+@pytest.fixture
+def uncompiled(monkeypatch):
+    """Start from zeros, where score layers start anyway: no initialisation is compiled."""
+    monkeypatch.setattr("fcn_jax.training.trainer.init_variables", lambda model, *rest: zeros(model))
 
 
 def begin(name="fcn8s", init=None, init_from=None, preprocessing="imagenet", num_classes=6, **options):
     """Return a run's first variables and its notes, in one line."""
-    model = fcn_jax.create_model(name, num_classes, width=W, **options)
+    model = create(name, num_classes, **options)
     data = DataConfig(preprocessing=preprocessing, crop_size=(32, 32))
     text = [None if given is None else str(given) for given in (init, init_from)]
     variables, notes = starting_variables(Config(init=text[0], init_from=text[1], data=data), model)
     return model, variables, " ".join(notes)
 
 
-def test_an_8s_from_a_bare_encoder_is_warned_of_unless_scaled_or_staged(tmp_path):
-    vgg16(tmp_path)
+def test_an_8s_from_a_bare_encoder_is_warned_of_unless_scaled_or_staged(uncompiled, encoder, tmp_path):
     warning = "an 8s that starts from an encoder alone learns little"
-    encoder, coarse = tmp_path / "vgg16.pth", tmp_path / "32s.safetensors"
+    encoder, coarse = encoder[0], tmp_path / "32s.safetensors"
     _, _, notes = begin(init=encoder)
     assert warning in notes and "new: score_fr, score_pool3, score_pool4, upscore2" in notes
     assert "unused: classifier.6" in notes
@@ -184,125 +112,139 @@ def test_an_8s_from_a_bare_encoder_is_warned_of_unless_scaled_or_staged(tmp_path
     weights.save(coarse, model, variables, "imagenet")
     # a whole file whose scores are all at their start is an encoder all the same
     assert warning in begin(init_from=coarse)[2]
-    score = np.ones_like(variables["params"]["score_fr"]["kernel"])
-    variables["params"]["score_fr"]["kernel"] = score
+    variables["params"]["score_fr"]["kernel"] = np.ones_like(variables["params"]["score_fr"]["kernel"])
     weights.save(coarse, model, variables, "imagenet")
     _, staged, notes = begin(init_from=coarse)
     assert warning not in notes and f"from {coarse}" in notes and "unused: upscore32" in notes
-    jax.tree.map(np.testing.assert_array_equal, staged["params"]["vgg"], variables["params"]["vgg"])
+    assert_same(staged["params"]["vgg"], variables["params"]["vgg"])
     assert warning in begin(init_from=coarse, num_classes=4)[2]  # other classes: its scores are new again
     with pytest.raises(InputError, match="both --init .* and --init-from"):
-        begin(init=encoder, init_from=coarse)
-    with pytest.raises(InputError, match="expects imagenet preprocessing, the run has caffe"):
-        begin(init_from=coarse, preprocessing="caffe")
+        check_config(Config(init=str(encoder), init_from=str(coarse), train=TrainConfig(steps=1)))
+    for given in ({"init": encoder}, {"init_from": coarse}):
+        with pytest.raises(InputError, match="expects imagenet preprocessing, the run has caffe"):
+            begin(**given, preprocessing="caffe")
 
 
-def test_a_stage_starts_from_a_file_of_another_project(tmp_path):
+def test_a_run_opens_what_it_starts_from_once(uncompiled, hub, monkeypatch):
+    fetched = []
+    monkeypatch.setattr("fcn_jax.weights.sources.fetch", lambda name: fetched.append(name) or weights.fetch(name))
+    assert "from tiny: " in begin("fcn32s", init="tiny")[2] and fetched == ["tiny"]
+    assert "from tiny: " in begin("fcn32s", init_from="tiny")[2]
+    assert fetched == ["tiny"] * 2
+
+
+def test_a_stage_starts_from_a_file_of_another_project(uncompiled, tmp_path):
     file = tmp_path / "boostcamp.pth"
-    module = sources.randomise(sources.Boostcamp(32, 21, W)).float()
-    torch.save(module.state_dict(), file)
-    _, variables, notes = begin("fcn16s", init_from=file, fc6_kernel=1)
+    state = sources.randomise(sources.Boostcamp(32, 21, W)).float().state_dict()
+    torch.save(state, file)
+    _, variables, notes = begin("fcn16s", init_from=file, encoder="vgg16", fc6_kernel=1)
     # six classes where the file has twenty-one: every score is new, the features are not
     assert "new: score_fr, " in notes and "vgg." not in notes and "head." not in notes
     fc7 = np.asarray(variables["params"]["head"]["fc7"]["kernel"]).transpose(3, 2, 0, 1)
-    np.testing.assert_array_equal(fc7, module.state_dict()["fc7.0.weight"])
+    np.testing.assert_array_equal(fc7, state["fc7.0.weight"])
     with pytest.raises(
         InputError, match=r"--init-from .*boostcamp.pth: .*fc6.weight is 256x32x1x1, .* needs 256x32x3x3"
     ):
-        begin("fcn16s", init_from=file, fc6_kernel=3)
+        begin("fcn16s", init_from=file, encoder="vgg16", fc6_kernel=3)
     with pytest.raises(InputError, match="--init-from .*fcn32s is of another family than fcn16s_resize"):
         begin("fcn16s_resize", init_from=file)
 
 
-def test_carrying_over_says_what_the_networks_compute_otherwise(tmp_path):
-    model = fcn_jax.create_model("fcn8s_pad100_atonce", 6, encoder="vgg11", width=W)
-    variables = random_variables(model)
-    weights.save(tmp_path / "atonce.safetensors", model, variables, None)
-    _, _, notes = begin("fcn8s_pad100", init_from=tmp_path / "atonce.safetensors", encoder="vgg11")
+def test_carrying_over_says_what_the_networks_compute_otherwise(uncompiled, tmp_path):
+    file = tmp_path / "atonce.safetensors"
+    weights.save(file, *build("fcn8s_pad100_atonce", 6), None)
+    _, _, notes = begin("fcn8s_pad100", init_from=file)
     assert "from a network with skip_scales (0.01, 0.0001) (here (1.0, 1.0))" in notes
     with pytest.raises(InputError, match="fcn8s_pad100_atonce is of another family than fcn8s;"):
-        begin("fcn8s", init_from=tmp_path / "atonce.safetensors", encoder="vgg11")
+        begin("fcn8s", init_from=file)
     with pytest.raises(InputError, match="no such run or file; train the run"):
         begin("fcn8s", init_from="runs/voc-paper-32s")
-    with pytest.raises(InputError, match="holds vgg11, the model has vgg16; give both networks the same encoder"):
-        begin("fcn8s_pad100", init_from=tmp_path / "atonce.safetensors")
+    with pytest.raises(InputError, match="holds vgg11, the model has vgg13; give both networks the same encoder"):
+        begin("fcn8s_pad100", init_from=file, encoder="vgg13")
 
 
-# --- what goes out
+# --- fcn-jax port
 
 
-def test_other_scales_than_the_sources_are_not_written_in_its_names(tmp_path):
-    model = fcn_jax.create_model("fcn8s_pad100", 3, width=W, skip_scales=(0.5, 0.25))
-    variables = random_variables(model)
-    with pytest.raises(InputError, match=r"layout 'pytorch-fcn': .* has skip_scales=\(0.5, 0.25\)"):
-        weights.to_torch(model, variables, "pytorch-fcn")
-    for scales in ((1.0, 1.0), (0.01, 0.0001)):
-        assert weights.to_torch(model.clone(skip_scales=scales), variables, "pytorch-fcn")
+def run_port(capsys, *arguments):
+    code = guarded(port_command, [str(argument) for argument in arguments])
+    out = capsys.readouterr()
+    return code, out.out, out.err
 
 
-def test_port_keeps_its_source_and_reports_what_it_wrote(tmp_path, capsys):
-    vgg16(tmp_path)
-    file = tmp_path / "vgg16.pth"
+def test_port_writes_a_file_that_loads_and_a_report_of_both_sides(tmp_path, capsys):
+    state = sources.randomise(sources.Fanrencli(16, 3, W)).float().state_dict()
+    torch.save({"state_dict": state}, tmp_path / "a.pth")
+    out = tmp_path / "new"
+    code, text, _ = run_port(capsys, tmp_path / "a.pth", "--model", "fcn16s_pad100", "--width", W, "--out", out)
+    assert code == 0
+    for word in ("fanrencli", "state_dict", "conv15.weight", "head.fc7.weight", "left", "nothing"):
+        assert word in text, text
+    model = create("fcn16s_pad100", encoder="vgg16", pool="floor", skip_bias=False)
+    variables = weights.load(out / "weights.safetensors", model, zeros(model))
+    back = weights.to_torch(model, variables, "fanrencli")
+    assert_same(back, {name: value.numpy() for name, value in state.items()})
+    report = json.loads((out / "report.json").read_text())
+    assert report["filled"]["score_fr.bias"] == "score_fr.bias" and report["left"] == {}
+
+
+def test_port_takes_torchvision_weights_and_gives_them_back(encoder, tmp_path, capsys):
+    file, state = encoder
     before = file.read_bytes()
-    command = [str(file), "--model", "fcn32s", "--width", str(W)]
-    assert guarded(port_command, [*command, "--out", str(file)]) == 2
-    assert "is the source" in capsys.readouterr().err and file.read_bytes() == before
-    assert port_command([*command, "--preprocessing", "caffe", "--out", str(tmp_path / "out")]) == 0
+    command = [file, "--model", "fcn8s", "--width", W, "--num-classes", "5", "--out"]
+    code, _, text = run_port(capsys, *command, file)
+    assert code == 2 and "is the source" in text and file.read_bytes() == before
+    code, text, _ = run_port(capsys, *command, tmp_path / "out", "--preprocessing", "caffe")
+    assert code == 0 and "preprocessing caffe" in text
     assert json.loads((tmp_path / "out/report.json").read_text())["preprocessing"] == "caffe"
-    assert "preprocessing caffe" in capsys.readouterr().out
-    back = ["--layout", "torchvision-vgg", "--out", str(tmp_path / "back.pth")]
-    assert port_command([str(tmp_path / "out/weights.safetensors"), *back]) == 0
-    assert "not written, since torchvision-vgg has no names for them: score_fr.bias" in capsys.readouterr().out
-    assert guarded(port_command, [*command, "--num-classes", "0", "--out", str(tmp_path / "x")]) == 2
-
-
-@pytest.mark.parametrize("name", ["nodir/x.safetensors", "vgg16.pth/x.safetensors", f"{300 * 'x'}.safetensors"])
-def test_a_file_that_cannot_be_written_is_one_line(tmp_path, name):
-    (tmp_path / "vgg16.pth").write_bytes(b"a file, no folder")
-    model = fcn_jax.create_model("fcn32s_ladder", 3, encoder="vgg11", width=0.03)
-    with pytest.raises(InputError, match="cannot be written"):
-        weights.save(tmp_path / name, model, random_variables(model), None)
-
-
-# --- our own files know their network
-
-
-def test_our_own_file_tells_its_network_and_is_refused_by_another(tmp_path, capsys):
-    model = fcn_jax.create_model("fcn8s_pad100", 4, width=W, pool="floor", fc_features=24, skip_scales=(0.5, 0.25))
-    variables = fcn_jax.init_variables(model, jax.random.key(0))
-    weights.save(tmp_path / "a.safetensors", model, variables, "caffe")
-    info = weights.inspect(tmp_path / "a.safetensors")
-    assert info.fit.models == ("fcn8s_pad100",) and info.fit.num_classes == 4
-    assert fcn_jax.create_model("fcn8s_pad100", 4, **info.fit.options) == model
-    # same shapes, another computation
-    other = model.clone(pool="ceil")
-    with pytest.raises(InputError, match="pool='ceil'; use create_model.'fcn8s_pad100', 4,.*pool='floor'"):
-        weights.load(tmp_path / "a.safetensors", other, variables)
-    weights.load(tmp_path / "a.safetensors", model.clone(dropout_rate=0.1, remat=True), variables)
-    weights.load(tmp_path / "a.safetensors", other, variables, allow_missing=["score_*"])  # by name, then
-    # neither its name nor its options have to be said again
-    assert port_command([str(tmp_path / "a.safetensors"), "--out", str(tmp_path / "b.pth")]) == 0
-    twin = fcn_jax.compare.make_twin(model)
-    twin.load_state_dict(torch.load(tmp_path / "b.pth"), strict=True)
+    ours, back = tmp_path / "fcn8s.safetensors", tmp_path / "back.safetensors"
+    code, text, _ = run_port(capsys, *command, ours)
+    assert code == 0 and "encoder vgg11" in text and "score_fr.weight" in text and "classifier.6.weight" in text
+    assert weights.inspect(ours).preprocessing == "imagenet"
+    code, text, _ = run_port(capsys, ours, "--layout", "torchvision-vgg", "--out", back)
+    assert code == 0 and "not written, since no network of torchvision-vgg takes them: score_fr.bias" in text
+    with safetensors.safe_open(back, framework="numpy") as written:
+        assert written.metadata()["layout"] == "torchvision-vgg"
+        for name in state.keys() - {"classifier.6.weight", "classifier.6.bias"}:
+            np.testing.assert_array_equal(written.get_tensor(name), state[name])
 
 
 @pytest.mark.parametrize(
-    "model", ["{", "[]", '{"name": "fcn9s", "num_classes": 3, "options": {}}', '{"name": "fcn8s"}']
+    ("arguments", "named"),
+    [
+        ("nosuch.pth --model fcn8s --out x.safetensors", ["nosuch.pth", "no such file"]),
+        ("a.pth --model fcn8s --out x.safetensors", ["create_model('fcn32s_pad100', 3)"]),
+        ("a.pth --model fcn9s --out x.safetensors", ["fcn9s", "fcn8s"]),
+        ("a.pth --model fcn32s_pad100 --out x.npz", ["x.npz", ".safetensors", ".pth"]),
+        ("a.pth --model fcn32s_pad100 --width 1 --out x.safetensors", ["conv1_1.weight is 4x3x3x3"]),
+        ("a.pth --model fcn32s_pad100 --layout caffe --out x.safetensors", ["caffe", "pochih"]),
+        ("a.pth --model fcn32s_pad100 --num-classes 0 --out x.safetensors", ["num_classes in 1 ... 255"]),
+    ],
 )
-def test_a_file_whose_metadata_is_damaged_is_one_line(tmp_path, model):
-    import safetensors.numpy
+def test_port_answers_mistakes_in_one_line(tmp_path, monkeypatch, capsys, arguments, named):
+    monkeypatch.chdir(tmp_path)
+    torch.save(sources.PytorchFCN(32, 3, W).state_dict(), "a.pth")
+    width = [] if "--width" in arguments else ["--width", W]
+    code, _, text = run_port(capsys, *arguments.split(), *width)
+    assert code == 2 and len(text.strip().splitlines()) == 1, text
+    for word in named:
+        assert word in text
+    assert [path.name for path in tmp_path.iterdir()] == ["a.pth"]
 
-    arrays = {"vgg.conv1_1.weight": np.zeros((1, 3, 3, 3), np.float32)}
-    safetensors.numpy.save_file(arrays, tmp_path / "a.safetensors", {"layout": "fcn_jax", "model": model})
-    with pytest.raises(InputError, match="a.safetensors: its metadata describes no network"):
-        weights.inspect(tmp_path / "a.safetensors")
 
-
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_torch_file_of_ours_keeps_every_bit(tmp_path, dtype):
-    model = fcn_jax.create_model("fcn32s_ladder", 3, encoder="vgg11", width=W, param_dtype=dtype)
-    variables = fcn_jax.init_variables(model, jax.random.key(0))
-    weights.save(tmp_path / "a.pth", model, variables, None)
-    assert str(torch.load(tmp_path / "a.pth")["vgg.conv1_1.weight"].dtype) == f"torch.{dtype}"
-    back = weights.load(tmp_path / "a.pth", model, jax.tree.map(np.zeros_like, variables))
-    jax.tree.map(np.testing.assert_array_equal, back, variables)
+def test_our_own_file_tells_its_network_and_is_refused_by_another(tmp_path):
+    file = tmp_path / "a.safetensors"
+    model, variables = build("fcn8s_pad100", 4, pool="floor", fc_features=24, skip_scales=(0.5, 0.25))
+    weights.save(file, model, variables, "caffe")
+    info = weights.inspect(file)
+    assert info.fit.models == ("fcn8s_pad100",) and info.fit.num_classes == 4
+    assert fcn_jax.create_model("fcn8s_pad100", 4, **info.fit.options) == model
+    other = model.clone(pool="ceil")  # same shapes, another computation
+    with pytest.raises(InputError, match="pool='ceil'; use create_model.'fcn8s_pad100', 4,.*pool='floor'"):
+        weights.load(file, other, variables)
+    weights.load(file, model.clone(dropout_rate=0.1, remat=True), variables)
+    weights.load(file, other, variables, allow_missing=["score_*"])  # by name, then
+    # neither its name nor its options have to be said again
+    assert port_command([str(file), "--out", str(tmp_path / "b.pth")]) == 0
+    twin = fcn_jax.compare.make_twin(model)
+    twin.load_state_dict(torch.load(tmp_path / "b.pth"), strict=True)

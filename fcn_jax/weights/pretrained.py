@@ -1,14 +1,15 @@
-"""Encoders trained on ImageNet, by name: fetched once into torch.hub's cache, which torchvision shares."""
+"""Encoders trained on ImageNet, by name: fetched once into torch.hub's cache, which torchvision uses too."""
 
 from __future__ import annotations
 
 import hashlib
 import http.client
 from pathlib import Path
+from typing import Any
 
 from fcn_jax.errors import InputError
 
-__all__ = ["PRETRAINED", "fetch"]
+__all__ = ["PRETRAINED", "fetch", "import_torch"]
 
 _TORCHVISION = "https://download.pytorch.org/models"
 _JOHNSON = "https://web.eecs.umich.edu/~justincj/models"
@@ -37,35 +38,31 @@ def fetch(name: str) -> Path:
     url = PRETRAINED[name]
     filename = url.rpartition("/")[2]
     expected = filename.removesuffix(".pth").rpartition("-")[2]
+    hub = import_torch(name).hub
+    path = Path(hub.get_dir()) / "checkpoints" / filename
     try:
-        import torch
-    except ImportError as error:
-        raise InputError(
-            f"{name}: reading torch files needs torch: pip install fcn_jax[torch], or give a .safetensors file instead"
-        ) from error
-    path = Path(torch.hub.get_dir()) / "checkpoints" / filename
-    if path.is_file():
-        found = _sha256(path)
-        if not found.startswith(expected):
-            raise InputError(
-                f"{path}: its SHA-256 is {found[:8]}..., expected {expected}...; remove it, to fetch it again"
-            )
-        return path
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        torch.hub.download_url_to_file(url, str(path), hash_prefix=expected)
-    # RuntimeError: the checksum is wrong.
-    except (OSError, http.client.HTTPException, RuntimeError) as error:
+        if not path.is_file():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            hub.download_url_to_file(url, str(path), hash_prefix=expected)
+            return path
+        with path.open("rb") as file:
+            found = hashlib.file_digest(file, "sha256").hexdigest()
+    except (OSError, http.client.HTTPException, RuntimeError) as error:  # RuntimeError: another SHA-256
         reason = getattr(error, "reason", None) or error
         raise InputError(
             f"{name}: {url} cannot be fetched ({reason}); fetch it elsewhere and put it at {path}, or give its path"
         ) from error
+    if not found.startswith(expected):
+        raise InputError(f"{path}: its SHA-256 is {found[:8]}..., expected {expected}...; remove it, to fetch it again")
     return path
 
 
-def _sha256(path: Path) -> str:
+def import_torch(what: object) -> Any:
+    """Return torch; the error where it is not installed begins with ``what``."""
     try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror}") from error
+        import torch
+    except ImportError as error:
+        raise InputError(
+            f"{what}: torch files need torch: pip install fcn_jax[torch], or use a .safetensors file"
+        ) from error
+    return torch

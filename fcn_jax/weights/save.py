@@ -7,7 +7,7 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -15,12 +15,16 @@ from flax import traverse_util
 
 from fcn_jax.errors import InputError, first_line, unknown
 from fcn_jax.models.catalog import describe_model
+from fcn_jax.models.classifier import VGGClassifier
 from fcn_jax.models.fcn import FCN
-from fcn_jax.weights.layouts import Network, Preprocessing, check_fit, pair_up
-from fcn_jax.weights.names import COUNTER, list_parameters, to_torch_axes
-from fcn_jax.weights.published import LAYOUTS
+from fcn_jax.models.layers import scaled
+from fcn_jax.preprocessing import PREPROCESSINGS
+from fcn_jax.weights.layouts import LAYOUTS
+from fcn_jax.weights.layouts.layout import Layout, Network, check_fit, pair_up
+from fcn_jax.weights.names import COUNTER, Parameter, list_parameters, to_torch_axes
+from fcn_jax.weights.pretrained import import_torch
 
-__all__ = ["check_suffix", "nameless", "save", "to_torch"]
+__all__ = ["check_suffix", "left_out", "save", "to_torch"]
 
 _SUFFIXES = (".safetensors", ".pth", ".pt")
 
@@ -32,7 +36,7 @@ def to_torch(model: Network, variables: Mapping[str, Any], layout: str | None = 
         model: the network that the variables belong to.
         variables: {"params": ...[, "batch_stats": ...]}.
         layout: a key of ``LAYOUTS``; by default our own, the names of ``compare.twins``. An encoder's layout
-            holds only what it has names for; any other takes only networks that compute what its source does.
+            holds only what ``left_out`` does not list; any other takes only networks that compute what its source does.
 
     Returns:
         Name -> array, with duplicates where the layout has them and the counter ``num_batches_tracked`` (0: torch
@@ -44,31 +48,41 @@ def to_torch(model: Network, variables: Mapping[str, Any], layout: str | None = 
     name = "fcn_jax" if layout is None else layout
     if name not in LAYOUTS:
         raise unknown("layout", name, LAYOUTS)
-    chosen, parameters = LAYOUTS[name], list_parameters(variables)
+    chosen = LAYOUTS[name]
     if chosen.families and not isinstance(model, chosen.families):
         families = " or ".join(family.__name__ for family in chosen.families)
         raise InputError(f"layout {name!r} has names for a {families}, not for a {type(model).__name__}")
+    lost = left_out(model, variables, name)
+    if lost and not chosen.encoder_only:
+        raise InputError(f"layout {name!r} has no name for {', '.join(sorted(lost)[:8])}; use our own")
     flat = traverse_util.flatten_dict(dict(variables))
     arrays: dict[str, np.ndarray] = {}
-    pairs = pair_up(chosen, model, parameters)
-    left_out = nameless(model, variables, name)
-    if left_out and not chosen.encoder_only:
-        raise InputError(f"layout {name!r} has no name for {', '.join(sorted(left_out)[:8])}; use our own")
-    for parameter, row in pairs:
-        value = np.asarray(flat[parameter.path])
-        arrays[f"{row.theirs}.{parameter.leaf}"] = to_torch_axes(parameter, value, row.linear)
+    for parameter, theirs in _written(chosen, model, list_parameters(variables)):
+        linear = chosen.linear is not None and theirs.startswith(chosen.linear)
+        arrays[f"{theirs}.{parameter.leaf}"] = to_torch_axes(parameter, np.asarray(flat[parameter.path]), linear)
         if parameter.leaf == "running_var":
-            arrays[f"{row.theirs}.{COUNTER}"] = np.zeros((), np.int64)
+            arrays[f"{theirs}.{COUNTER}"] = np.zeros((), np.int64)
     if chosen.fit is not None:
         check_fit(f"layout {name!r}", chosen.fit({key: value.shape for key, value in arrays.items()}), model, False)
     return arrays
 
 
-def nameless(model: Network, variables: Mapping[str, Any], layout: str) -> list[str]:
-    """List the parameters that an encoder's layout has no names for, so that ``to_torch`` leaves them out."""
+def left_out(model: Network, variables: Mapping[str, Any], layout: str) -> list[str]:
+    """List the parameters that ``to_torch`` leaves out: those that no network of an encoder's layout takes."""
     parameters = list_parameters(variables)
-    named = {parameter.name for parameter, _ in pair_up(LAYOUTS[layout], model, parameters)}
-    return [parameter.name for parameter in parameters if parameter.name not in named]
+    written = {parameter.name for parameter, _ in _written(LAYOUTS[layout], model, parameters)}
+    return [parameter.name for parameter in parameters if parameter.name not in written]
+
+
+def _written(layout: Layout, model: Network, parameters: list[Parameter]) -> list[tuple[Parameter, str]]:
+    """Pair what the layout's networks take with their modules."""
+    pairs = pair_up(layout, model, parameters)
+    if not layout.encoder_only or isinstance(model, VGGClassifier):
+        return pairs
+    # A VGG of this width has fc6 and fc7 of one size only, and a file with other shapes is refused whole.
+    has = (getattr(model, "fc6_kernel", None), getattr(model, "fc_features", None))
+    is_vggs = has == (7, scaled(4096, model.width))
+    return [pair for pair in pairs if is_vggs or not pair[0].module.startswith("head.")]
 
 
 def check_suffix(path: Path) -> None:
@@ -99,9 +113,10 @@ def save(
     """
     path = Path(path)
     check_suffix(path)
-    known = get_args(Preprocessing)
-    if preprocessing is not None and preprocessing not in known:
-        raise unknown("preprocessing", preprocessing, known)
+    if preprocessing is not None and preprocessing not in PREPROCESSINGS:
+        raise unknown("preprocessing", preprocessing, PREPROCESSINGS)
+    if path.suffix != ".safetensors":
+        import_torch(path)
     arrays = to_torch(model, variables, layout)
     if not arrays:
         raise InputError(f"{path}: layout {layout!r} has names for nothing in these variables; give all of them")
@@ -109,10 +124,6 @@ def save(
     try:
         _write(part, arrays, _metadata(model, preprocessing, layout))
         os.replace(part, path)
-    except ImportError as error:
-        raise InputError(
-            f"{path}: torch files need torch: pip install fcn_jax[torch], or name a .safetensors file"
-        ) from error
     except (OSError, RuntimeError) as error:  # RuntimeError: torch could not write
         raise InputError(f"{path}: cannot be written: {first_line(error)}") from error
     finally:
@@ -130,22 +141,20 @@ def _metadata(model: Network, preprocessing: str | None, layout: str) -> dict[st
     return metadata
 
 
-def _write(path: Path, arrays: Mapping[str, np.ndarray], metadata: dict[str, str]) -> None:
+def _write(path: Path, arrays: dict[str, np.ndarray], metadata: dict[str, str]) -> None:
     if path.suffix == ".safetensors":
         import safetensors.numpy
 
         try:
-            safetensors.numpy.save_file(dict(arrays), path, metadata)
+            safetensors.numpy.save_file(arrays, path, metadata)
         except safetensors.SafetensorError as error:
             raise OSError(str(error)) from error
         return
     import torch
 
-    # bfloat16, which NumPy lacks, goes by its bits.
-    tensors = {
-        name: torch.from_numpy(value.view(np.int16).copy()).view(torch.bfloat16)
-        if value.dtype == jnp.bfloat16
-        else torch.from_numpy(value.copy())
-        for name, value in arrays.items()
-    }
-    torch.save(tensors, path)
+    def tensor(value: np.ndarray) -> Any:
+        if value.dtype == jnp.bfloat16:  # NumPy has none, so it goes by its bits
+            return torch.from_numpy(value.view(np.int16)).view(torch.bfloat16)
+        return torch.from_numpy(value)
+
+    torch.save({name: tensor(value) for name, value in arrays.items()}, path)

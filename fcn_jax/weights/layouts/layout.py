@@ -1,0 +1,185 @@
+"""How a layout is described: the names of its modules, and the network that its files belong to."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from fcn_jax.errors import InputError
+from fcn_jax.models.catalog import create_model
+from fcn_jax.models.classifier import VGGClassifier
+from fcn_jax.models.fcn import FCN
+from fcn_jax.models.vgg import ENCODERS
+from fcn_jax.weights.names import LEAVES, Parameter
+
+__all__ = [
+    "CROPS",
+    "Fit",
+    "Layout",
+    "Network",
+    "Rows",
+    "Shapes",
+    "check_fit",
+    "classes_of",
+    "encoder_name",
+    "encoder_of",
+    "encoder_options",
+    "encoder_stages",
+    "pair_up",
+    "stride_of",
+]
+
+# Options that change training alone, so that weights fit whatever they are.
+_TRAINING = ("dropout", "dropout_rate")
+CROPS = {32: (5, 9, 19), 16: (5, 9, 27), 8: (5, 9, 31)}
+"""Crop offsets by stride: the reference's voc-fcn32s, 16s and 8s ``net.py``."""
+
+Shapes = Mapping[str, tuple[int, ...]]
+Network = FCN | VGGClassifier
+Rows = list[tuple[str, str]]
+"""Our module and the source's, in the order of the source's state dict; ours occurs twice where a source has copies."""
+
+
+@dataclass(frozen=True)
+class Fit:
+    """The networks of the catalogue that a source's weights belong to, inferred from names and shapes."""
+
+    models: tuple[str, ...]
+    """Names of ``MODELS`` with the same names and shapes that compute differently: only the user knows which it is."""
+    num_classes: int | None
+    options: dict[str, Any] = field(default_factory=dict)
+    """What must be as in the source for the network to compute the same."""
+
+    @property
+    def encoder(self) -> str | None:
+        """The encoder's name as ``encoder_name`` gives it; None where it is not known."""
+        if "encoder" not in self.options:
+            return None
+        return encoder_name(self.options["encoder"], self.options["encoder_norm"])
+
+    @property
+    def call(self) -> str:
+        """The calls of ``create_model`` that make such a network, without options at their defaults."""
+        calls = []
+        for name in self.models:
+            default = _fields(create_model(name, 1))
+            given = [f", {key}={value!r}" for key, value in self.options.items() if default[key] != value]
+            calls.append(f"create_model({name!r}, {self.num_classes or 'NUM_CLASSES'}{''.join(given)})")
+        return " or ".join(calls)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How one source names the tensors of a network. Leaf names and axes are torch's everywhere, see ``names.py``."""
+
+    pattern: str
+    """A regular expression; a file with a tensor of such a name has this layout."""
+    modules: Callable[[Any], Rows] | None
+    """The names of a network's modules; None: they are ours."""
+    preprocessing: str | None = None
+    """The preprocessing these weights were trained with; None: given by the file's metadata, or unknown."""
+    encoder: Callable[[Shapes], str | None] | None = None
+    """Infers the encoder from names and shapes, e.g. ``vgg16_bn``; None: ``fit`` has it."""
+    fit: Callable[[Shapes], Fit] | None = None
+    """Infers the network from names and shapes; None for encoders and for our own names."""
+    families: tuple[type[Network], ...] = ()
+    """The families that the layout has names for; empty: all."""
+    linear: str | None = None
+    """Prefix of the source's modules that are linear layers where ours are convolutions."""
+    unused: tuple[str, ...] = ()
+    """Glob patterns of tensors that a network may have no place for."""
+
+    @property
+    def encoder_only(self) -> bool:
+        """Whether it is a classifier's, which has no names for score layers and upsampling."""
+        return self.fit is None and self.modules is not None
+
+
+def encoder_name(encoder: str, norm: str | None) -> str:
+    """Name an encoder as torchvision does: ``vgg16`` or ``vgg16_bn``."""
+    return encoder + ("_bn" if norm == "batch" else "")
+
+
+def encoder_options(name: str | None) -> dict[str, Any]:
+    """Return the options of ``create_model`` for an encoder's name, the inverse of ``encoder_name``; none for None."""
+    encoder, _, norm = (name or "").partition("_")
+    return {"encoder": encoder, "encoder_norm": "batch" if norm else None} if name else {}
+
+
+def encoder_stages(encoder: str, norm: str | None) -> list[list[str]]:
+    """List our modules of the encoder by stage: ``vgg.conv1_1``, ``vgg.bn1_1`` ..."""
+    kinds = ("conv", "bn") if norm == "batch" else ("conv",)
+    return [
+        [f"vgg.{kind}{stage}_{layer}" for layer in range(1, convs + 1) for kind in kinds]
+        for stage, convs in enumerate(ENCODERS[encoder], start=1)
+    ]
+
+
+def encoder_of(shapes: Shapes, prefix: str, rows: Callable[[str, str | None], Rows]) -> str | None:
+    """Infer the encoder from names and ranks of the weights under a prefix; ``rows`` lists an encoder's modules."""
+    ranks = {name: len(shape) for name, shape in shapes.items() if name.startswith(prefix) and name.endswith(".weight")}
+    for encoder, norm in itertools.product(ENCODERS, (None, "batch")):
+        if ranks == {f"{theirs}.weight": 1 if ".bn" in ours else 4 for ours, theirs in rows(encoder, norm)}:
+            return encoder_name(encoder, norm)
+    return None
+
+
+def stride_of(shapes: Shapes) -> int:
+    """Infer the stride from the layers of the finer skips; one of them is enough, should another be missing."""
+    if any(name.startswith(("score_pool3", "upscore8", "pool3.")) for name in shapes):
+        return 8
+    return 16 if any(name.startswith(("score_pool4", "upscore16", "pool4.")) for name in shapes) else 32
+
+
+def classes_of(shapes: Shapes, name: str) -> int | None:
+    """Read the number of classes off a score layer's weight; None where that is missing."""
+    return shapes[name][0] if shapes.get(name) else None
+
+
+def check_fit(origin: str, fit: Fit, model: Network, partial: bool) -> None:
+    """Check that a source's network and the model compute the same.
+
+    Args:
+        origin: the source's name.
+        fit: what the source holds.
+        model: the network to fill.
+        partial: a network of the family with another stride will do, as in training by stages.
+
+    Raises:
+        InputError: they do not; the message has the call that makes a network that does.
+    """
+    has, way_out = _fields(model), f"use {fit.call}"
+    candidates = [create_model(name, 1, **fit.options) for name in fit.models]
+    same_stride = [_fields(candidate) for candidate in candidates if candidate.stride == has.get("stride")]
+    keys = [key for key in fit.options if key not in _TRAINING]
+    if "skip_scales" in {*has} - {*keys} and not partial:
+        keys.append("skip_scales")  # a name stands for its scales: pytorch-fcn's files may be plain or at once
+    if type(model) is not type(candidates[0]):
+        differs = [f"family {type(model).__name__}"]
+    elif same_stride:
+        wrong = [[f"{key}={has[key]!r}" for key in keys if has[key] != other[key]] for other in same_stride]
+        differs = min(wrong, key=len)
+    else:
+        way_out += ", or name what is new in allow_missing and what falls away in allow_unexpected"
+        keys = [key for key in ("encoder", "encoder_norm") if has[key] != fit.options.get(key, has[key])]
+        differs = [f"{key}={has[key]!r}" for key in keys] if partial else [f"stride={has['stride']}"]
+    if differs:
+        what = "weights of another network than the model, which has"
+        raise InputError(f"{origin}: {what} {', '.join(differs)}; {way_out}")
+
+
+def pair_up(layout: Layout, model: Network, parameters: list[Parameter]) -> list[tuple[Parameter, str]]:
+    """Pair parameters with the source's modules, in the layout's order and, within a module, in torch's."""
+    by_module: dict[str, list[Parameter]] = {}
+    for parameter in sorted(parameters, key=lambda parameter: LEAVES.index(parameter.leaf)):
+        by_module.setdefault(parameter.module, []).append(parameter)
+    ours = dict.fromkeys(parameter.module for parameter in parameters)
+    rows = layout.modules(model) if layout.modules else zip(ours, ours, strict=True)
+    return [(parameter, theirs) for module, theirs in rows for parameter in by_module.get(module, [])]
+
+
+def _fields(model: Network) -> dict[str, Any]:
+    return {item.name: getattr(model, item.name) for item in dataclasses.fields(model)}

@@ -1,0 +1,320 @@
+"""Weights from a source to variables: strict, shape-checked, and accounting for every tensor on both sides."""
+
+from __future__ import annotations
+
+import fnmatch
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from flax import traverse_util
+
+from fcn_jax.errors import InputError, unknown
+from fcn_jax.models.catalog import create_model, describe_model
+from fcn_jax.models.fcn import FCN
+from fcn_jax.preprocessing import PREPROCESSINGS
+from fcn_jax.weights.layouts import LAYOUTS, recognise
+from fcn_jax.weights.layouts.layout import Fit, Layout, Network, check_fit, encoder_name, encoder_options, pair_up
+from fcn_jax.weights.names import COUNTER, Parameter, conversion, from_torch, list_parameters
+from fcn_jax.weights.sources import Source, TensorInfo, Tensors, open_source
+
+__all__ = ["Info", "Report", "inspect", "load", "load_with_report", "source_options"]
+
+
+@dataclass(frozen=True)
+class Info:
+    """What a source holds."""
+
+    layout: str | None
+    """A key of ``LAYOUTS``, or None where no layout has such names."""
+    variant: str | None
+    """The encoder, inferred from names and shapes: ``vgg16``, ``vgg16_bn`` ...; None where that fails."""
+    preprocessing: str | None
+    """What the weights were trained with, "imagenet" or "caffe"; None: unknown."""
+    tensors: dict[str, TensorInfo]
+    fit: Fit | None = None
+    """The network that the weights belong to; None: an encoder, or unknown."""
+    unwrapped: tuple[str, ...] = ()
+    """Wrappers and prefixes removed from around the tensors: ``model_state_dict``, ``module.`` ..."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """What became of every parameter of the network and of every tensor of the source."""
+
+    layout: str
+    preprocessing: str | None
+    filled: dict[str, str] = field(default_factory=dict)
+    """Parameter -> the tensor it was filled from, in the layout's order."""
+    left: dict[str, str] = field(default_factory=dict)
+    """Parameter that keeps its value -> why."""
+    ignored: dict[str, str] = field(default_factory=dict)
+    """Tensor that is not used -> why."""
+    converted: dict[str, str] = field(default_factory=dict)
+    """Parameter that was filled -> how its array was turned."""
+    unwrapped: tuple[str, ...] = ()
+    """Wrappers and prefixes removed from around the tensors: ``model_state_dict``, ``module.`` ..."""
+
+
+def inspect(source: Source) -> Info:
+    """Describe what a source holds, without a network.
+
+    Raises:
+        InputError: the source cannot be opened, or its metadata is damaged.
+    """
+    tensors = open_source(source)
+    name, stated = recognise(tensors.shapes), tensors.metadata.get("preprocessing")
+    if stated is not None and stated not in PREPROCESSINGS:
+        expected = " or ".join(PREPROCESSINGS)
+        raise InputError(
+            f"{tensors.origin}: its metadata says preprocessing {stated!r}, expected {expected}; write the file again"
+        )
+    if name is None:
+        return Info(None, None, stated, tensors.infos, unwrapped=tensors.unwrapped)
+    layout, shapes = LAYOUTS[name], tensors.shapes
+    fit = layout.fit(shapes) if layout.fit else _saved_fit(tensors)
+    variant = layout.encoder(shapes) if layout.encoder else fit.encoder if fit else None
+    # The file's own statement takes precedence over what is usual for its layout.
+    return Info(name, variant, stated or layout.preprocessing, tensors.infos, fit, tensors.unwrapped)
+
+
+def _saved_fit(tensors: Tensors) -> Fit | None:
+    """Return the network that ``save`` wrote into a file's metadata; None: another layout's, or another writer's."""
+    if tensors.metadata.get("layout") != "fcn_jax" or "model" not in tensors.metadata:
+        return None
+    try:
+        saved = json.loads(tensors.metadata["model"])
+        options = {key: tuple(v) if isinstance(v, list) else v for key, v in saved["options"].items()}
+        known = describe_model(create_model(saved["name"], saved["num_classes"], **options))[1]
+        for option in options.keys() - known.keys():  # such as dtype: how to compute is no matter of the weights
+            raise unknown(f"option of {saved['name']}", option, known)
+        return Fit((saved["name"],), saved["num_classes"], options)
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
+        raise InputError(
+            f"{tensors.origin}: its metadata describes no network that this version knows ({error}); "
+            "write the file again"
+        ) from error
+
+
+def source_options(info: Info, name: str) -> tuple[dict[str, Any], int | None]:
+    """Return the options of ``create_model`` for a source's own network, as far as they are known, and its classes.
+
+    Args:
+        info: of the source.
+        name: the network to create; no options where the source's weights belong to another.
+    """
+    if info.fit is None:
+        return encoder_options(info.variant or "vgg16"), None
+    return (dict(info.fit.options) if name in info.fit.models else {}), info.fit.num_classes
+
+
+def load(
+    source: Source,
+    model: Network,
+    variables: Mapping[str, Any],
+    allow_missing: Iterable[str] = (),
+    allow_unexpected: Iterable[str] = (),
+) -> dict[str, Any]:
+    """Return variables filled from a source; the ones given are not changed. See ``load_with_report``."""
+    return load_with_report(source, model, variables, allow_missing, allow_unexpected)[0]
+
+
+def load_with_report(
+    source: Source,
+    model: Network,
+    variables: Mapping[str, Any],
+    allow_missing: Iterable[str] = (),
+    allow_unexpected: Iterable[str] = (),
+) -> tuple[dict[str, Any], Report]:
+    """Fill a network's variables from a source and account for every parameter and tensor.
+
+    Args:
+        source: a path (.safetensors, .pth, .pt), a key of ``PRETRAINED``, a dict of arrays, or what ``open_source``
+            returns; any of ``LAYOUTS``.
+        model: the network that the variables belong to.
+        variables: {"params": ...[, "batch_stats": ...]}, from ``init_variables``.
+        allow_missing: glob patterns of parameters (``score_*``, ``head.fc6.weight``) that may keep their values.
+        allow_unexpected: glob patterns of the source's tensors that may go unused. A tensor whose shape does not fit is
+            passed over where its parameter may be missing and the tensor itself unexpected.
+
+    Returns:
+        New variables in the dtypes of the given ones, and the report.
+
+    Raises:
+        InputError: the source cannot be opened, its layout is unknown, it is of another network or encoder, or a tensor
+            is missing, unexpected, of the wrong shape, not finite, or differs from its own copy.
+
+    A file that holds an encoder and nothing else leaves all other layers of an FCN at their values.
+    """
+    tensors = open_source(source)
+    info = inspect(tensors)
+    if info.layout is None:
+        sample = ", ".join(list(tensors.infos)[:3])
+        raise InputError(f"{tensors.origin}: no known layout has names like {sample}; known: {', '.join(LAYOUTS)}")
+    may_miss, may_stay = _patterns(allow_missing), _patterns(allow_unexpected)
+    _check_network(tensors.origin, info, model, partial=bool(may_miss or may_stay))
+    report = Report(info.layout, info.preprocessing, unwrapped=tensors.unwrapped)
+    loading = _Loading(tensors, LAYOUTS[info.layout], model, may_miss, may_stay, info.fit is not None, report)
+    loading.fill(list_parameters(variables))
+    return traverse_util.unflatten_dict(traverse_util.flatten_dict(dict(variables)) | loading.values), report
+
+
+def _check_network(origin: str, info: Info, model: Network, partial: bool) -> None:
+    """Refuse a source of another network, or of another encoder."""
+    # Under our own names, what the caller allows to differ may come from any network that shares the rest.
+    if info.fit is not None and not (partial and info.layout == "fcn_jax"):
+        return check_fit(f"{origin} ({info.layout})", info.fit, model, partial)
+    wanted = encoder_name(model.encoder, model.encoder_norm)
+    if info.variant not in (None, wanted):
+        options = ", ".join(f"{key}={value!r}" for key, value in encoder_options(info.variant).items())
+        raise InputError(f"{origin}: holds {info.variant}, the model has {wanted}; create the model with {options}")
+
+
+@dataclass
+class _Loading:
+    """One loading: takes tensors by the layout's names and accounts for everything in ``report``."""
+
+    tensors: Tensors
+    layout: Layout
+    model: Network
+    may_miss: list[str]
+    may_stay: list[str]
+    is_network: bool
+    """Whether the source is known to be a whole network, so that nothing of it may be missing."""
+    report: Report
+    values: dict[tuple[str, ...], Any] = field(default_factory=dict)
+    sought: dict[str, str] = field(default_factory=dict)
+    """Parameter -> the first tensor that may fill it."""
+
+    def fill(self, parameters: list[Parameter]) -> None:
+        """Fill ``values``; raise where something does not fit, is missing or is unexpected."""
+        pairs = [(p, f"{theirs}.{p.leaf}") for p, theirs in pair_up(self.layout, self.model, parameters)]
+        for parameter, theirs in pairs:
+            self.sought.setdefault(parameter.name, theirs)
+        found = [(parameter, theirs) for parameter, theirs in pairs if theirs in self.tensors.infos]
+        misfits = [misfit for parameter, theirs in found if (misfit := self._take(parameter, theirs))]
+        if misfits:
+            hint = "build the model to match, or name them in both allow_missing and allow_unexpected"
+            raise self._error("do not fit", misfits, hint)
+        missing = self._explain_parameters({p.name: p for p in [*(p for p, _ in pairs), *parameters]})
+        unexpected = self._explain_tensors()
+        if missing:
+            names = [(p.name, self.sought.get(p.name, p.name)) for p in missing]
+            listed = [name if name == theirs else f"{name} ({theirs})" for name, theirs in names]
+            hint = self._renaming(missing, unexpected) or "where that is meant, name them in allow_missing"
+            raise self._error("are missing", listed, hint)
+        if unexpected:
+            raise self._error("are unexpected", unexpected, "where that is meant, name them in allow_unexpected")
+
+    def _take(self, parameter: Parameter, theirs: str) -> str | None:
+        """Take one tensor; return what is wrong with its shape."""
+        name, report = parameter.name, self.report
+        # fc6 and fc7 of an FCN may have another size than the classifier's.
+        optional = self.layout.encoder_only and isinstance(self.model, FCN) and name.startswith("head.")
+        if optional and parameter.leaf == "bias" and f"{parameter.module}.weight" in report.left:
+            report.left[name] = report.ignored[theirs] = "its weight does not fit"
+            return None
+        raw = self.tensors.read(theirs)
+        value = from_torch(parameter, raw)
+        if value is None:
+            misfit = f"{theirs} is {_times(raw.shape)}, {name} needs {_times(parameter.torch_shape)}"
+            if raw.size == np.prod(parameter.shape):  # as many numbers, so it is no other network's
+                misfit, optional = f"{misfit} (transposed?)", False
+            if not optional and not (_any(name, self.may_miss) and _any(theirs, self.may_stay)):
+                return misfit
+            report.left[name] = report.ignored[theirs] = misfit
+            return None
+        value = self._cast(theirs, value, parameter)
+        if parameter.path not in self.values:
+            self.values[parameter.path], report.filled[name] = jnp.asarray(value), theirs
+            cast = "" if raw.dtype == value.dtype else f", {raw.dtype} to {value.dtype}"
+            report.converted[name] = conversion(parameter, raw.shape) + cast
+        elif np.array_equal(self.values[parameter.path], value):
+            report.ignored[theirs] = f"a copy of {report.filled[name]}"
+        else:
+            raise InputError(f"{self.tensors.origin}: {theirs} and {report.filled[name]} should be equal and differ")
+        return None
+
+    def _cast(self, theirs: str, value: np.ndarray, parameter: Parameter) -> np.ndarray:
+        """Return the values in the parameter's dtype; refuse non-floats, infinities and negative variances."""
+        if not jnp.issubdtype(value.dtype, jnp.floating):
+            wrong = f"{value.dtype}, expected floats; use the original file"
+        elif not np.isfinite(value).all():
+            wrong = "NaN or infinity; use another file"
+        elif parameter.leaf == "running_var" and (value < 0).any():
+            wrong = "negative variances; use another file"
+        else:
+            with np.errstate(over="ignore"):  # reported below
+                cast = value.astype(parameter.dtype)
+            if np.isfinite(cast).all():
+                return cast
+            wrong = f"{value.dtype} numbers beyond the range of {cast.dtype}; use another file"
+        raise InputError(f"{self.tensors.origin}: {theirs} holds {wrong}")
+
+    def _explain_parameters(self, parameters: dict[str, Parameter]) -> list[Parameter]:
+        """Record why parameters were not filled; return those that should have been."""
+        report, missing = self.report, []
+        # Whether the source is, say, the state dict of `vgg16().features`.
+        names = {name for name in self.tensors.infos if not name.endswith(f".{COUNTER}")}
+        of_encoder = {theirs for name, theirs in report.filled.items() if name.startswith("vgg.")}
+        encoder_alone = isinstance(self.model, FCN) and not self.is_network and names <= of_encoder
+        for name, parameter in parameters.items():
+            if name in report.filled or name in report.left:
+                continue
+            if encoder_alone and not name.startswith("vgg."):
+                report.left[name] = "the source holds an encoder alone"
+            elif name not in self.sought and self.layout.encoder_only:
+                report.left[name] = "the layout has no place for it"
+            elif _any(name, self.may_miss):
+                report.left[name] = "missing, allowed"
+            else:
+                missing.append(parameter)
+        return missing
+
+    def _explain_tensors(self) -> list[str]:
+        """Record why tensors were not used; return those that should have been."""
+        report, unexpected = self.report, []
+        used = set(report.filled.values())
+        for theirs in self.tensors.infos:
+            if theirs in used or theirs in report.ignored:
+                continue
+            if theirs.endswith(f".{COUNTER}"):
+                report.ignored[theirs] = "a counter of torch's batch norm, not used"
+            elif _any(theirs, self.layout.unused):
+                report.ignored[theirs] = "the network has no place for it"
+            elif _any(theirs, self.may_stay):
+                report.ignored[theirs] = "unexpected, allowed"
+            else:
+                unexpected.append(theirs)
+        return unexpected
+
+    def _renaming(self, missing: list[Parameter], unexpected: list[str]) -> str | None:
+        """Return a hint where every missing tensor has one unexpected that it may have been renamed to."""
+        renamed: dict[str, str] = {}
+        for parameter in missing:
+            same = (n for n in unexpected if n not in renamed and self.tensors.shapes[n] == parameter.torch_shape)
+            if parameter.name not in self.sought or (found := next(same, None)) is None:
+                return None
+            renamed[found] = self.sought[parameter.name]
+        listed = ", ".join(f"{new} to {old}" for new, old in list(renamed.items())[:8])
+        return f"unexpected tensors have their shapes: rename {listed}, if they are the same"
+
+    def _error(self, what: str, names: list[str], hint: str) -> InputError:
+        more = f" and {len(names) - 8} more" if len(names) > 8 else ""
+        return InputError(f"{self.tensors.origin}: {len(names)} tensor(s) {what}: {', '.join(names[:8])}{more}; {hint}")
+
+
+def _patterns(given: Iterable[str]) -> list[str]:
+    # A single pattern given as a string would otherwise be read letter by letter.
+    return [given] if isinstance(given, str) else list(given)
+
+
+def _any(name: str, patterns: Iterable[str]) -> bool:
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def _times(shape: tuple[int, ...]) -> str:
+    return "x".join(map(str, shape)) or "scalar"
