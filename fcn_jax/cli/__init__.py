@@ -26,7 +26,7 @@ from fcn_jax.cli.port import port as convert
 from fcn_jax.cli.process import Output, guarded, keep_compiled
 from fcn_jax.config import Config
 from fcn_jax.data.datasets import load
-from fcn_jax.data.labels import decode_image
+from fcn_jax.data.io import decode_image
 from fcn_jax.data.pipeline import make_eval_batches
 from fcn_jax.data.transforms import resize_image
 from fcn_jax.errors import InputError, unknown

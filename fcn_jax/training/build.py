@@ -70,7 +70,7 @@ def build_loss(config: LossConfig, dataset: str, num_classes: int, count: Callab
         config: what is minimised.
         dataset: its name, for messages.
         num_classes: classes of the training labels.
-        count: returns ``data.batches.count_classes`` of them; called only where weights follow from it.
+        count: returns ``data.pipeline.class_frequencies``; called only where weights follow from it.
 
     Raises:
         InputError: another number of weights than of classes, or as ``make_loss``.

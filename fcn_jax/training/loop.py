@@ -20,9 +20,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from fcn_jax.config import Config
-from fcn_jax.data.batches import EvalBatch
 from fcn_jax.data.datasets import Split
-from fcn_jax.data.pipeline import make_eval_batches, make_train_iterator
+from fcn_jax.data.pipeline import EvalBatch, make_eval_batches, make_train_iterator
 from fcn_jax.errors import InputError, Stopped
 from fcn_jax.evaluation.evaluate import Evaluation, Sample, evaluate, spread
 from fcn_jax.evaluation.figures import save_confusion, save_curves, save_panel
