@@ -153,6 +153,8 @@ def _unreadable(name: str, kind: str, reason: str) -> UnreadableError:
 def _open(data: bytes, name: str, kind: str) -> Image.Image:
     """Decode a whole file with Pillow, which refuses one that is cut short or larger than its limit on pixels."""
     try:
+        # OpenCV reserves what a PNG chunk claims to hold, up to 2 GiB; this checks their lengths and checksums.
+        Image.open(io.BytesIO(data), formats=_FORMATS).verify()
         image = Image.open(io.BytesIO(data), formats=_FORMATS)
         image.load()
     except Exception as error:  # Pillow raises many kinds for a damaged file
