@@ -153,6 +153,13 @@ def test_a_missing_folder_names_the_flag(name, config):
         datasets.load(f"{name}/train", config)
 
 
+def test_object_stores_are_one_line_for_every_path(root, config):
+    trees.folder(root, {"train": 1})
+    for field, flag in (("dir", "dir"), ("classes", "classes"), ("cache_dir", "cache-dir")):
+        with pytest.raises(InputError, match=f"--data.{flag} gs://bucket/x: object stores are not supported yet"):
+            datasets.load("folder/train", dataclasses.replace(config, **{field: "gs://bucket/x"}))
+
+
 @pytest.mark.parametrize("name", ["camvid", "voc", "sbd", "folder"])
 def test_an_empty_folder_is_refused(name, root, config):
     root.mkdir()
