@@ -1,6 +1,6 @@
 """Hostile input to every reader: a result or an InputError, in bounded time and memory, and no code out of a file runs.
 
-tests/slow/test_fuzz.py runs 2,000 cases; tests/fuzzing.py also repeats a single one.
+tests/slow/test_fuzz_sweep.py runs 2,000 cases; tests/fuzzing.py also repeats a single one.
 """
 
 import contextlib

@@ -163,7 +163,7 @@ def _take_all(iterator):
         iterator.close()
 
 
-@pytest.mark.parametrize("damage", [_truncate, _flip])  # tests/slow/test_data.py has it with worker processes
+@pytest.mark.parametrize("damage", [_truncate, _flip])  # tests/slow/test_data_processes.py has it with worker processes
 def test_a_prepared_copy_that_breaks_in_the_middle_of_an_epoch_is_named(config, damage):
     split = datasets.load("folder/train", config)
     (copy,) = _copies(config)
