@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 
-__all__ = ["InputError", "Stopped", "UnreadableError", "first_line", "unknown"]
+__all__ = ["InputError", "Stopped", "UnreadableError", "check_local", "first_line", "unknown"]
 
 
 class InputError(ValueError):
@@ -28,6 +29,12 @@ class Stopped(Exception):
 
 class UnreadableError(InputError):
     """A file of a data set is not there, cut short, too large or of another type; it may be left out of the set."""
+
+
+def check_local(path: object, flag: str) -> None:
+    """Raise InputError for a path of an object store, ``SCHEME://...``, which would name a local folder."""
+    if scheme := re.match(r"([a-z][a-z0-9+.-]*):/", str(path), re.IGNORECASE):  # pathlib drops the second slash
+        raise InputError(f"{flag} {path}: {scheme[1]}:// is not supported; give a path on a local or mounted disk")
 
 
 def first_line(error: BaseException) -> str:

@@ -100,7 +100,8 @@ KILL = """
 import dataclasses, json, os, signal, sys
 import shutil
 from rich.console import Console
-from fcn_jax.training.run import RunFolder, config_from_json
+from fcn_jax.training.check import config_from_json
+from fcn_jax.training.run import RunFolder
 from fcn_jax.training import checkpoint, loop
 
 moment = sys.argv[2]

@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 from scipy.io import savemat
 
-from fcn_jax.data.labels import voc_palette
+from fcn_jax.data.voc import palette
 
 
 def picture(seed: int, size: tuple[int, int] = (12, 16)) -> np.ndarray:
@@ -42,7 +42,7 @@ def write_palette_mask(path: Path, label: np.ndarray) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     image = Image.fromarray(label, mode=None).convert("L")
     out = Image.new("P", image.size)
-    out.putpalette(voc_palette().ravel().tolist())
+    out.putpalette([value for colour in palette(256) for value in colour])
     out.paste(Image.frombytes("P", image.size, label.tobytes()))
     out.save(path)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import tyro
 
 from fcn_jax.cli.process import make_folder
-from fcn_jax.data.labels import decode_image
+from fcn_jax.data.io import decode_image
 from fcn_jax.data.transforms import resize_image
 from fcn_jax.errors import InputError
 from fcn_jax.evaluation.evaluate import make_predictor

@@ -19,11 +19,9 @@ import jax
 
 from fcn_jax.errors import InputError, Stopped
 
-__all__ = ["COMPILED", "Output", "guarded", "keep_compiled", "make_folder"]
+__all__ = ["Output", "guarded", "keep_compiled", "make_folder"]
 
 _DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EFBIG}
-COMPILED = Path("~/.cache/fcn_jax/programs")
-"""Where compiled programs are kept."""
 _MOST_COMPILED = 2 * 2**30
 """Bytes of compiled programs that are kept; the least recently used go first."""
 
@@ -122,9 +120,12 @@ def _quieten_orbax() -> None:
 
 def keep_compiled() -> None:
     """Keep compiled programs on disk, so that a command's second start is quick; JAX's own settings go before ours."""
-    folder = COMPILED.expanduser()
+    folder = Path("~/.cache/fcn_jax/compiled").expanduser()
     if jax.config.jax_compilation_cache_dir is None:  # type: ignore[attr-defined]
         with contextlib.suppress(OSError):  # where nothing can be kept, everything is compiled anew
             folder.mkdir(parents=True, exist_ok=True)
+            for program in folder.glob("*-cache"):  # JAX writes nothing more where one lacks its time of access
+                if not program.with_name(program.name.removesuffix("-cache") + "-atime").exists():
+                    program.unlink()
             jax.config.update("jax_compilation_cache_dir", str(folder))
             jax.config.update("jax_compilation_cache_max_size", _MOST_COMPILED)

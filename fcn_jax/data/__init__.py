@@ -1,6 +1,5 @@
 """Data sets, their prepared copies, augmentation and batches.
 
-``labels`` and ``transforms`` need NumPy, OpenCV and Pillow alone; ``datasets`` imports tensorflow-datasets (which
-imports no TensorFlow) and ``pipeline`` imports grain. Nothing is imported here, so that each is paid for by those who
-use it.
+Nothing is imported here: ``io`` and ``transforms`` need neither tensorflow-datasets, which ``datasets`` imports, nor
+grain, which ``pipeline`` does. None of them imports TensorFlow.
 """

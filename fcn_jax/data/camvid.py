@@ -9,10 +9,19 @@ from __future__ import annotations
 import numpy as np
 
 from fcn_jax.config import DataConfig
-from fcn_jax.data.labels import CAMVID_CLASSES, CAMVID_PALETTE, IGNORE
-from fcn_jax.data.listing import Entry, Listing, folder_of, pairs_by_name, read_files
+from fcn_jax.data.io import Entry, Listing, folder_of, pairs_by_name, read_files
+from fcn_jax.losses import IGNORE
 
-__all__ = ["SPLITS", "listing"]
+__all__ = ["CLASSES", "PALETTE", "SPLITS", "listing"]
+
+CLASSES = tuple("sky building pole road pavement tree sign fence car pedestrian bicyclist".split())
+"""In the order of the SegNet tutorial's label images."""
+
+PALETTE = (
+    (128, 128, 128), (128, 0, 0), (192, 192, 128), (128, 64, 128), (60, 40, 222), (128, 128, 0), (192, 128, 128),
+    (64, 64, 128), (64, 0, 128), (64, 64, 0), (0, 128, 192),
+)  # fmt: skip
+"""RGB colours of the SegNet tutorial (Scripts/test_segmentation_camvid.py)."""
 
 SPLITS = ("train", "val", "test", "trainval")
 _VOID = 11
@@ -31,4 +40,4 @@ def listing(split: str, config: DataConfig) -> Listing:
         for part in (("train", "val") if split == "trainval" else (split,))
         for entry in pairs_by_name(root / part, root / f"{part}annot", (".png", ".jpg"), (".png",))
     ]
-    return Listing("camvid", split, CAMVID_CLASSES, CAMVID_PALETTE, tuple(entries), _read, version="void 11")
+    return Listing("camvid", split, CLASSES, PALETTE, tuple(entries), _read, version="void 11")

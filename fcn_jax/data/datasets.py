@@ -1,33 +1,40 @@
-"""A split of a data set and the one function that opens it, through its prepared copy."""
+"""The data sets by name, and the function that opens a split through its prepared copy."""
 
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from fcn_jax.config import DataConfig
-from fcn_jax.data.catalog import find
-from fcn_jax.data.labels import decode_image, decode_label
-from fcn_jax.data.prepared import Examples, Record, prepare, read_summary
+from fcn_jax.data import camvid, folder, sbd, shapes, voc
+from fcn_jax.data.cache import read_summary
+from fcn_jax.data.io import Listing, decode_image, decode_label
+from fcn_jax.data.prepared import Examples, Record, prepare
+from fcn_jax.errors import InputError, unknown
+
+__all__ = ["DATASETS", "Source", "Split", "decode", "load"]
 
 _log = logging.getLogger(__name__)
 _SHOWN = 3
 """Files that were left out, named in a note."""
 
-__all__ = ["Source", "Split", "decode", "load"]
+DATASETS: dict[str, tuple[tuple[str, ...], Callable[[str, DataConfig], Listing]]] = {
+    "shapes": (shapes.SPLITS, shapes.listing),
+    "camvid": (camvid.SPLITS, camvid.listing),
+    "voc": (voc.SPLITS, voc.listing),
+    "sbd": (sbd.SPLITS, sbd.listing),
+    "folder": (folder.SPLITS, folder.listing),
+}
+"""Each data set's splits, and the function that lists one of them."""
 
 
 class Source(Protocol):
     """Random access to encoded examples; workers need it picklable."""
 
-    def __len__(self) -> int:
-        """Return the number of examples."""
-        ...
-
-    def __getitem__(self, index: int) -> Record:
-        """Return one example."""
-        ...
+    def __len__(self) -> int: ...
+    def __getitem__(self, index: int) -> Record: ...
 
 
 @dataclass(frozen=True)
@@ -58,11 +65,12 @@ class Split:
 def decode(record: Record) -> dict[str, Any]:
     """Decode a stored example to ``{"image": uint8 (h, w, 3) RGB, "label": uint8 (h, w), "name": str}``."""
     name = record["name"]
-    return {"image": decode_image(record["image"], name), "label": decode_label(record["label"], name), "name": name}
+    image = decode_image(record["image"], name, verify=False)
+    return {"image": image, "label": decode_label(record["label"], name, verify=False), "name": name}
 
 
 def load(spec: str, config: DataConfig) -> Split:
-    """Open a split, preparing its copy in ``config.cache_dir`` if need be; say how many images were left out, if any.
+    """Open a split, preparing its copy in ``config.cache_dir`` if need be; log how many images were left out, if any.
 
     Args:
         spec: DATASET/SPLIT, as in ``camvid/train``.
@@ -72,25 +80,20 @@ def load(spec: str, config: DataConfig) -> Split:
     Raises:
         InputError: an unknown data set or split, a missing folder or file, or files that are not what they should be.
     """
-    listing = find(spec, config)
+    dataset, slash, split = spec.partition("/")
+    if not slash:
+        raise InputError(f"expected DATASET/SPLIT, got {spec!r}; as in 'shapes/train'")
+    if dataset not in DATASETS:
+        raise unknown("data set", dataset, DATASETS)
+    splits, listing_of = DATASETS[dataset]
+    if split not in splits:
+        raise unknown(f"split of {dataset}", split, splits)
+    listing = replace(listing_of(split, config), unreadable=config.unreadable)
     copy = prepare(listing, config.cache_dir)
     summary = read_summary(copy)
-    if skipped := summary["skipped"]:
+    if skipped := summary.skipped:
         more = f", and {len(skipped) - _SHOWN} more" if len(skipped) > _SHOWN else ""
-        _log.warning(
-            "note: %s: %d of %d images are left out: %s%s",
-            spec,
-            len(skipped),
-            len(listing.entries),
-            "; ".join(skipped[:_SHOWN]),
-            more,
-        )
-    return Split(
-        dataset=listing.dataset,
-        split=listing.split,
-        class_names=listing.class_names,
-        palette=listing.palette,
-        source=Examples(copy),
-        image_size=summary["image_size"],
-        skipped=tuple(skipped),
-    )
+        shown = "; ".join(skipped[:_SHOWN]) + more
+        _log.warning("note: %s: %d of %d images are left out: %s", spec, len(skipped), len(listing.entries), shown)
+    names, palette = listing.class_names, listing.palette
+    return Split(dataset, split, names, palette, Examples(copy), summary.image_size, skipped)

@@ -8,10 +8,8 @@ import os
 import shutil
 import tarfile
 import tempfile
-import urllib.error
 import urllib.request
 import zlib
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,7 +18,6 @@ from fcn_jax.errors import InputError, first_line
 __all__ = ["ARCHIVES", "Archive", "fetch"]
 
 _log = logging.getLogger(__name__)
-_TIMEOUT = 60  # seconds without a byte
 _MOST_GROWTH = 50
 """VOC's archives are not packed, SBD's grows less than twofold; headers are a small part of them all."""
 
@@ -40,19 +37,21 @@ class Archive:
         return self.url.rsplit("/", 1)[-1]
 
 
+_VOC = "http://host.robots.ox.ac.uk/pascal/VOC"
+_BERKELEY = "https://www2.eecs.berkeley.edu/Research/Projects/CS/vision/grouping"
 ARCHIVES = {
     "voc2012": Archive(
-        "http://host.robots.ox.ac.uk/pascal/VOC/voc2012/VOCtrainval_11-May-2012.tar",
+        f"{_VOC}/voc2012/VOCtrainval_11-May-2012.tar",
         "6cd6e144f989b92b3379bac3b3de84fd",
         "VOCdevkit/VOC2012",
     ),
     "voc2011": Archive(
-        "http://host.robots.ox.ac.uk/pascal/VOC/voc2011/VOCtrainval_25-May-2011.tar",
+        f"{_VOC}/voc2011/VOCtrainval_25-May-2011.tar",
         "6c3384ef61512963050cb5d687e5bf1e",
         "TrainVal/VOCdevkit/VOC2011",
     ),
     "sbd": Archive(
-        "https://www2.eecs.berkeley.edu/Research/Projects/CS/vision/grouping/semantic_contours/benchmark.tgz",
+        f"{_BERKELEY}/semantic_contours/benchmark.tgz",
         "82b4d87ceb2ed10f6038a1cba92111cb",
         "benchmark_RELEASE",
     ),
@@ -60,23 +59,22 @@ ARCHIVES = {
 """Addresses and checksums, as torchvision's datasets/voc.py and datasets/sbd.py give them."""
 
 
-def _md5(path: Path) -> str:
+def _check(path: Path, archive: Archive, where: object, way_out: str) -> None:
     with path.open("rb") as file:
-        return hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
+        found = hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
+    if found != archive.md5:
+        raise InputError(f"{where}: its checksum is {found}, expected {archive.md5}; {way_out}")
 
 
 def _get(archive: Archive, target: Path) -> None:
     part = target.with_name(f"{target.name}.{os.getpid()}.part")
     try:
-        with urllib.request.urlopen(archive.url, timeout=_TIMEOUT) as response, part.open("wb") as file:
+        # The time limit is for a single wait, in seconds.
+        with urllib.request.urlopen(archive.url, timeout=60) as response, part.open("wb") as file:
             shutil.copyfileobj(response, file, 1 << 20)
-        found = _md5(part)
-        if found != archive.md5:
-            raise InputError(
-                f"{archive.url}: its checksum is {found}, expected {archive.md5}; try again or fetch it by hand"
-            )
+        _check(part, archive, archive.url, "try again or fetch it by hand")
         os.replace(part, target)
-    except (OSError, urllib.error.URLError) as error:
+    except OSError as error:  # URLError is one
         reason = getattr(error, "reason", None) or error
         raise InputError(
             f"{archive.url} cannot be fetched ({reason}); "
@@ -86,29 +84,21 @@ def _get(archive: Archive, target: Path) -> None:
         part.unlink(missing_ok=True)
 
 
-def _bounded(packed: int) -> Callable[[tarfile.TarInfo, str], tarfile.TarInfo]:
-    """Return tarfile's filter of data, nothing outside of the folder, that also stops at a multiple of ``packed``."""
-    left = _MOST_GROWTH * packed
-
-    def check(member: tarfile.TarInfo, path: str) -> tarfile.TarInfo:
-        nonlocal left
-        left -= member.size
-        if left < 0:
-            raise tarfile.TarError(f"it unpacks to more than {_MOST_GROWTH} times its size")
-        return tarfile.data_filter(member, path)
-
-    return check
-
-
-def fetch(archive: Archive, folder: Path) -> Path:
+def fetch(archive: Archive, folder: Path, download: bool) -> Path:
     """Return ``folder``/``archive.content``; download and unpack the archive first where it is not there.
 
     A file of the archive's name in ``folder`` is used instead of the network, and kept. What is unpacked is moved to
     its place whole, so that an interrupted unpacking is not taken for a data set.
 
     Raises:
-        InputError: no network, a wrong checksum, a broken archive, or a folder that cannot be written to.
+        InputError: ``download`` is False, no network, a wrong checksum, a broken archive, or a folder that cannot be
+            written to.
     """
+    if not download:
+        raise InputError(
+            f"--data.dir {folder}: holds no {archive.content} with images and masks; "
+            f"unpack {archive.name} there or give --data.download"
+        )
     place = folder / archive.content
     if place.is_dir():
         return place
@@ -118,21 +108,26 @@ def fetch(archive: Archive, folder: Path) -> Path:
         if not target.is_file():
             _log.info("fetching %s", archive.url)
             _get(archive, target)
-        elif (found := _md5(target)) != archive.md5:
-            raise InputError(f"{target}: its checksum is {found}, expected {archive.md5}; remove it and fetch it again")
+        else:
+            _check(target, archive, target, "remove it and fetch it again")
         _log.info("unpacking %s", target)
         work = Path(tempfile.mkdtemp(prefix=".unfinished-", dir=folder))
         try:
+            left = _MOST_GROWTH * target.stat().st_size
             with tarfile.open(target) as tar:
-                tar.extractall(work, filter=_bounded(target.stat().st_size))
+                for member in tar:
+                    left -= member.size
+                    if left < 0:
+                        raise tarfile.TarError(f"it unpacks to more than {_MOST_GROWTH} times its size")
+                    tar.extract(member, work, filter="data")
             place.parent.mkdir(parents=True, exist_ok=True)
             if not place.is_dir():
                 os.replace(work / archive.content, place)
         finally:
             shutil.rmtree(work, ignore_errors=True)
+    except InputError:
+        raise
     except (tarfile.TarError, zlib.error, EOFError, ValueError, OverflowError) as error:  # what a damaged file raises
-        if isinstance(error, InputError):
-            raise
         raise InputError(f"{target}: cannot be unpacked ({first_line(error)}); remove it and fetch it again") from error
     except OSError as error:
         raise InputError(

@@ -15,9 +15,10 @@ from collections import Counter
 from pathlib import Path
 
 from fcn_jax.config import DataConfig
-from fcn_jax.data.labels import IGNORE, palette_for
-from fcn_jax.data.listing import Listing, folder_of, pairs_by_name, path_of, read_files, read_text
+from fcn_jax.data.io import Listing, folder_of, lines_in, pairs_by_name, path_of, read_files
+from fcn_jax.data.voc import palette
 from fcn_jax.errors import InputError
+from fcn_jax.losses import IGNORE
 
 __all__ = ["SPLITS", "listing", "read_classes"]
 
@@ -32,9 +33,8 @@ def read_classes(path: Path) -> tuple[str, ...]:
         raise InputError(
             f"{path}: not there; write one class name per line (the first is class 0), or give --data.classes"
         )
-    names = tuple(line.strip() for line in read_text(path, "class name").splitlines() if line.strip())
-    twice = sorted(name for name, count in Counter(names).items() if count > 1)
-    if twice:
+    names = tuple(lines_in(path, "class name"))
+    if twice := sorted(name for name, count in Counter(names).items() if count > 1):
         raise InputError(f"{path}: lists {twice[0]!r} twice; each class has one line")
     if not 2 <= len(names) < IGNORE:
         raise InputError(
@@ -61,4 +61,4 @@ def listing(split: str, config: DataConfig) -> Listing:
     root = folder_of(config, "folder", "images, masks and classes.txt")
     names = read_classes(path_of(config.classes, "--data.classes") if config.classes else root / "classes.txt")
     entries = pairs_by_name(*_folders(root, split), _IMAGES, _MASKS)
-    return Listing("folder", split, names, palette_for(len(names)), entries, read_files)
+    return Listing("folder", split, names, palette(len(names)), entries, read_files)

@@ -7,37 +7,61 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NotRequired, TypedDict
 
 import grain
 import numpy as np
 from absl import flags
 
 from fcn_jax.config import DataConfig
-from fcn_jax.data.batches import EvalBatch, TrainBatch, count_classes, eval_example, fill, sizes_differ, stack
 from fcn_jax.data.datasets import Split, decode
-from fcn_jax.data.labels import decode_label
-from fcn_jax.data.transforms import augment, output_size
+from fcn_jax.data.io import decode_label
+from fcn_jax.data.transforms import augment, output_size, pad, resize_image
 from fcn_jax.errors import InputError, first_line
+from fcn_jax.losses import IGNORE
+from fcn_jax.preprocessing import MEAN_COLOURS
 
-__all__ = ["TrainIterator", "class_frequencies", "make_eval_batches", "make_train_iterator"]
+__all__ = ["EvalBatch", "TrainBatch", "TrainIterator", "class_frequencies", "make_eval_batches", "make_train_iterator"]
 
 _THREADS = 2
-"""Threads that decode in one process; OpenCV leaves the interpreter free meanwhile."""
+"""Threads that decode in one process; OpenCV releases the interpreter lock meanwhile."""
 _WAITING = 4
 """Evaluation holds back at most so many batches' worth of images to fill batches of one size."""
 
 
+class TrainBatch(TypedDict):
+    """One training step's rows: image uint8 (b, h, w, 3) RGB, label uint8 (b, h, w) with 255 = ignore, and names."""
+
+    image: np.ndarray
+    label: np.ndarray
+    name: tuple[str, ...]
+
+
+class EvalBatch(TypedDict):
+    """Images of one size, uint8 (b, h, w, 3), and labels (b, H, W) at their own; rows with ``valid`` False fill up."""
+
+    image: np.ndarray
+    label: np.ndarray
+    name: tuple[str, ...]
+    valid: np.ndarray
+    extent: NotRequired[np.ndarray]
+    """int32 (b, 2), height and width of each image, where it is padded at the bottom and right."""
+
+
+def _stack(examples: Sequence[Mapping[str, Any]]) -> Any:
+    """Stack examples of one size to a batch."""
+    arrays = {key: np.stack([example[key] for example in examples]) for key in examples[0] if key != "name"}
+    return {**arrays, "name": tuple(example["name"] for example in examples)}
+
+
 def _augmented(record: Any, rng: np.random.Generator, config: DataConfig) -> dict[str, Any]:
-    example = decode(record)
-    return {**augment(example, rng, config), "name": example["name"]}
+    return {**(example := decode(record)), **augment(example, rng, config)}
 
 
-def _start_worker(index: int, count: int) -> None:
+def _start_worker(_index: int, _count: int) -> None:
     """Leave signals to the process that started this one, and end with it, however it ends."""
-    del index, count
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # sent to all processes of a job, by who stops it
         signal.signal(number, signal.SIG_IGN)
 
@@ -67,7 +91,7 @@ class TrainIterator(Iterator[TrainBatch]):
     """An endless iterator over training batches whose position is the number of batches taken.
 
     Every batch depends on the seed and its number alone, so that a state saved with any number of workers is taken up
-    by any other. ``get_state`` and ``set_state`` speak bytes (JSON), as grain's checkpoint handler for orbax expects.
+    by any other. A state is JSON, as bytes.
     """
 
     def __init__(self, batches: Any, identity: dict[str, int], workers: int, step: int):
@@ -77,16 +101,11 @@ class TrainIterator(Iterator[TrainBatch]):
         self._stream: Any = None
 
     def __next__(self) -> TrainBatch:
-        """Return the next batch; an InputError where its images differ in size or a worker is gone."""
+        """Return the next batch; an InputError where a worker process has ended."""
         if self._stream is None:
             self._stream = _iterate(self._batches[self._step :], 2, self._workers)
-        batch = self._take()
-        self._step += 1
-        return batch
-
-    def _take(self) -> TrainBatch:
         try:
-            return next(self._stream)
+            batch = next(self._stream)
         except RuntimeError as error:  # grain's, of a worker that is gone
             if "terminated unexpectedly" not in str(error):
                 raise
@@ -94,6 +113,8 @@ class TrainIterator(Iterator[TrainBatch]):
                 f"a data worker ended ({first_line(error)}), mostly for want of memory: give --data.workers a smaller "
                 "number, and the same command goes on"
             ) from error
+        self._step += 1
+        return batch
 
     def get_state(self) -> bytes:
         """Return the position, and what it is a position in."""
@@ -109,9 +130,6 @@ class TrainIterator(Iterator[TrainBatch]):
                 )
         self.close()
         self._step = saved["step"]
-
-    def start_prefetch(self) -> None:
-        """Do nothing: called after a restore, reading begins with the first batch asked for."""
 
     def close(self) -> None:
         """Stop the workers; the next batch asked for starts them again."""
@@ -155,7 +173,10 @@ def make_train_iterator(
         )
     keeps_sizes = config.scale == (1.0, 1.0) and split.image_size is not None
     if batch_size > 1 and output_size(config) is None and not keeps_sizes:
-        raise sizes_differ()
+        raise InputError(
+            "images of different sizes cannot share a batch: set --data.crop-size HEIGHT WIDTH (or --data.input-size), "
+            "or --train.batch-size 1"
+        )
     examples = (
         grain.MapDataset.source(split.source)
         .seed(seed)
@@ -165,13 +186,33 @@ def make_train_iterator(
     )
     # Global batch k is parts k x process_count ... (k + 1) x process_count - 1. An endless stream leaves no remainder,
     # but without drop_remainder grain takes its length through a float, which overflows.
-    parts = examples.batch(batch_size // process_count, drop_remainder=True, batch_fn=stack)
+    parts = examples.batch(batch_size // process_count, drop_remainder=True, batch_fn=_stack)
     identity = {"seed": seed, "examples": len(split), "batch_size": batch_size}
     return TrainIterator(parts[process_index::process_count], identity, config.workers, start_step)
 
 
 def _eval_example(record: Any, config: DataConfig, many_sizes: bool) -> dict[str, Any]:
-    return eval_example(decode(record), config, many_sizes)
+    """Decode an example, and resize it to ``input_size`` or, where sizes differ, pad it to ``eval_multiple``.
+
+    A label that is resized with its image would change the scores, so it keeps its size; padding is ignored.
+    """
+    out = decode(record)
+    if config.input_size is not None:
+        out["image"] = resize_image(out["image"], config.input_size)
+    elif many_sizes and config.eval_multiple > 1:
+        out["extent"] = np.array(out["label"].shape, np.int32)
+        height, width = (-(-n // config.eval_multiple) * config.eval_multiple for n in out["label"].shape)
+        out = pad(out, (height, width), MEAN_COLOURS[config.preprocessing])
+    return out
+
+
+def _fill(examples: Sequence[Mapping[str, Any]], batch_size: int) -> EvalBatch:
+    """Stack examples of one size to a batch; copies of the last, with no label, make up for those that are missing."""
+    missing = batch_size - len(examples)
+    filler = {**examples[-1], "label": np.full_like(examples[-1]["label"], IGNORE)}
+    batch: EvalBatch = _stack([*examples, *[filler] * missing])
+    batch["valid"] = np.arange(batch_size) < len(examples)
+    return batch
 
 
 def make_eval_batches(
@@ -201,14 +242,28 @@ def make_eval_batches(
         size = (*example["image"].shape, *example["label"].shape)
         waiting.setdefault(size, []).append(example)
         if len(waiting[size]) == batch_size:
-            yield fill(waiting.pop(size), batch_size)
+            yield _fill(waiting.pop(size), batch_size)
         elif sum(map(len, waiting.values())) > _WAITING * batch_size:
-            yield fill(waiting.pop(next(iter(waiting))), batch_size)  # the size that has waited longest
+            yield _fill(waiting.pop(next(iter(waiting))), batch_size)  # the size that has waited longest
     for examples in waiting.values():
-        yield fill(examples, batch_size)
+        yield _fill(examples, batch_size)
 
 
 def class_frequencies(split: Split) -> np.ndarray:
-    """Count a split's pixels per class, int64 (2, num_classes): ``batches.count_classes``."""
-    records = (split.source[index] for index in range(len(split)))
-    return count_classes((decode_label(record["label"], record["name"]) for record in records), split.num_classes)
+    """Count a split's pixels per class, for median-frequency balancing.
+
+    Row 0 counts the pixels of each class c over all labels, row 1 the valid pixels of the images in which c occurs; the
+    frequency of c is row 0 / row 1, its weight the median frequency over its own.
+
+    Returns:
+        int64 (2, num_classes).
+
+    Source: Eigen and Fergus 2015, section 6.3.2; the ignored pixels do not count.
+    """
+    counts = np.zeros((2, split.num_classes), np.int64)
+    for index in range(len(split)):
+        record = split.source[index]
+        label = decode_label(record["label"], record["name"], verify=False)
+        pixels = np.bincount(label.ravel(), minlength=256)[: split.num_classes]
+        counts += np.stack([pixels, np.where(pixels > 0, pixels.sum(), 0)])
+    return counts

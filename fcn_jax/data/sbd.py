@@ -8,41 +8,35 @@ Source: benchmark_RELEASE/dataset/README of the release.
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 
 import numpy as np
 
 from fcn_jax.config import DataConfig
+from fcn_jax.data import voc
 from fcn_jax.data.download import ARCHIVES, fetch
-from fcn_jax.data.labels import VOC_CLASSES, palette_for
-from fcn_jax.data.listing import Entry, Listing, folder_of, names_in, read_bytes
-from fcn_jax.data.matfile import read_field
-from fcn_jax.errors import InputError, UnreadableError, first_line
+from fcn_jax.data.io import Entry, Listing, folder_of, names_in, read_bytes
+from fcn_jax.errors import UnreadableError, first_line
 
-__all__ = ["SPLITS", "find", "listing", "read_segmentation"]
+__all__ = ["SPLITS", "listing", "read_segmentation"]
 
 SPLITS = ("train", "val", "trainval")
 
 
-def find(folder: Path) -> Path | None:
-    """Return SBD's ``dataset`` folder in, at or beside ``folder``, or None."""
-    places = (folder, folder / "dataset", folder / "benchmark_RELEASE/dataset")
-    beside = tuple(
-        up / "benchmark_RELEASE/dataset" for up in folder.absolute().parents[:3]
-    )  # of ROOT/TrainVal/VOCdevkit/VOC2011
-    return next((p for p in (*places, *beside) if (p / "cls").is_dir() and (p / "img").is_dir()), None)
-
-
 def read_segmentation(path: Path) -> np.ndarray:
-    """Return GTcls.Segmentation of an SBD ``cls`` file as uint8 (h, w), or raise UnreadableError."""
+    """Return GTcls.Segmentation of an SBD ``cls`` file as uint8 (h, w), or raise UnreadableError.
+
+    For the files of the checksummed release: SciPy may take any amount of memory for one made to do harm.
+    """
+    from scipy.io import loadmat  # slow to import, and of use for SBD alone
+
     data = read_bytes(path)
     try:
-        label = read_field(data, "GTcls", "Segmentation")
-        if label.ndim != 2 or not label.size:
-            raise ValueError(f"Segmentation is {label.dtype} of shape {label.shape}")
-        if not np.isin(label, np.arange(256)).all():
-            raise ValueError("Segmentation holds numbers that are no class ids")
-    except ValueError as error:
+        label = np.asarray(loadmat(io.BytesIO(data), variable_names="GTcls")["GTcls"]["Segmentation"].item())
+        if label.ndim != 2 or not label.size or not np.isin(label, np.arange(256)).all():
+            raise ValueError(f"Segmentation, {label.dtype} of shape {label.shape}, does not hold class ids")
+    except Exception as error:  # SciPy raises many kinds for a damaged file
         raise UnreadableError(
             f"{path}: not an SBD mask, a .mat file with GTcls.Segmentation ({first_line(error)}); fetch it again"
         ) from error
@@ -57,15 +51,8 @@ def _read(entry: Entry) -> tuple[bytes, np.ndarray]:
 def listing(split: str, config: DataConfig) -> Listing:
     """List a split of SBD by its own train.txt and val.txt."""
     folder = folder_of(config, "sbd", "benchmark_RELEASE")
-    root = find(folder)
-    if root is None and config.download:
-        root = fetch(ARCHIVES["sbd"], folder) / "dataset"
-    if root is None:
-        raise InputError(
-            f"--data.dir {folder}: holds no benchmark_RELEASE/dataset with img/ and cls/; "
-            f"unpack {ARCHIVES['sbd'].name} there or give --data.download"
-        )
+    root = voc.find_sbd(folder) or fetch(ARCHIVES["sbd"], folder, config.download) / "dataset"
     parts = ("train", "val") if split == "trainval" else (split,)
     names = [name for part in parts for name in names_in(root / f"{part}.txt")]
     entries = tuple(Entry(name, root / "img" / f"{name}.jpg", root / "cls" / f"{name}.mat") for name in names)
-    return Listing("sbd", split, VOC_CLASSES, palette_for(len(VOC_CLASSES)), entries, _read)
+    return Listing("sbd", split, voc.CLASSES, voc.palette(len(voc.CLASSES)), entries, _read)

@@ -12,9 +12,10 @@ import cv2
 import numpy as np
 
 from fcn_jax.config import DataConfig
-from fcn_jax.data.labels import IGNORE, palette_for
-from fcn_jax.data.listing import Entry, Listing
+from fcn_jax.data.io import Entry, Listing
+from fcn_jax.data.voc import palette
 from fcn_jax.errors import InputError
+from fcn_jax.losses import IGNORE
 
 __all__ = ["CLASSES", "SPLITS", "generate", "listing"]
 
@@ -134,9 +135,8 @@ def generate(split: str, index: int, size: tuple[int, int]) -> tuple[np.ndarray,
         image += alpha * (colour + _texture(rng, height, width)[..., None] - image)
         inside = (cover >= 128).astype(np.uint8)
         label[inside > 0] = kind
-        label[cv2.morphologyEx(inside, cv2.MORPH_GRADIENT, _CROSS) > 0] = (
-            IGNORE  # one pixel on either side of the outline
-        )
+        # One pixel on either side of the outline.
+        label[cv2.morphologyEx(inside, cv2.MORPH_GRADIENT, _CROSS) > 0] = IGNORE
     image += rng.normal(0, 3, image.shape).astype(np.float32)
     return np.clip(np.round(image), 0, 255).astype(np.uint8), label
 
@@ -154,6 +154,4 @@ def listing(split: str, config: DataConfig) -> Listing:
         return cv2.imencode(".png", cv2.cvtColor(image, cv2.COLOR_RGB2BGR))[1].tobytes(), label
 
     entries = tuple(Entry(f"{index:06d}") for index in range(count if split == "train" else _HELD_OUT))
-    return Listing(
-        "shapes", split, CLASSES, palette_for(len(CLASSES)), entries, read, version=f"{VERSION} {tuple(size)}"
-    )
+    return Listing("shapes", split, CLASSES, palette(len(CLASSES)), entries, read, version=f"{VERSION} {tuple(size)}")

@@ -13,7 +13,7 @@ import cv2
 import numpy as np
 
 from fcn_jax.config import DataConfig
-from fcn_jax.data.labels import IGNORE
+from fcn_jax.losses import IGNORE
 from fcn_jax.preprocessing import MEAN_COLOURS
 
 __all__ = ["augment", "crop", "jitter", "output_size", "pad", "resize", "resize_image", "resize_label", "scale"]

@@ -11,17 +11,37 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
+
 from fcn_jax.config import DataConfig
-from fcn_jax.data import sbd
 from fcn_jax.data.download import ARCHIVES, fetch
-from fcn_jax.data.labels import VOC_CLASSES, palette_for
-from fcn_jax.data.listing import Entry, Listing, folder_of, names_in, read_files
+from fcn_jax.data.io import Entry, Listing, folder_of, names_in, read_files
 from fcn_jax.errors import InputError
 
-__all__ = ["SPLITS", "find", "listing"]
+__all__ = ["CLASSES", "SPLITS", "find", "find_sbd", "listing", "palette"]
+
+CLASSES = tuple(
+    "background aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse motorbike person "
+    "pottedplant sheep sofa train tvmonitor".split()
+)
+"""The 21 classes in the order of the VOC development kit (VOCinit.m), background first."""
 
 SPLITS = ("train", "val", "trainval", "seg11valid")
 _SETS = Path("ImageSets/Segmentation")
+
+
+def palette(num_classes: int) -> tuple[tuple[int, int, int], ...]:
+    """Return the colour map of PASCAL VOC: the bits of the class id, dealt in turn to the top bits of R, G and B.
+
+    Returns:
+        (r, g, b) in [0, 255] of each class; the first is black, the second (128, 0, 0).
+
+    Source: VOClabelcolormap.m of the VOC development kit.
+    """
+    ids = np.arange(num_classes)
+    bits = np.arange(8)
+    channels = [((ids[:, None] >> (3 * bits + c) & 1) << (7 - bits)).sum(1).tolist() for c in range(3)]
+    return tuple(zip(*channels, strict=True))
 
 
 def find(folder: Path, year: str) -> Path | None:
@@ -33,17 +53,12 @@ def find(folder: Path, year: str) -> Path | None:
     return next((place for place in places if (place / "SegmentationClass").is_dir()), None)
 
 
-def _tree(folder: Path, year: str, config: DataConfig) -> Path:
-    root = find(folder, year)
-    if root is None and config.download:
-        return fetch(ARCHIVES[f"voc{year}"], folder)
-    if root is None:
-        archive = ARCHIVES[f"voc{year}"]
-        raise InputError(
-            f"--data.dir {folder}: holds no VOCdevkit/VOC{year} with SegmentationClass/; "
-            f"unpack {archive.name} there or give --data.download"
-        )
-    return root
+def find_sbd(folder: Path) -> Path | None:
+    """Return SBD's ``dataset`` folder in, at or beside ``folder``, or None."""
+    places = [folder, folder / "dataset", folder / "benchmark_RELEASE/dataset"]
+    # Beside ROOT/TrainVal/VOCdevkit/VOC2011.
+    places += [up / "benchmark_RELEASE/dataset" for up in folder.absolute().parents[:3]]
+    return next((place for place in places if (place / "cls").is_dir() and (place / "img").is_dir()), None)
 
 
 def _seg11valid(folder: Path, config: DataConfig) -> tuple[Path, tuple[str, ...]]:
@@ -52,15 +67,15 @@ def _seg11valid(folder: Path, config: DataConfig) -> tuple[Path, tuple[str, ...]
         root = find(folder, year)
         if root is not None and (root / _SETS / "seg11valid.txt").is_file():
             return root, names_in(root / _SETS / "seg11valid.txt")
-    sbd_root = sbd.find(folder)
+    sbd_root = find_sbd(folder)
     if not config.download and (sbd_root is None or find(folder, "2011") is None):
         raise InputError(
             f"--data.dir {folder}: seg11valid needs VOCdevkit/VOC2012/{_SETS}/seg11valid.txt (its 736 names), "
             "or VOCdevkit/VOC2011 and benchmark_RELEASE (SBD) to make that list from; "
             "put one of them there or give --data.download"
         )
-    root = _tree(folder, "2011", config)
-    sbd_root = sbd_root or fetch(ARCHIVES["sbd"], folder) / "dataset"
+    root = find(folder, "2011") or fetch(ARCHIVES["voc2011"], folder, config.download)
+    sbd_root = sbd_root or fetch(ARCHIVES["sbd"], folder, config.download) / "dataset"
     trained_on = set(names_in(sbd_root / "train.txt"))
     names = tuple(name for name in names_in(root / _SETS / "val.txt") if name not in trained_on)
     if not names:
@@ -74,9 +89,9 @@ def listing(split: str, config: DataConfig) -> Listing:
     if split == "seg11valid":
         root, names = _seg11valid(folder, config)
     else:
-        root = _tree(folder, "2012", config)
+        root = find(folder, "2012") or fetch(ARCHIVES["voc2012"], folder, config.download)
         names = names_in(root / _SETS / f"{split}.txt")
     entries = tuple(
         Entry(name, root / "JPEGImages" / f"{name}.jpg", root / "SegmentationClass" / f"{name}.png") for name in names
     )
-    return Listing("voc", split, VOC_CLASSES, palette_for(len(VOC_CLASSES)), entries, read_files)
+    return Listing("voc", split, CLASSES, palette(len(CLASSES)), entries, read_files)

@@ -18,8 +18,7 @@ import numpy as np
 from rich.console import Console
 
 from fcn_jax.config import Config
-from fcn_jax.data.batches import EvalBatch
-from fcn_jax.data.pipeline import TrainIterator, make_eval_batches, make_train_iterator
+from fcn_jax.data.pipeline import EvalBatch, TrainIterator, make_eval_batches, make_train_iterator
 from fcn_jax.errors import InputError, Stopped
 from fcn_jax.evaluation.evaluate import Evaluation, Sample, evaluate, spread
 from fcn_jax.evaluation.figures import save_confusion, save_curves, save_panel

@@ -6,7 +6,6 @@ import dataclasses
 import json
 import os
 import platform
-import re
 import subprocess
 import time
 from collections.abc import Iterator
@@ -17,21 +16,18 @@ from typing import Any
 
 import filelock
 import jax
-import msgspec
 
 from fcn_jax.config import Config
-from fcn_jax.errors import InputError, first_line
+from fcn_jax.errors import InputError, check_local, first_line
 from fcn_jax.models import init_variables, model_from_config
 from fcn_jax.models.fcn import FCN
+from fcn_jax.training.check import check_config, config_from_json, convert, flatten
 
 __all__ = [
     "DatasetInfo",
     "RunFolder",
     "TrainedRun",
-    "check_local",
-    "config_from_json",
     "environment",
-    "flatten",
     "lengthened",
     "open_run",
     "seconds_since_start",
@@ -87,46 +83,6 @@ def seconds_since_start() -> float:
         return time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
     except (OSError, AttributeError, ValueError):
         return time.perf_counter() - _IMPORTED
-
-
-def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
-    """Return the fields of a config (or of its JSON) by dotted name, as in ``data.crop_size``."""
-    values = config if isinstance(config, dict) else dataclasses.asdict(config)
-    flat: dict[str, Any] = {}
-    for name, value in values.items():
-        flat |= flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
-    return flat
-
-
-def check_local(path: str | Path, flag: str) -> None:
-    """Raise InputError for a path of an object store, ``SCHEME://...``, which would name a local folder."""
-    scheme = re.match(r"([a-z][a-z0-9+.-]*):/", str(path), re.IGNORECASE)
-    if scheme:
-        raise InputError(f"{flag} {path}: {scheme[1]}:// is not supported; give a path on a local or mounted disk")
-
-
-def _convert(values: Any, cls: Any, where: str) -> Any:
-    """Return a dataclass of what ``dataclasses.asdict`` and JSON made of one."""
-    try:
-        converted = msgspec.convert(values, cls)
-    except msgspec.ValidationError as error:
-        what = first_line(error).replace("`", "").replace(" - at $", ": at $")
-        raise InputError(f"{where}: {what}; restore the file or train again") from error
-    unknown = sorted(flatten(values).keys() - flatten(converted).keys())
-    if unknown:
-        raise InputError(
-            f"{where} has unknown fields {', '.join(unknown)}; it was written by another version of fcn_jax"
-        )
-    return converted
-
-
-def config_from_json(values: Any, where: str = "config.json") -> Config:
-    """Rebuild a config from what ``dataclasses.asdict`` and JSON made of it.
-
-    Raises:
-        InputError: fields that this version does not know, or values of another type.
-    """
-    return _convert(values, Config, where)
 
 
 def _check_palette(dataset: DatasetInfo, where: str) -> None:
@@ -246,7 +202,7 @@ class RunFolder:
         """
         try:
             content = json.loads(self.config_file.read_text())
-            dataset = _convert(content["dataset"], DatasetInfo, str(self.config_file))
+            dataset = convert(content["dataset"], DatasetInfo, str(self.config_file))
             _check_palette(dataset, str(self.config_file))
             return config_from_json(content["config"], str(self.config_file)), dataset
         except (FileNotFoundError, NotADirectoryError):
@@ -320,6 +276,7 @@ def open_run(run: str | Path, checkpoint: str = "best") -> TrainedRun:
 
     folder = RunFolder(run)
     config, dataset = folder.read_config()
+    check_config(config)
     model = model_from_config(config.model, len(dataset.class_names), config.train.remat)
     shapes = jax.eval_shape(lambda key: init_variables(model, key, (64, 64)), jax.random.key(0))
     sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from functools import partial
@@ -21,7 +20,6 @@ from fcn_jax.data.datasets import Split, load
 from fcn_jax.data.pipeline import class_frequencies
 from fcn_jax.errors import InputError
 from fcn_jax.evaluation.evaluate import Predictor, make_predictor
-from fcn_jax.evaluation.padding import MULTIPLE
 from fcn_jax.losses import Loss, make_loss, median_frequency_weights
 from fcn_jax.models import create_model, init_variables, model_from_config
 from fcn_jax.models.catalog import describe_model
@@ -29,12 +27,13 @@ from fcn_jax.models.fcn import FCN, ScoreFCN
 from fcn_jax.optim import make_optimizer, make_schedule
 from fcn_jax.preprocessing import normalize
 from fcn_jax.step import TrainState, TrainStep, make_train_step, new_state
+from fcn_jax.training.check import check_config, flatten
 from fcn_jax.training.devices import Parallel, make_parallel, pick_devices
 from fcn_jax.training.distributed import check_same, digest, together, writer_first
-from fcn_jax.training.run import check_local, flatten, open_run
+from fcn_jax.training.run import open_run
 from fcn_jax.weights.names import COUNTER
 
-__all__ = ["Length", "Trainer", "check_config", "make_trainer", "run_length", "run_loss", "starting_variables"]
+__all__ = ["Length", "Trainer", "make_trainer", "run_length", "run_loss", "starting_variables"]
 
 Notes = tuple[str, ...]
 
@@ -70,6 +69,10 @@ class Trainer:
     """The start, placed on the devices."""
     notes: Notes
     """What a user should know before it starts."""
+
+
+# Where a machine keeps its data, and what the launch says of a process.
+_OWN_FIELDS = ("data.dir", "data.cache_dir", "data.workers", "process_id")
 
 
 def make_trainer(config: Config, resuming: bool = False) -> Trainer:
@@ -145,8 +148,14 @@ def _fetched(given: str | None) -> str | None:
 
 
 def run_length(config: Config, examples: int) -> Length:
-    """Convert a run's epochs to steps, for a training split of this many examples."""
+    """Convert a run's epochs to steps, for a training split of this many examples.
+
+    Raises:
+        InputError: neither steps nor epochs are given.
+    """
     train = config.train
+    if train.steps is None and train.epochs is None:
+        raise InputError("the length of the run is not given; set --train.epochs or --train.steps")
     epoch = examples / train.batch_size
     steps = train.steps if train.steps is not None else max(1, round((train.epochs or 0) * epoch))
     keep = None if train.keep_every is None else max(1, round(train.keep_every * epoch))
@@ -171,67 +180,6 @@ def run_loss(config: Config, train: Split) -> Loss:
             )
         class_weights = np.asarray(given)
     return make_loss(config.loss.kind, class_weights, config.loss.hard_fraction, config.loss.aux_weight)
-
-
-# --- checks of a config
-
-# Where a machine keeps its data, and what the launch says of a process.
-_OWN_FIELDS = ("data.dir", "data.cache_dir", "data.workers", "process_id")
-_LONGEST = 2**20  # pixels of a side; no memory holds such an image
-_SIDES = ("data.base_size", "data.crop_size", "data.input_size", "data.shapes_size")
-_AT_LEAST_ONE = (
-    *("devices", "data.shapes_count", "train.accumulate", "train.batch_size", "train.eval_batch_size"),
-    *("train.keep_last", "train.log_every", "train.pictures_every", "train.steps", *_SIDES),
-)
-_AT_LEAST_ZERO = (
-    *("data.jitter", "data.workers", "loss.aux_weight", "loss.weight_power", "optim.bias_lr", "optim.head_lr"),
-    *("optim.poly_power", "optim.warmup_steps", "optim.weight_decay", "train.seed"),
-)
-_ABOVE_ZERO = (
-    *("data.scale", "loss.hard_fraction", "optim.clip_norm", "optim.lr", "optim.step_every"),
-    *("train.epochs", "train.eval_every", "train.keep_every"),
-)
-_PATHS = ("run", "init", "init_from", "data.dir", "data.cache_dir", "data.classes")
-
-
-def check_config(config: Config) -> None:
-    """Raise InputError for the first value that is out of its range, or does not go with another, naming its flag."""
-    values = flatten(config)
-
-    def check(name: str, holds: Any, expected: str) -> None:
-        value = values[name]
-        numbers = value if isinstance(value, tuple) else () if value is None else (value,)
-        # Sizes and counts beyond 2^62 fit in no array's shape or index.
-        most = math.inf if name.startswith("optim.") else 2**62
-        if not all(-math.inf < number < most and holds(number) for number in numbers):
-            flag = "--" + name.replace("_", "-")
-            raise InputError(f"expected {flag} {expected}, got {value}; `train.py RECIPE --help` shows its default")
-
-    for name in _AT_LEAST_ONE:
-        check(name, lambda x: x >= 1, ">= 1")
-    for name in _AT_LEAST_ZERO:
-        check(name, lambda x: x >= 0, ">= 0")
-    for name in _SIDES:
-        check(name, lambda x: x <= _LONGEST, f"<= {_LONGEST}")
-    for name in _ABOVE_ZERO:
-        check(name, lambda x: x > 0, "> 0")
-    check("loss.hard_fraction", lambda x: x <= 1, "<= 1")
-    check("optim.momentum", lambda x: 0 <= x < 1, "in 0 ... 1, below 1")
-    check("data.eval_multiple", lambda x: x == 1 or (x > 0 and x % MULTIPLE == 0), f"1 or a multiple of {MULTIPLE}")
-    class_weights = config.loss.class_weights
-    if not isinstance(class_weights, str):
-        check("loss.class_weights", lambda x: x >= 0, ">= 0")
-        if not sum(class_weights) > 0:
-            raise InputError("expected --loss.class-weights that are not all zero; or give 'median'")
-    if config.train.steps is None and config.train.epochs is None:
-        raise InputError("the length of the run is not given; set --train.epochs or --train.steps")
-    if config.init is not None and config.init_from is not None:
-        raise InputError(
-            f"both --init {config.init} and --init-from {config.init_from} are set; set one of them to None"
-        )
-    for name in _PATHS:
-        if values[name] is not None:
-            check_local(values[name], "--" + name.replace("_", "-"))
 
 
 # --- starting weights

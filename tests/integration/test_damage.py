@@ -177,7 +177,7 @@ def test_a_full_disk_is_one_line_and_what_was_saved_is_good(undisturbed, tmp_pat
     config = in_folder(tmp_path)
     code = (
         "import json, resource, sys; from rich.console import Console;"
-        "from fcn_jax.training.run import config_from_json;"
+        "from fcn_jax.training.check import config_from_json;"
         "from fcn_jax.cli.process import guarded; from fcn_jax.training import loop; original = loop.Logger.step\n"
         "def step(self, step, *rest):\n"
         "    if step == 7: resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]), -1))\n"

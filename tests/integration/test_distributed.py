@@ -10,8 +10,9 @@ from launch import KILLED, address, assert_equal_runs, assert_lost_another, fini
 import fcn_jax
 from fcn_jax.config import Config, DataConfig
 from fcn_jax.data import datasets
-from fcn_jax.data.labels import encode_label, palette_for
+from fcn_jax.data.io import encode_label
 from fcn_jax.data.pipeline import make_eval_batches
+from fcn_jax.data.voc import palette
 from fcn_jax.errors import InputError
 from fcn_jax.evaluation.evaluate import evaluate, make_predictor
 from fcn_jax.training import distributed
@@ -116,7 +117,7 @@ def test_the_shares_of_an_evaluation_add_up_to_the_whole(count):
         }
         for number, size in enumerate(sizes)
     ]
-    split = datasets.Split("made", "up", ("a", "b", "c", "d"), palette_for(4), records)
+    split = datasets.Split("made", "up", ("a", "b", "c", "d"), palette(4), records)
     model = fcn_jax.create_model("fcn32s", 4, encoder="vgg11", width=0.03, fc_features=8, fc6_kernel=1)
     variables = fcn_jax.init_variables(model, jax.random.key(0))
     predict = make_predictor(model, "imagenet")

@@ -108,8 +108,8 @@ def test_compiled_programs_are_kept_unless_jax_is_told_otherwise(tmp_path):
         done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
         return done.stdout.strip()
 
-    assert cache(HOME=str(tmp_path)) == str(tmp_path / ".cache/fcn_jax/programs")
-    assert (tmp_path / ".cache/fcn_jax/programs").is_dir()
+    assert cache(HOME=str(tmp_path)) == str(tmp_path / ".cache/fcn_jax/compiled")
+    assert (tmp_path / ".cache/fcn_jax/compiled").is_dir()
     assert cache(HOME=str(tmp_path), JAX_COMPILATION_CACHE_DIR="/elsewhere") == "/elsewhere"
     assert cache(HOME="/proc") == "None"  # nothing can be written there
 
@@ -124,5 +124,5 @@ def test_a_second_start_reads_what_the_first_compiled(tmp_path):
     kept = []
     for _ in range(2):
         subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, check=True)
-        kept.append(sorted(path.name for path in (tmp_path / ".cache/fcn_jax/programs").glob("*-cache")))
+        kept.append(sorted(path.name for path in (tmp_path / ".cache/fcn_jax/compiled").glob("*-cache")))
     assert any(name.startswith("jit_init") for name in kept[0]) and kept[0] == kept[1]

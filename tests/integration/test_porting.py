@@ -18,7 +18,8 @@ from fcn_jax.cli.port import main as port_command
 from fcn_jax.cli.process import guarded
 from fcn_jax.config import Config, DataConfig, TrainConfig
 from fcn_jax.errors import InputError
-from fcn_jax.training.trainer import check_config, starting_variables
+from fcn_jax.training.check import check_config
+from fcn_jax.training.trainer import starting_variables
 
 
 @pytest.fixture(scope="module")

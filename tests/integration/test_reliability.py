@@ -11,7 +11,8 @@ from tiny_run import KILL, TINY, assert_same, in_folder, in_process, signalling,
 from fcn_jax.cli.process import guarded
 from fcn_jax.errors import InputError, Stopped
 from fcn_jax.training import loop
-from fcn_jax.training.run import RunFolder, config_from_json
+from fcn_jax.training.check import config_from_json
+from fcn_jax.training.run import RunFolder
 
 
 def test_a_run_that_is_killed_in_a_save_comes_to_the_same_end(undisturbed, tmp_path):

@@ -90,7 +90,7 @@ def test_stopped_twice_at_the_same_step_and_with_other_devices(undisturbed, tmp_
 
 def test_a_second_signal_ends_the_process_at_once(undisturbed, tmp_path):
     code = (
-        "import json, sys, time; from rich.console import Console; from fcn_jax.training.run import config_from_json;"
+        "import json, sys, time; from rich.console import Console; from fcn_jax.training.check import config_from_json;"
         "from fcn_jax.training import loop;"
         "loop.evaluate = lambda *args: (print('validating', flush=True), time.sleep(100));"
         "loop.train(config_from_json(json.loads(sys.argv[1])), Console())"
@@ -135,7 +135,7 @@ def test_a_run_goes_on_where_nobody_can_read_what_it_says(where, tmp_path):
 def test_signals_to_all_processes_of_a_job_stop_the_run_alone(undisturbed, tmp_path):
     config = in_folder(tmp_path, workers=2)
     code = (
-        "import json, sys, time; from rich.console import Console; from fcn_jax.training.run import config_from_json;"
+        "import json, sys, time; from rich.console import Console; from fcn_jax.training.check import config_from_json;"
         "from fcn_jax.cli.process import guarded; from fcn_jax.data import pipeline;"
         "from fcn_jax.training import loop\n"
         "iterate = pipeline._iterate\n"

@@ -2,6 +2,7 @@ import dataclasses
 import functools
 import hashlib
 import http.server
+import io
 import tarfile
 import threading
 
@@ -53,7 +54,7 @@ def _config(tmp_path, download=True):
 
 
 def test_an_archive_is_fetched_checked_and_unpacked(served, tmp_path):
-    place = download.fetch(served["voc2012"], tmp_path / "data")
+    place = download.fetch(served["voc2012"], tmp_path / "data", True)
     assert place == tmp_path / "data/VOCdevkit/VOC2012"
     assert (place / "JPEGImages/2007_001.jpg").is_file()
     assert not [p for p in (tmp_path / "data").iterdir() if "part" in p.name or "unfinished" in p.name]
@@ -75,31 +76,31 @@ def test_voc_and_sbd_are_downloaded_into_one_folder_and_found_there(packed, tmp_
 def test_a_tree_that_lies_there_is_not_fetched_again(packed, tmp_path):
     (tmp_path / "data/benchmark_RELEASE").mkdir(parents=True)
     unreachable = dataclasses.replace(packed["sbd"], url="http://127.0.0.1:9/benchmark.tgz")
-    assert download.fetch(unreachable, tmp_path / "data") == tmp_path / "data/benchmark_RELEASE"
+    assert download.fetch(unreachable, tmp_path / "data", True) == tmp_path / "data/benchmark_RELEASE"
 
 
 def test_an_archive_put_there_by_hand_needs_no_network(packed, tmp_path):
     (tmp_path / "data").mkdir()
     archive = packed["sbd"]
     (tmp_path / "server" / archive.name).rename(tmp_path / "data" / archive.name)
-    assert (download.fetch(archive, tmp_path / "data") / "dataset/train.txt").is_file()
+    assert (download.fetch(archive, tmp_path / "data", True) / "dataset/train.txt").is_file()
 
 
 def test_a_wrong_checksum_is_refused_and_nothing_is_left(served, tmp_path):
     wrong = dataclasses.replace(served["sbd"], md5="0" * 32)
     with pytest.raises(InputError, match=r"benchmark\.tgz: its checksum is [0-9a-f]{32}, expected 0{32}"):
-        download.fetch(wrong, tmp_path / "data")
+        download.fetch(wrong, tmp_path / "data", True)
     assert list((tmp_path / "data").iterdir()) == []
     (tmp_path / "data" / wrong.name).write_bytes(b"cut short")
     with pytest.raises(InputError, match=r"data/benchmark\.tgz: its checksum is .*; remove it"):
-        download.fetch(wrong, tmp_path / "data")
+        download.fetch(wrong, tmp_path / "data", True)
 
 
 @pytest.mark.parametrize("url", ["http://127.0.0.1:9/benchmark.tgz", "http://nowhere.invalid/benchmark.tgz"])
 def test_without_network_one_line_says_what_to_put_where(packed, tmp_path, url):
     archive = dataclasses.replace(packed["sbd"], url=url)
     with pytest.raises(InputError) as caught:
-        download.fetch(archive, tmp_path / "data")
+        download.fetch(archive, tmp_path / "data", True)
     message = str(caught.value)
     assert (
         f"fetch benchmark.tgz (md5 {archive.md5}) elsewhere and put it at {tmp_path / 'data/benchmark.tgz'}" in message
@@ -110,7 +111,7 @@ def test_without_network_one_line_says_what_to_put_where(packed, tmp_path, url):
 def test_a_file_missing_on_the_server_is_one_line_too(served, tmp_path):
     archive = dataclasses.replace(served["sbd"], url=served["sbd"].url.replace("benchmark", "other"))
     with pytest.raises(InputError, match=r"other\.tgz cannot be fetched \(.*\); fetch other\.tgz"):
-        download.fetch(archive, tmp_path / "data")
+        download.fetch(archive, tmp_path / "data", True)
 
 
 def test_members_that_lead_outside_are_not_unpacked(tmp_path):
@@ -123,8 +124,19 @@ def test_members_that_lead_outside_are_not_unpacked(tmp_path):
         path.as_uri(), hashlib.md5(path.read_bytes(), usedforsecurity=False).hexdigest(), "content"
     )
     with pytest.raises(InputError, match=r"server\.tar: cannot be unpacked"):
-        download.fetch(archive, tmp_path / "data")
+        download.fetch(archive, tmp_path / "data", True)
     assert not list(tmp_path.rglob("escaped.txt"))
+
+
+def test_an_archive_that_would_grow_is_not_unpacked(tmp_path):
+    with tarfile.open(tmp_path / "a.tgz", "w:gz") as tar:
+        member = tarfile.TarInfo("top/large")
+        member.size = 2**24
+        tar.addfile(member, io.BytesIO(bytes(member.size)))
+    md5 = hashlib.md5((tmp_path / "a.tgz").read_bytes(), usedforsecurity=False).hexdigest()
+    with pytest.raises(InputError, match=r"a\.tgz: cannot be unpacked \(it unpacks to more than 50 times its size\)"):
+        download.fetch(download.Archive("http://localhost/a.tgz", md5, "top"), tmp_path, True)
+    assert [path.name for path in tmp_path.iterdir()] == ["a.tgz"]
 
 
 def test_without_the_flag_nothing_is_fetched(tmp_path):

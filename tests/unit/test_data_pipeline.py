@@ -1,6 +1,7 @@
 import dataclasses
 import itertools
 import json
+import multiprocessing
 
 import numpy as np
 import pytest
@@ -8,8 +9,9 @@ import trees
 
 from fcn_jax.config import DataConfig
 from fcn_jax.data import datasets
-from fcn_jax.data.labels import encode_label, palette_for
+from fcn_jax.data.io import encode_label
 from fcn_jax.data.pipeline import class_frequencies, make_eval_batches, make_train_iterator
+from fcn_jax.data.voc import palette
 from fcn_jax.errors import InputError
 
 
@@ -32,7 +34,7 @@ class Listed:
 
 def _split(count=10, size=(4, 6), sizes=None, labels=None):
     source = Listed(sizes or [size] * count, labels)
-    return datasets.Split("made", "up", ("a", "b", "c"), palette_for(3), source, None if sizes else size)
+    return datasets.Split("made", "up", ("a", "b", "c"), palette(3), source, None if sizes else size)
 
 
 CONFIG = DataConfig()
@@ -65,6 +67,10 @@ def test_every_epoch_has_each_example_once_in_another_order_and_batches_run_acro
     epochs = [numbers[i : i + 10] for i in range(0, 40, 10)]
     assert all(sorted(epoch) == list(range(10)) for epoch in epochs)
     assert len({tuple(epoch) for epoch in epochs}) == 4
+    split = _split(1)
+    split.source.records[0]["image"] = encode_label(trees.picture(0, (4, 6)))
+    batches = _take(make_train_iterator(split, RANDOM, 1, 0), 8)
+    assert len({batch["image"].tobytes() for batch in batches}) == 8  # augmented anew in each
 
 
 def test_a_batch_may_be_larger_than_the_set_and_a_set_may_be_one_image():
@@ -78,30 +84,6 @@ def test_the_seed_decides_order_and_augmentation():
     assert any(not np.array_equal(a["image"], b["image"]) for a, b in zip(first, other, strict=True))
 
 
-def test_an_example_is_augmented_anew_in_each_epoch():
-    split = _split(1)
-    split.source.records[0]["image"] = encode_label(trees.picture(0, (4, 6)))
-    batches = _take(make_train_iterator(split, RANDOM, 1, 0), 8)
-    assert len({batch["image"].tobytes() for batch in batches}) == 8
-
-
-def test_worker_processes_change_nothing(tmp_path):
-    config = dataclasses.replace(RANDOM, cache_dir=str(tmp_path / "cache"), dir=str(tmp_path / "data"))
-    trees.folder(tmp_path / "data", {"train": 7})
-    split = datasets.load("folder/train", config)
-    iterator = make_train_iterator(split, dataclasses.replace(config, workers=2), 3, 5)
-    batches = _take(iterator, 4)
-    _same(batches, _take(make_train_iterator(split, config, 3, 5), 4))
-    state = iterator.get_state()
-    rest = _take(iterator, 3)
-    iterator.set_state(state)
-    _same(rest, _take(iterator, 3))
-    iterator.close()
-    without = make_train_iterator(split, config, 3, 5)
-    without.set_state(state)  # taken up without workers
-    _same(rest, _take(without, 3))
-
-
 @pytest.mark.parametrize("count", [2, 4])
 def test_the_rows_of_all_processes_are_the_rows_of_one(count):
     split = _split(10)
@@ -113,14 +95,10 @@ def test_the_rows_of_all_processes_are_the_rows_of_one(count):
         {k: np.concatenate([part[step][k] for part in parts]) for k in ("image", "label", "name")} for step in range(6)
     ]
     _same(whole, joined)
-
-
-def test_over_two_processes_an_epoch_has_every_example_once():
-    parts = [
-        _take(make_train_iterator(_split(12), CONFIG, 4, 0, process_index=i, process_count=2), 3) for i in range(2)
+    mine = [
+        _numbers(_take(make_train_iterator(split, CONFIG, 20, 0, process_index=i, process_count=2), 1)) for i in (0, 1)
     ]
-    assert sorted(_numbers(parts[0]) + _numbers(parts[1])) == list(range(12))
-    assert len(_numbers(parts[0])) == 6
+    assert len(mine[0]) == 10 and sorted(mine[0] + mine[1]) == sorted([*range(10)] * 2)
 
 
 def test_a_batch_size_that_processes_cannot_share_is_refused():
@@ -171,14 +149,28 @@ def test_different_sizes_without_a_crop_are_refused_before_the_first_batch():
         assert {b["image"].shape for b in _take(make_train_iterator(mixed, config, 2, 0), 4)} == {(2, 5, 5, 3)}
 
 
-@pytest.mark.parametrize("workers", [0, 1])
-def test_an_error_while_reading_reaches_the_caller_as_it_is(workers):
+def test_worker_processes_change_nothing_and_one_that_is_killed_is_named(tmp_path):
+    config = dataclasses.replace(RANDOM, cache_dir=str(tmp_path / "cache"), dir=str(tmp_path / "data"))
+    trees.folder(tmp_path / "data", {"train": 7})
+    split = datasets.load("folder/train", config)
+    iterator = make_train_iterator(split, dataclasses.replace(config, workers=2), 3, 5)
+    batches = _take(iterator, 4)
+    state = iterator.get_state()
+    for process in multiprocessing.active_children():
+        process.kill()
+    with pytest.raises(InputError, match="a data worker ended .* the same command goes on"):
+        _take(iterator, 1000)  # those that were read ahead come first
+    iterator.set_state(state)
+    batches += _take(iterator, 3)  # they are started again
+    iterator.close()
+    _same(batches, _take(make_train_iterator(split, config, 3, 5), 7))
+
+
+def test_an_error_while_reading_reaches_the_caller_as_it_is():
     split = _split(4)
     split.source.records[2]["image"] = b"broken"
-    iterator = make_train_iterator(split, DataConfig(workers=workers), 2, 0)
     with pytest.raises(InputError, match=r"2: not a readable image"):
-        _take(iterator, 2)
-    iterator.close()
+        _take(make_train_iterator(split, DataConfig(), 2, 0), 2)
 
 
 def test_evaluation_yields_each_example_once_in_order_and_fills_the_last_batch():

@@ -1,0 +1,237 @@
+"""Files of a data set: which images and masks a split lists, and how their bytes are read and decoded."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import cv2
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+from fcn_jax.config import DataConfig
+from fcn_jax.errors import InputError, UnreadableError, check_local, first_line
+from fcn_jax.losses import IGNORE
+
+__all__ = ["Entry", "Listing", "decode_image", "decode_label", "encode_label"]
+
+# Pillow tries only these: its EPS plugin, for one, runs Ghostscript.
+_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One example: a name for messages and figures, and its files (None where it is generated)."""
+
+    name: str
+    image: Path | None = None
+    label: Path | None = None
+
+
+@dataclass(frozen=True)
+class Listing:
+    """One split of a data set, not yet read."""
+
+    dataset: str
+    split: str
+    class_names: tuple[str, ...]
+    palette: tuple[tuple[int, int, int], ...]
+    entries: tuple[Entry, ...]
+    read: Callable[[Entry], tuple[bytes, np.ndarray]]
+    """Returns the encoded image and the label, uint8 (h, w), of class ids with 255 = ignore."""
+    unreadable: Literal["error", "skip"] = "error"
+    """Whether a file that cannot be read is an error, or its entry is left out."""
+    version: str = ""
+    """Whatever else decides what ``read`` returns: the version and options of a generator or converter."""
+
+    @property
+    def spec(self) -> str:
+        """DATASET/SPLIT."""
+        return f"{self.dataset}/{self.split}"
+
+
+def read_bytes(path: Path) -> bytes:
+    """Return a file's bytes; an UnreadableError where it cannot be read."""
+    try:
+        return path.read_bytes()
+    except (OSError, ValueError) as error:  # ValueError: the system takes no such name
+        reason = getattr(error, "strerror", None) or first_line(error)
+        raise UnreadableError(f"{path}: cannot be read ({reason}); put the file there or correct --data.dir") from error
+
+
+def lines_in(path: Path, what: str) -> list[str]:
+    """Return the lines of a file that lists a ``what`` in each, blank ones left out; an InputError if not UTF-8."""
+    try:
+        text = read_bytes(path).decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: not a UTF-8 text file; write one {what} per line") from error
+    return [line.strip() for line in text.splitlines() if line.strip()]
+
+
+def read_files(entry: Entry) -> tuple[bytes, np.ndarray]:
+    """Read an entry whose mask is an image file of class ids."""
+    assert entry.image is not None and entry.label is not None  # every data set of files gives both
+    return read_bytes(entry.image), decode_label(read_bytes(entry.label), str(entry.label))
+
+
+def path_of(name: str, flag: str) -> Path:
+    """Return the local path that a user gave, ``~`` expanded; an InputError where there can be no such path."""
+    check_local(name, flag)
+    try:
+        path = Path(name).expanduser()
+        path.exists()
+    except (OSError, ValueError, RuntimeError) as error:  # too long; with a zero byte; an unknown ~user
+        raise InputError(f"{flag} {name!r}: not a usable path ({first_line(error)}); give another") from error
+    return path
+
+
+def folder_of(config: DataConfig, dataset: str, content: str) -> Path:
+    """Return ``config.dir``; an InputError where it is not given, or is missing and nothing is to be downloaded."""
+    if config.dir is None:
+        raise InputError(f"{dataset} needs the folder that holds {content}: give it with --data.dir")
+    folder = path_of(config.dir, "--data.dir")
+    if not folder.is_dir() and not config.download:
+        raise InputError(f"--data.dir {folder}: no such folder; give the one that holds {content}")
+    return folder
+
+
+def names_in(path: Path) -> tuple[str, ...]:
+    """Return the names in a list file, one in each line; an InputError where the file is missing or lists nothing."""
+    names = tuple(line.split()[0] for line in lines_in(path, "name"))
+    if not names:
+        raise InputError(f"{path}: lists no images; put one name in each line")
+    return names
+
+
+def pairs_by_name(
+    images: Path, masks: Path, image_suffixes: tuple[str, ...], mask_suffixes: tuple[str, ...]
+) -> tuple[Entry, ...]:
+    """Pair the files of two folders by their names without suffix, in the order of the names.
+
+    Raises:
+        InputError: a folder is missing or holds no images, two files share a name, or an image and a mask have no
+            partner.
+    """
+    image_of, label_of = _by_stem(images, image_suffixes), _by_stem(masks, mask_suffixes)
+    for one, other, here, there in (
+        (image_of, label_of, images, f"mask in {masks}"),
+        (label_of, image_of, masks, f"image in {images}"),
+    ):
+        if alone := sorted(one.keys() - other.keys()):
+            raise InputError(
+                f"{here}: {alone[0]!r} has no {there} ({len(alone)} such); an image and its mask have one name, "
+                "as in a.jpg and a.png"
+            )
+    return tuple(Entry(stem, image_of[stem], label_of[stem]) for stem in sorted(image_of))
+
+
+def _by_stem(folder: Path, suffixes: tuple[str, ...]) -> dict[str, Path]:
+    if not folder.is_dir():
+        raise InputError(f"{folder}: no such folder; create it or correct --data.dir")
+    found: dict[str, Path] = {}
+    for path in sorted(folder.iterdir()):
+        if path.suffix.lower() in suffixes and not path.name.startswith("."):
+            if not path.name.isprintable():  # names are stored and printed, which fails for bytes that are not UTF-8
+                raise InputError(f"{folder}: {ascii(path.name)} cannot be printed; rename it")
+            if path.stem in found:
+                raise InputError(f"{folder}: {found[path.stem].name} and {path.name} share a name; remove one of them")
+            found[path.stem] = path
+    if not found:
+        raise InputError(f"{folder}: holds no files of type {' '.join(suffixes)}; put them there or correct --data.dir")
+    return found
+
+
+def _unreadable(name: str, kind: str, reason: str) -> UnreadableError:
+    return UnreadableError(f"{name}: not a readable {kind} ({reason}); replace the file")
+
+
+def _open(data: bytes, name: str, kind: str) -> Image.Image:
+    """Decode a whole file with Pillow, which refuses one that is cut short or larger than its limit on pixels."""
+    try:
+        # OpenCV reserves what a PNG chunk claims to hold, up to 2 GiB; this checks their lengths and checksums.
+        Image.open(io.BytesIO(data), formats=_FORMATS).verify()
+        image = Image.open(io.BytesIO(data), formats=_FORMATS)
+        image.load()
+    except Exception as error:  # Pillow raises many kinds for a damaged file
+        unknown = isinstance(error, UnidentifiedImageError)
+        raise _unreadable(name, kind, "damaged or of another type" if unknown else first_line(error)) from error
+    return image
+
+
+def _decode(data: bytes, flags: int, name: str, kind: str) -> np.ndarray:
+    try:
+        image = cv2.imdecode(np.frombuffer(data, np.uint8), flags)
+    except cv2.error:
+        image = None
+    if image is None:
+        raise _unreadable(name, kind, "OpenCV cannot decode it")
+    return image
+
+
+def decode_image(data: bytes, name: str, verify: bool = True) -> np.ndarray:
+    """Decode an image file to RGB.
+
+    Grey images are repeated over the channels, an alpha channel is dropped, 16-bit samples keep their upper eight
+    bits, and an EXIF orientation is applied.
+
+    Args:
+        data: a whole JPEG, PNG, BMP, GIF, PNM, TIFF or WebP file.
+        name: what an error calls the file.
+        verify: decode the file with Pillow first, since OpenCV may return part of an image that is cut short, or take
+            any amount of memory. Images in a prepared copy have been verified.
+
+    Returns:
+        uint8 (h, w, 3), RGB in [0, 255].
+
+    Raises:
+        UnreadableError: not a whole image, or larger than Pillow allows (``Image.MAX_IMAGE_PIXELS``).
+    """
+    if verify:
+        _open(data, name, "image")
+    return cv2.cvtColor(_decode(data, cv2.IMREAD_COLOR, name, "image"), cv2.COLOR_BGR2RGB)
+
+
+def decode_label(data: bytes, name: str, verify: bool = True) -> np.ndarray:
+    """Decode a mask file to class ids: the samples of a grey image, the indices of a palette image.
+
+    Grey images of 1, 2, 4 or 8 bits (and of 16 bits with values below 256) and palette images are read.
+
+    Args:
+        data: a whole PNG, GIF, BMP or TIFF file.
+        name: what an error calls the file.
+        verify: False for what ``encode_label`` wrote, which OpenCV alone decodes faster.
+
+    Returns:
+        uint8 (h, w), class ids; the ids are not checked.
+
+    Raises:
+        InputError: an RGB or JPEG mask.
+        UnreadableError: not a whole image, or larger than Pillow allows.
+    """
+    if not verify:
+        return _decode(data, cv2.IMREAD_GRAYSCALE, name, "mask")
+    image = _open(data, name, "mask")
+    if image.format in ("JPEG", "MPO"):
+        raise InputError(f"{name}: a JPEG mask has no exact class ids; save masks as PNG")
+    if image.mode not in ("P", "L", "1", "I;16"):
+        raise InputError(
+            f"{name}: a mask with colour channels; expected one channel of class ids (or a palette image): "
+            "map each colour to its class id and save as 8-bit PNG"
+        )
+    label = np.asarray(image)
+    if image.mode == "I;16" and label.max() > IGNORE:
+        raise InputError(
+            f"{name}: mask value {label.max()} does not fit in 8 bits; masks hold class ids 0..254, 255 = ignore"
+        )
+    label = label.astype(np.uint8)
+    if image.format == "PNG" and image.mode == "L" and data[24] < 8:  # the bits per sample in a PNG's header
+        label //= np.uint8(255 // (2 ** data[24] - 1))  # Pillow stretches samples of 2 and 4 bits to 0..255
+    return label
+
+
+def encode_label(label: np.ndarray) -> bytes:
+    """Encode class ids, uint8 (h, w), as an 8-bit grey PNG."""
+    return cv2.imencode(".png", label)[1].tobytes()

@@ -1,0 +1,106 @@
+"""What a config may hold: the types of its fields, as JSON has them, and their ranges."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import msgspec
+
+from fcn_jax.config import Config
+from fcn_jax.errors import InputError, check_local, first_line
+from fcn_jax.evaluation.padding import MULTIPLE
+
+__all__ = ["check_config", "config_from_json", "convert", "flatten"]
+
+_LONGEST = 2**20  # pixels of a side; no memory holds such an image
+_SIDES = ("data.base_size", "data.crop_size", "data.input_size", "data.shapes_size")
+_AT_LEAST_ONE = (
+    *("devices", "data.shapes_count", "train.accumulate", "train.batch_size", "train.eval_batch_size"),
+    *("train.keep_last", "train.log_every", "train.pictures_every", "train.steps", *_SIDES),
+)
+_AT_LEAST_ZERO = (
+    *("data.jitter", "data.workers", "loss.aux_weight", "loss.weight_power", "optim.bias_lr", "optim.head_lr"),
+    *("optim.poly_power", "optim.warmup_steps", "optim.weight_decay", "train.seed"),
+)
+_ABOVE_ZERO = (
+    *("data.scale", "loss.hard_fraction", "optim.clip_norm", "optim.lr", "optim.step_every"),
+    *("train.epochs", "train.eval_every", "train.keep_every"),
+)
+_PATHS = ("run", "init", "init_from", "data.dir", "data.cache_dir", "data.classes")
+
+
+def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
+    """Return the fields of a config (or of its JSON) by dotted name, as in ``data.crop_size``."""
+    values = config if isinstance(config, dict) else dataclasses.asdict(config)
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        flat |= flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return flat
+
+
+def convert(values: Any, cls: Any, where: str) -> Any:
+    """Rebuild a dataclass from what ``dataclasses.asdict`` and JSON made of it.
+
+    Raises:
+        InputError: fields that this version does not know, or values of another type; ``where`` they were found.
+    """
+    try:
+        converted = msgspec.convert(values, cls)
+    except msgspec.ValidationError as error:
+        what = first_line(error).replace("`", "").replace(" - at $", ": at $")
+        raise InputError(f"{where}: {what}; restore the file or train again") from error
+    unknown = sorted(flatten(values).keys() - flatten(converted).keys())
+    if unknown:
+        raise InputError(
+            f"{where} has unknown fields {', '.join(unknown)}; it was written by another version of fcn_jax"
+        )
+    return converted
+
+
+def config_from_json(values: Any, where: str = "config.json") -> Config:
+    """Rebuild a config from what ``dataclasses.asdict`` and JSON made of it.
+
+    Raises:
+        InputError: fields that this version does not know, or values of another type.
+    """
+    return convert(values, Config, where)
+
+
+def check_config(config: Config) -> None:
+    """Raise InputError for the first value that is out of its range, or does not go with another, naming its flag."""
+    values = flatten(config)
+
+    def check(name: str, holds: Any, expected: str) -> None:
+        value = values[name]
+        numbers = value if isinstance(value, tuple) else () if value is None else (value,)
+        # Sizes and counts beyond 2^62 fit in no array's shape or index.
+        most = math.inf if name.startswith("optim.") else 2**62
+        if not all(-math.inf < number < most and holds(number) for number in numbers):
+            flag = "--" + name.replace("_", "-")
+            raise InputError(f"expected {flag} {expected}, got {value}; `train.py RECIPE --help` shows its default")
+
+    for name in _AT_LEAST_ONE:
+        check(name, lambda x: x >= 1, ">= 1")
+    for name in _AT_LEAST_ZERO:
+        check(name, lambda x: x >= 0, ">= 0")
+    for name in _SIDES:
+        check(name, lambda x: x <= _LONGEST, f"<= {_LONGEST}")
+    for name in _ABOVE_ZERO:
+        check(name, lambda x: x > 0, "> 0")
+    check("loss.hard_fraction", lambda x: x <= 1, "<= 1")
+    check("optim.momentum", lambda x: 0 <= x < 1, "in 0 ... 1, below 1")
+    check("data.eval_multiple", lambda x: x == 1 or (x > 0 and x % MULTIPLE == 0), f"1 or a multiple of {MULTIPLE}")
+    class_weights = config.loss.class_weights
+    if not isinstance(class_weights, str):
+        check("loss.class_weights", lambda x: x >= 0, ">= 0")
+        if not sum(class_weights) > 0:
+            raise InputError("expected --loss.class-weights that are not all zero; or give 'median'")
+    if config.init is not None and config.init_from is not None:
+        raise InputError(
+            f"both --init {config.init} and --init-from {config.init_from} are set; set one of them to None"
+        )
+    for name in _PATHS:
+        if values[name] is not None:
+            check_local(values[name], "--" + name.replace("_", "-"))
