@@ -10,6 +10,7 @@ import pickle
 import struct
 import time
 import zipfile
+from pathlib import Path
 
 import fuzzing
 import hypothesis.strategies as st
