@@ -17,7 +17,6 @@ from typing import Any
 
 import filelock
 import jax
-import msgspec
 
 from fcn_jax.config import Config
 from fcn_jax.errors import InputError, first_line
@@ -107,6 +106,8 @@ def check_local(path: str | Path, flag: str) -> None:
 
 def _convert(values: Any, cls: Any, where: str) -> Any:
     """Return a dataclass of what ``dataclasses.asdict`` and JSON made of one."""
+    import msgspec  # GPU images lack it, and the benchmark reads no config
+
     try:
         converted = msgspec.convert(values, cls)
     except msgspec.ValidationError as error:
