@@ -1,18 +1,24 @@
-"""Comparing with PyTorch; torch is imported when something here is called, not before."""
+"""Comparing with PyTorch: ``import_torch_adapter`` alone imports torch, and only when it is called."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from fcn_jax.compare.compare import Report, compare, compare_arrays, compare_layers, first_over
-from fcn_jax.compare.jax_side import make_jax_side
-from fcn_jax.compare.measures import error_norm, measure, ulp_distance
-from fcn_jax.compare.sides import Gradient, Side, TrainedStep
+from fcn_jax.compare.jax_adapter import make_jax_side
+from fcn_jax.compare.parity import (
+    Gradient,
+    Report,
+    Side,
+    TrainedStep,
+    compare,
+    compare_arrays,
+    error_norm,
+    first_over,
+    measure,
+    ulp_distance,
+)
 from fcn_jax.errors import InputError
 from fcn_jax.models.fcn import FCN
-
-if TYPE_CHECKING:
-    import torch
 
 __all__ = [
     "Gradient",
@@ -21,9 +27,9 @@ __all__ = [
     "TrainedStep",
     "compare",
     "compare_arrays",
-    "compare_layers",
     "error_norm",
     "first_over",
+    "import_torch_adapter",
     "make_jax_side",
     "make_torch_side",
     "make_twin",
@@ -32,32 +38,35 @@ __all__ = [
 ]
 
 
-def make_twin(model: FCN) -> torch.nn.Module:
-    """Build the PyTorch network that computes what ``model`` computes, see ``twins.make_twin``.
+def import_torch_adapter() -> Any:
+    """Import the module ``torch_adapter``.
 
     Raises:
         InputError: torch is not installed.
     """
-    _need_torch()
-    from fcn_jax.compare import twins
-
-    return twins.make_twin(model)
-
-
-def make_torch_side(module: torch.nn.Module, *args: Any, **options: Any) -> Side:
-    """Make one side of a comparison of any PyTorch module, see ``torch_side.make_torch_side``.
-
-    Raises:
-        InputError: torch is not installed.
-    """
-    _need_torch()
-    from fcn_jax.compare import torch_side
-
-    return torch_side.make_torch_side(module, *args, **options)
-
-
-def _need_torch() -> None:
     try:
-        import torch  # noqa: F401  (named in the error before an import of ours can fail)
+        import torch  # noqa: F401  (an error in an import of ours must not be reported as a missing torch)
     except ImportError as error:
-        raise InputError("comparing with PyTorch needs torch; pip install 'fcn_jax[torch]'") from error
+        message = "comparing with PyTorch needs torch; pip install 'fcn_jax[torch]', or bench with --against none"
+        raise InputError(message) from error
+    from fcn_jax.compare import torch_adapter
+
+    return torch_adapter
+
+
+def make_twin(model: FCN) -> Any:
+    """Build the ``torch.nn.Module`` that computes what ``model`` computes, see ``twins.make_twin``.
+
+    Raises:
+        InputError: torch is not installed.
+    """
+    return import_torch_adapter().make_twin(model)
+
+
+def make_torch_side(module: Any, *args: Any, **options: Any) -> Side:
+    """Make one side of a comparison of any ``torch.nn.Module``, see ``torch_adapter.make_torch_side``.
+
+    Raises:
+        InputError: torch is not installed.
+    """
+    return import_torch_adapter().make_torch_side(module, *args, **options)

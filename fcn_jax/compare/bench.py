@@ -1,4 +1,4 @@
-"""Run a row: set both sides up, check that they computed the same, and only then time them, turn about."""
+"""Benchmark a row: set both sides up, check that they compute the same, and only then time them in turn."""
 
 from __future__ import annotations
 
@@ -8,33 +8,137 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 
 from fcn_jax.compare.machine import meter
-from fcn_jax.compare.measures import square_sums
-from fcn_jax.compare.rows import Numbers, Row, Runner
-from fcn_jax.compare.settings import Settings
-from fcn_jax.errors import first_line
+from fcn_jax.compare.parity import joint_error
+from fcn_jax.config import Config
+from fcn_jax.errors import InputError, first_line
 
-__all__ = ["OURS", "Result", "SideResult", "alternate", "differences", "release", "run_row"]
-
+NETWORKS = ("fcn8s", "fcn32s_pad100", "fcn8s_pad100", "fcn8s_ladder", "fcn8s_resize")
+"""One of each family, and the largest map of scores."""
+NUM_CLASSES = 21
+"""PASCAL VOC with its background."""
 OURS = "jax"
 _MAX_CALLS = 1024
+Numbers = Mapping[str, Mapping[str, np.ndarray]]
+"""Quantity -> name -> array, in the same axes on both sides; each quantity is compared by one norm."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a run of the benchmark measures: device, sizes, repetitions."""
+
+    kind: Literal["cpu", "gpu"]
+    """How it is computed: float32, or bfloat16 with every option that PyTorch offers on a GPU."""
+    on_gpu: bool
+    """Whether a GPU computes it; a smoke run may use the GPU's settings on a CPU."""
+    image_size: int = 256
+    """Height and width of the networks' images, and of the first encoder stage, in pixels."""
+    upsampled_size: int = 512
+    """Height and width of the transposed convolutions' outputs, in pixels."""
+    batch_size: int = 2
+    encoder: str = "vgg16"
+    width: float = 1.0
+    matmul_size: int = 4096
+    """Side of the square matrix product that measures the machine's rate."""
+    rounds: int = 7
+    sample_seconds: float = 0.2
+    """A sample is the mean of as many calls as fill this time."""
+    smoke: bool = False
+
+    @property
+    def dtype(self) -> str:
+        """The compute dtype; parameters of networks stay in float32."""
+        return "float32" if self.kind == "cpu" else "bfloat16"
+
+    @property
+    def jax_dtype(self) -> Any:
+        """The same for JAX."""
+        return jnp.dtype(self.dtype).type
+
+
+_GPU: dict[str, Any] = {"image_size": 512, "batch_size": 16, "matmul_size": 8192, "rounds": 10}
+# Small enough for a minute on two cores, large enough that every stage has more than one pixel.
+_SMOKE: dict[str, Any] = {"image_size": 64, "upsampled_size": 64, "batch_size": 2, "encoder": "vgg11", "width": 0.0625}
+_SMOKE |= {"matmul_size": 256, "rounds": 2, "sample_seconds": 0.0, "smoke": True}
+
+
+def make_settings(device: str | None, smoke: bool = False, **given: Any) -> Settings:
+    """Make the settings of a run on the devices that are present.
+
+    Args:
+        device: "cpu", "gpu", or None for JAX's default.
+        smoke: tiny sizes, few rounds; "gpu" then runs on the CPU where there is no GPU.
+        given: fields of ``Settings``; those that are None keep their default.
+
+    Raises:
+        InputError: there is no GPU, or a size is out of range.
+    """
+    present = jax.default_backend() == "gpu"
+    kind: Literal["cpu", "gpu"] = "gpu" if device == "gpu" or (device is None and present) else "cpu"
+    if kind == "gpu" and not present and not smoke:
+        raise InputError("JAX sees no GPU here; install fcn_jax[cuda] on a machine with one, or give --device cpu")
+    sizes = (_GPU if kind == "gpu" else {}) | (_SMOKE if smoke else {})
+    sizes |= {name: value for name, value in given.items() if value is not None}
+    settings = replace(Settings(kind, on_gpu=kind == "gpu" and present), **sizes)
+    if settings.image_size < 32 or settings.image_size % 32:
+        raise InputError(f"expected --image-size to be a multiple of 32, got {settings.image_size}")
+    if settings.batch_size < 1 or settings.rounds < 1 or not 0 <= settings.sample_seconds < float("inf"):
+        raise InputError("expected --batch-size and --rounds of at least 1, and --seconds of at least 0")
+    return settings
+
+
+@dataclass(frozen=True)
+class Runner:
+    """One implementation of a row, with its weights and inputs on the device."""
+
+    call: Callable[[], Any]
+    """Do the work once; it may return before the device has finished."""
+    wait: Callable[[Any], object]
+    """Wait until the device has computed the result of a call."""
+    numbers: Callable[[Any], Numbers]
+    """Convert the result of the first call; called before the second."""
+    compile: Callable[[], int | None] = lambda: None
+    """Compile ahead; return the bytes that the program plans to use, where known."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """A piece of work that two implementations do."""
+
+    name: str
+    group: str
+    open: Callable[[Any], tuple[Callable[[], Runner], Callable[[str], Runner]]]
+    """Draw weights and inputs; return how to set up our side, and the other one by the name of a variant. The argument
+    is the module ``torch_adapter``, or None."""
+    tolerances: Mapping[str, float]
+    """By quantity: the largest |x - y| / |y| at which both sides count as equal."""
+    variants: tuple[str, ...]
+    """How torch computes it; the fastest counts."""
+    flops: int | None = None
+    """Of one call: two for each multiplication with its addition."""
+    images: int | None = None
+    """Of one call."""
+    about: Mapping[str, Any] = field(default_factory=dict)
+    """Sizes, for the record."""
 
 
 @dataclass
 class SideResult:
-    """What was found of one side of a row; seconds and bytes."""
+    """The measurements of one side of a row; seconds and bytes."""
 
     first_s: float
     """Compilation and the first call."""
     planned_bytes: int | None = None
-    """What the compiled program says that it uses."""
+    """Memory that the compiled program plans to use."""
     peak_bytes: int | None = None
-    """What the device's allocator counted above what was there before."""
+    """Peak of the device's allocator above its state before the side was set up."""
     calls: int = 0
     """In each sample."""
     samples_s: list[float] = field(default_factory=list)
@@ -42,13 +146,20 @@ class SideResult:
 
     @property
     def median_s(self) -> float:
-        """The figure that counts."""
+        """The reported time."""
         return statistics.median(self.samples_s)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the fields, and quartiles and extremes of the samples."""
+        if not self.samples_s:
+            return asdict(self)
+        least, low, middle, high, most = np.percentile(self.samples_s, (0, 25, 50, 75, 100)).tolist()
+        return asdict(self) | {"median_s": middle, "quartiles_s": [low, high], "min_s": least, "max_s": most}
 
 
 @dataclass
 class Result:
-    """What was found of a row."""
+    """The measurements of a row."""
 
     row: Row
     sides: dict[str, SideResult] = field(default_factory=dict)
@@ -72,40 +183,16 @@ class Result:
 
     @property
     def worst(self) -> tuple[str, float] | None:
-        """The quantity with the largest error for its tolerance, and that error."""
-
-        def share(item: tuple[str, float]) -> float:
-            return math.inf if math.isnan(item[1]) else item[1] / self.row.tolerances[item[0]]
-
+        """The quantity with the largest error relative to its tolerance, and that error."""
         found = [item for errors in self.errors.values() for item in errors.items()]
-        return max(found, key=share) if found else None
+        return max(found, key=lambda item: (math.isnan(item[1]), item[1] / self.row.tolerances[item[0]]), default=None)
 
     def to_json(self) -> dict[str, Any]:
         """Return everything, samples included."""
         row = self.row
-        about = {"name": row.name, "group": row.group, "flops": row.flops, "images": row.images, **row.about}
-        sides: dict[str, Any] = {}
-        for name, side in self.sides.items():
-            sides[name] = asdict(side)
-            if side.samples_s:
-                low, middle, high = _quartiles(side.samples_s)
-                sides[name] |= {"median_s": middle, "quartiles_s": [low, high], "min_s": min(side.samples_s)}
-                sides[name] |= {"max_s": max(side.samples_s)}
-        return {
-            **about,
-            "status": self.status,
-            "notes": self.notes,
-            "tolerances": dict(row.tolerances),
-            "errors": self.errors,
-            "sides": sides,
-        }
-
-
-def _quartiles(samples: Sequence[float]) -> tuple[float, float, float]:
-    if len(samples) == 1:
-        return samples[0], samples[0], samples[0]
-    low, middle, high = statistics.quantiles(samples, n=4, method="inclusive")
-    return low, middle, high
+        record = {"name": row.name, "group": row.group, "flops": row.flops, "images": row.images, **row.about}
+        record |= {"status": self.status, "notes": self.notes, "tolerances": dict(row.tolerances)}
+        return record | {"errors": self.errors, "sides": {name: side.to_json() for name, side in self.sides.items()}}
 
 
 def differences(ours: Numbers, theirs: Numbers) -> dict[str, float]:
@@ -119,86 +206,88 @@ def differences(ours: Numbers, theirs: Numbers) -> dict[str, float]:
     lacking |= {name for key in ours.keys() & theirs.keys() for name in ours[key].keys() ^ theirs[key].keys()}
     if lacking:
         raise ValueError(f"expected the same numbers of both sides, got {sorted(lacking)} of one only")
-    found = {}
-    for quantity, arrays in theirs.items():
-        pairs = [square_sums(ours[quantity][name], array) for name, array in arrays.items()]
-        squares, size = sum(pair[0] for pair in pairs), sum(pair[1] for pair in pairs)
-        found[quantity] = 0.0 if squares == 0 else math.sqrt(squares / size) if size else math.inf
-    return found
+    return {quantity: joint_error(ours[quantity], arrays, arrays) for quantity, arrays in theirs.items()}
 
 
 def alternate(names: Sequence[str], rounds: int) -> Iterator[str]:
-    """Yield whose turn it is: every side once a round, in turned order every other round against a drift."""
+    """Yield every name once a round, in reversed order every other round, so that a drift affects all alike."""
     for index in range(rounds):
         yield from names if index % 2 == 0 else reversed(names)
 
 
-def run_row(row: Row, settings: Settings, clock: Callable[[], float] = time.perf_counter) -> Result:
+def run_row(row: Row, settings: Settings, torch: Any = None) -> Result:
     """Set up, check, time.
 
     Args:
         row: what to run.
-        settings: rounds, seconds, and whether against torch.
-        clock: gives seconds.
+        settings: rounds and seconds.
+        torch: the module ``torch_adapter``, or None to measure our side alone.
 
     Returns:
         The result; nothing was timed where ``status`` is not "ok". A side that runs out of memory or does not compile
-        is a failed row, or a note where another variant of torch did run.
+        makes the row a failed one; it is only a note where another variant of torch ran.
     """
     result = Result(row)
     try:
-        pair = row.open()
-        runners = {}
-        runners[OURS], expected = _set_up(result, OURS, pair.ours, clock)
-        for variant in row.variants if settings.against_torch else ():
+        ours, theirs = row.open(torch)
+        runner, expected = _set_up(result, OURS, ours, meter)
+        runners = {OURS: runner}
+        for variant in row.variants if torch else ():
             try:
-                make = functools.partial(pair.theirs, variant)
-                runner, numbers = _set_up(result, variant, make, clock, torch=True)
-            except RuntimeError as error:  # torch's own, of its allocator and its compiler among them
+                runner, numbers = _set_up(result, variant, functools.partial(theirs, variant), torch.meter)
+            except RuntimeError as error:  # torch's own, those of its allocator and its compiler included
                 result.notes.append(f"{variant}: {first_line(error)}")
                 continue
             result.errors[variant] = differences(expected, numbers)
             runners[variant] = runner
-        if settings.against_torch and len(runners) == 1:
+        if torch and len(runners) == 1:
             result.status = "failed"
-        elif _is_wrong(result.errors, row.tolerances):
+        elif not all(e <= row.tolerances[q] for errors in result.errors.values() for q, e in errors.items()):
             result.status = "wrong"
         else:
             del expected
-            _time(result, runners, settings, clock)
-    except RuntimeError as error:  # XLA's are, too
+            _time(result, runners, settings)
+    except RuntimeError as error:  # XLA's errors included
         result.status = "failed"
         result.notes.append(first_line(error))
     return result
 
 
-def _is_wrong(errors: Mapping[str, Mapping[str, float]], tolerances: Mapping[str, float]) -> bool:
-    return any(not error <= tolerances[q] for each in errors.values() for q, error in each.items())
-
-
-def _set_up(
-    result: Result, name: str, make: Callable[[], Runner], clock: Callable[[], float], torch: bool = False
-) -> tuple[Runner, Numbers]:
+def _set_up(result: Result, name: str, make: Callable[[], Runner], meter: Callable[[], Any]) -> tuple[Runner, Numbers]:
     """Compile and call once, and once more for the memory of a call that follows another."""
-    used = meter(torch)  # before weights and inputs are on the device, which are its own
+    used = meter()  # before weights and inputs are placed on the device: they count
     runner = make()
-    began = clock()
+    began = time.perf_counter()
     planned = runner.compile()
-    out = runner.run()
-    first = clock() - began
+    out = runner.call()
+    runner.wait(out)
+    first = time.perf_counter() - began
     numbers = runner.numbers(out)
     del out
-    runner.run()
+    runner.wait(runner.call())
     result.sides[name] = SideResult(first, planned, used())
     return runner, numbers
 
 
-def _time(result: Result, runners: Mapping[str, Runner], settings: Settings, clock: Callable[[], float]) -> None:
+def _time(result: Result, runners: Mapping[str, Runner], settings: Settings) -> None:
     def sample(name: str, calls: int) -> float:
-        return _sample(runners[name], calls, settings.on_gpu, clock)
+        """Return the mean seconds of some calls; on a GPU they are queued and awaited together, as in training."""
+        runner, out = runners[name], None
+        began = time.perf_counter()
+        for _ in range(calls):
+            out = None  # as in training, free the previous result first, so that its memory is used again
+            out = runner.call()
+            if not settings.on_gpu:
+                runner.wait(out)
+        runner.wait(out)
+        return (time.perf_counter() - began) / calls
 
     for name in runners:
-        result.sides[name].calls = _calls(functools.partial(sample, name), settings.sample_seconds)
+        calls = 1  # then 4, 16 ... until they take a quarter of a sample
+        while (once := sample(name, calls)) * calls < settings.sample_seconds / 4 and calls < _MAX_CALLS:
+            calls = min(4 * calls, _MAX_CALLS)
+        filling = math.ceil(settings.sample_seconds / max(once, 1e-9))
+        result.sides[name].calls = min(_MAX_CALLS, max(1, filling))
     gc.collect()
     for name in alternate(list(runners), settings.rounds):
         side = result.sides[name]
@@ -209,32 +298,37 @@ def _time(result: Result, runners: Mapping[str, Runner], settings: Settings, clo
         side.samples_s.append(sample(name, side.calls))
 
 
-def _calls(sample: Callable[[int], float], seconds: float) -> int:
-    """Return how many calls fill a sample, found by trying 1, 4, 16 ... until they take a quarter of it."""
-    calls = 1
-    while (once := sample(calls)) * calls < seconds / 4 and calls < _MAX_CALLS:
-        calls = min(4 * calls, _MAX_CALLS)
-    return min(_MAX_CALLS, max(1, math.ceil(seconds / max(once, 1e-9))))
+def pipeline_rates(config: Config, workers: Sequence[int] = (0, 2), seconds: float = 10.0) -> Iterator[dict[str, Any]]:
+    """Take training batches (decoded, augmented, stacked) from a recipe's input pipeline as fast as they come.
 
+    Args:
+        config: its data, batch size and seed.
+        workers: numbers of worker processes to try; 0: threads of this one.
+        seconds: how long to take batches, after the first ten.
 
-def _sample(runner: Runner, calls: int, queued: bool, clock: Callable[[], float]) -> float:
-    """Return the mean seconds of some calls; on a GPU they are queued and waited for together, as training does."""
-    began = clock()
-    out: Any = None
-    for _ in range(calls):
-        out = None  # as training does, give the results before back, so that their memory serves again
-        out = runner.call()
-        if not queued:
-            runner.wait(out)
-    runner.wait(out)
-    return (clock() - began) / calls
+    Yields:
+        "workers", "batches", "images_per_s" and "images_per_core_s" (by the processor time of this process; None where
+        worker processes do the work).
 
+    Raises:
+        InputError: the data cannot be read.
+    """
+    from fcn_jax.data.datasets import load  # imports grain and tfds, which the other benchmarks do not need
+    from fcn_jax.data.pipeline import make_train_iterator
 
-def release(torch: bool) -> None:
-    """Forget what was compiled and give memory back, so that a row finds the device as the first one did."""
-    jax.clear_caches()
-    gc.collect()
-    if torch:
-        from fcn_jax.compare import bench_torch as torch_side
-
-        torch_side.release()
+    split, size = load(config.data.train, config.data), config.train.batch_size
+    for count in workers:
+        stream = make_train_iterator(split, replace(config.data, workers=count), size, config.train.seed)
+        try:
+            for _ in range(10):  # workers start, buffers fill
+                next(stream)
+            wall, processor, batches = time.perf_counter(), time.process_time(), 0
+            while time.perf_counter() - wall < seconds:
+                next(stream)
+                batches += 1
+            used, images = time.process_time() - processor, batches * size
+            rate = images / (time.perf_counter() - wall)
+        finally:
+            stream.close()
+        per_core = images / used if count == 0 else None
+        yield {"workers": count, "batches": batches, "images_per_s": rate, "images_per_core_s": per_core}

@@ -1,66 +1,31 @@
-"""What devices say to each other in a training step, read from the compiled program; nothing is run."""
+"""The collective operations of a training step, read from the compiled program; nothing is run."""
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
-from fcn_jax.compare.rows import compile_step
+from fcn_jax.compare.jax_adapter import compile_step, step_on_devices
 from fcn_jax.config import OptimConfig
-from fcn_jax.losses import make_loss
 from fcn_jax.models.catalog import init_variables
 from fcn_jax.models.fcn import FCN
 from fcn_jax.models.platform import plain_forms
 from fcn_jax.optim import make_optimizer
-from fcn_jax.step import TrainStep, make_train_step, new_state
-from fcn_jax.training.devices import AXIS, make_parallel
+from fcn_jax.step import new_state
+from fcn_jax.training.devices import AXIS
 
-__all__ = ["KINDS", "Collective", "StepCollectives", "count_collectives", "step_collectives"]
-
-KINDS = ("all-reduce", "all-gather", "reduce-scatter", "collective-permute", "all-to-all", "collective-broadcast")
-_OPERATION = re.compile(rf"^\s*(?:ROOT )?%?\S+ = (.+?) ({'|'.join(KINDS)})(-start)?\((.*)$", re.MULTILINE)
+_KINDS = "all-reduce|all-gather|reduce-scatter|collective-permute|all-to-all|collective-broadcast"
+_OPERATION = re.compile(rf"^\s*(?:ROOT )?%?\S+ = (.+?) ({_KINDS})(-start)?\((.*)$", re.MULTILINE)
 _ARRAY = re.compile(r"\b(pred|[a-z]+\d+\w*)\[([\d,]*)\]")
 _SINGLE = re.compile(r"replica_groups=\{(\{\d+\},?)+\}|replica_groups=\[\d+,1\]")
 
 
-@dataclass(frozen=True)
-class Collective:
-    """All operations of a kind in one program."""
-
-    kind: str
-    count: int
-    bytes: int
-    """Of the results on one device."""
-
-
-@dataclass(frozen=True)
-class StepCollectives:
-    """What a training step exchanges."""
-
-    mode: str
-    devices: int
-    gradient_bytes: int
-    """Of all parameters."""
-    found: tuple[Collective, ...]
-
-    @property
-    def bytes(self) -> int:
-        """Of all kinds together."""
-        return sum(each.bytes for each in self.found)
-
-    def to_json(self) -> dict[str, Any]:
-        """Return everything."""
-        return {**asdict(self), "bytes": self.bytes}
-
-
-def count_collectives(hlo: str) -> tuple[Collective, ...]:
+def count_collectives(hlo: str) -> list[dict[str, Any]]:
     """Count the collective operations of a compiled program that connect two devices or more.
 
     An operation within a loop counts once. Of an asynchronous pair the start is counted; its tuple holds operands and
@@ -68,6 +33,9 @@ def count_collectives(hlo: str) -> tuple[Collective, ...]:
 
     Args:
         hlo: the program's text, ``compiled.as_text()``.
+
+    Returns:
+        "kind", "count" and "bytes" (of the results on one device), sorted by kind.
     """
     found: dict[str, list[int]] = {}
     for shape, kind, start, rest in _OPERATION.findall(hlo):
@@ -77,7 +45,7 @@ def count_collectives(hlo: str) -> tuple[Collective, ...]:
         if start and kind != "all-reduce":
             arrays = arrays[len(arrays) // 2 :] if kind != "collective-permute" else arrays[1:2]
         found.setdefault(kind, []).append(sum(arrays))
-    return tuple(Collective(kind, len(sizes), sum(sizes)) for kind, sizes in sorted(found.items()))
+    return [{"kind": kind, "count": len(sizes), "bytes": sum(sizes)} for kind, sizes in sorted(found.items())]
 
 
 def _bytes(dtype: str, sizes: str) -> int:
@@ -86,45 +54,38 @@ def _bytes(dtype: str, sizes: str) -> int:
     return math.prod(int(size) for size in sizes.split(",") if size) * bits // 8
 
 
-def step_collectives(
-    model: FCN, mode: str, devices: Sequence[Any], image_size: tuple[int, int], batch_size: int
-) -> StepCollectives:
-    """Compile the training step of train.py for some devices and count what it exchanges.
+def step_collectives(model: FCN, mode: str, devices: Any, size: tuple[int, int], batch_size: int) -> dict[str, Any]:
+    """Compile the training step of train.py for some devices and count its collective operations.
 
-    The CPU's own forms are left out: their loops over rows would, on a mesh, sum over the devices in every round.
+    The CPU's own kernels are left out: on a mesh, their loops over rows would sum over the devices in every round.
 
     Args:
         model: any network.
         mode: "pmap" or "mesh".
         devices: over which the batch is split.
-        image_size: height and width in pixels.
+        size: height and width of the images in pixels.
         batch_size: of the global batch.
+
+    Returns:
+        "mode", "devices", "gradient_bytes" (of all parameters), "found" (see ``count_collectives``), and "bytes" of
+        all kinds together.
     """
     variables = jax.eval_shape(lambda key: init_variables(model, key), jax.random.key(0))
     optimizer = make_optimizer(variables["params"], OptimConfig(), 1)
-    loss = make_loss("softmax")
+    parallel = step_on_devices(model, optimizer, mode, devices)
 
-    def make_step(axis: str | None) -> TrainStep:
-        apply_fn = model.clone(axis_name=axis).apply
-        return make_train_step(apply_fn, optimizer, loss, axis_name=axis, pass_example_ids=True)
+    def abstract(tree: Any, spec: PartitionSpec) -> Any:
+        sharding = NamedSharding(parallel.mesh, spec)
+        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree)
 
-    parallel = make_parallel(mode, make_step, devices)
-    state = jax.eval_shape(lambda v: new_state(v, optimizer, 0), variables)
-    everywhere = NamedSharding(parallel.mesh, PartitionSpec())
-    state = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere), state)
-    batch = _abstract_batch(mode, parallel.mesh, image_size, batch_size)
+    # The shapes of ``Parallel.place_batch``'s result: pmap has an axis of devices in front.
+    lead = (len(devices), batch_size // len(devices)) if mode == "pmap" else (batch_size,)
+    image = jax.ShapeDtypeStruct((*lead, *size, 3), jnp.float32)
+    batch = {"image": image, "label": jax.ShapeDtypeStruct(image.shape[:-1], jnp.int32)}
+    state = jax.eval_shape(lambda v: new_state(v, optimizer), variables)
     with plain_forms():
-        text = compile_step(parallel, state, batch).as_text()
-    gradient = sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(variables["params"]))
-    return StepCollectives(mode, len(devices), gradient, count_collectives(text))
-
-
-def _abstract_batch(mode: str, mesh: Any, image_size: tuple[int, int], batch_size: int) -> Mapping[str, Any]:
-    """Return the shapes of ``Parallel.place_batch``'s result: pmap has an axis of devices in front."""
-    count = mesh.devices.size
-    lead = (count, batch_size // count) if mode == "pmap" else (batch_size,)
-    spread = NamedSharding(mesh, PartitionSpec(AXIS))
-    return {
-        "image": jax.ShapeDtypeStruct((*lead, *image_size, 3), jnp.float32, sharding=spread),
-        "label": jax.ShapeDtypeStruct((*lead, *image_size), jnp.int32, sharding=spread),
-    }
+        compiled = compile_step(parallel, abstract(state, PartitionSpec()), abstract(batch, PartitionSpec(AXIS)))
+    found = count_collectives(compiled.as_text())
+    gradient = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(variables["params"]))
+    total = sum(each["bytes"] for each in found)
+    return {"mode": mode, "devices": len(devices), "gradient_bytes": gradient, "found": found, "bytes": total}

@@ -1,4 +1,4 @@
-"""The comparisons of `fcn-jax parity`: a network against its PyTorch twin, and against itself computed otherwise."""
+"""The comparisons of `fcn-jax parity`: a network against its PyTorch twin, and against itself computed differently."""
 
 from __future__ import annotations
 
@@ -12,26 +12,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fcn_jax import weights
-from fcn_jax.compare import make_twin
-from fcn_jax.compare.compare import Report, compare
-from fcn_jax.compare.jax_side import dilated_upsampling, make_jax_side, without_dropout
-from fcn_jax.compare.sides import Side
+from fcn_jax.compare import import_torch_adapter
+from fcn_jax.compare.jax_adapter import dilated_upsampling, make_jax_side
+from fcn_jax.compare.parity import Report, Side, compare
 from fcn_jax.config import OptimConfig
 from fcn_jax.errors import InputError
 from fcn_jax.losses import IGNORE
 from fcn_jax.models.catalog import init_variables
 from fcn_jax.models.fcn import FCN, ResizeFCN
 
-__all__ = ["THRESHOLDS", "Case", "against_jax", "against_torch", "cancelled_biases", "random_batch", "random_variables"]
-
 THRESHOLDS = {"float64": 1e-9, "float32": 1e-5, "bfloat16": 5e-2}
 """The error over which a layer is named: a few thousand roundings of each dtype."""
-_DTYPES: dict[str, tuple[Any, Any]] = {
-    "float64": (jnp.float64, jnp.float64),
-    "float32": (jnp.float32, jnp.float32),
-    "bfloat16": (jnp.bfloat16, jnp.float32),
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,14 +45,26 @@ class Case:
     threshold: float | None = None
     """By default that of the dtype."""
 
-    def limit(self, dtype: str) -> float:
-        """Return the error over which a layer is named in a comparison in ``dtype``."""
-        return THRESHOLDS[dtype] if self.threshold is None else self.threshold
+    def jax_side(self, name: str, model: FCN, dtype: str | None = None, **options: Any) -> Side:
+        """Make the side of a variant of the network, see ``make_jax_side``; parameters of bfloat16 are float32."""
+        dtype = dtype or self.dtype
+        variables = jax.tree.map(lambda x: jnp.asarray(x, _param_dtype(dtype)), self.variables)
+        model = model.clone(dtype=jnp.dtype(dtype).type, param_dtype=_param_dtype(dtype))
+        return make_jax_side(model, variables, self.optim, name=name, **options)
+
+    def compare(self, ours: Side, theirs: Side, dtype: str | None = None, **options: Any) -> Report:
+        """Compare two sides on the batch."""
+        threshold = THRESHOLDS[dtype or self.dtype] if self.threshold is None else self.threshold
+        options |= {"steps": self.steps, "threshold": threshold, "cancelled": cancelled_biases(self.model)}
+        return compare(ours, theirs, self.images, self.labels, **options)
 
 
-def _in_dtype(model: FCN, variables: Any, dtype: str) -> tuple[FCN, Any]:
-    compute, param = _DTYPES[dtype]
-    return model.clone(dtype=compute, param_dtype=param), jax.tree.map(lambda x: jnp.asarray(x, param), variables)
+def _param_dtype(dtype: str) -> Any:
+    return jnp.float64 if dtype == "float64" else jnp.float32
+
+
+def _shapes(model: FCN) -> Any:
+    return jax.eval_shape(functools.partial(init_variables, model, image_size=(320, 320)), jax.random.key(0))
 
 
 def random_variables(model: FCN, seed: int = 0) -> dict[str, Any]:
@@ -72,7 +75,6 @@ def random_variables(model: FCN, seed: int = 0) -> dict[str, Any]:
     dtype but bfloat16 holds exactly.
     """
     rng = np.random.default_rng(seed)
-    shapes = jax.eval_shape(functools.partial(init_variables, model, image_size=(320, 320)), jax.random.key(0))
 
     def draw(path: Any, leaf: Any) -> np.ndarray:
         layer, name = path[-2].key, path[-1].key
@@ -85,12 +87,10 @@ def random_variables(model: FCN, seed: int = 0) -> dict[str, Any]:
             return rng.uniform(0.5, 1.5, leaf.shape).astype(np.float32)
         return (0.1 * rng.standard_normal(leaf.shape)).astype(np.float32)
 
-    return jax.tree_util.tree_map_with_path(draw, shapes)
+    return jax.tree_util.tree_map_with_path(draw, _shapes(model))
 
 
-def random_batch(
-    size: tuple[int, int], num_classes: int, batch_size: int = 2, seed: int = 0
-) -> tuple[np.ndarray, np.ndarray]:
+def random_batch(size: tuple[int, int], num_classes: int, batch_size: int = 2, seed: int = 0) -> tuple[Any, Any]:
     """Draw images N(0, 1) (b, h, w, 3) float32 and labels (b, h, w), a tenth of them ignored (255)."""
     rng = np.random.default_rng([seed, 1])
     images = rng.standard_normal((batch_size, *size, 3), np.float32)
@@ -100,11 +100,10 @@ def random_batch(
 
 
 def cancelled_biases(model: FCN) -> list[str]:
-    """Return the biases whose true gradient is zero, because the batch norm after them takes the mean off."""
+    """Return the biases whose true gradient is zero, because the batch norm after them subtracts the mean."""
     if model.encoder_norm is None or model.freeze_encoder:
         return []
-    shapes = jax.eval_shape(functools.partial(init_variables, model, image_size=(320, 320)), jax.random.key(0))
-    return [f"vgg.{name}.bias" for name in shapes["params"]["vgg"] if name.startswith("conv")]
+    return [f"vgg.{name}.bias" for name in _shapes(model)["params"]["vgg"] if name.startswith("conv")]
 
 
 def against_torch(case: Case, devices: int = 1) -> Report:
@@ -112,50 +111,37 @@ def against_torch(case: Case, devices: int = 1) -> Report:
 
     Args:
         case: what to compare; torch computes in bfloat16 by autocast.
-        devices: over how many the JAX side spreads the batch (pmap); torch has the whole of it.
+        devices: over how many the JAX side splits the batch (pmap); torch has the whole of it.
 
     Raises:
-        InputError: torch is not installed, or a side cannot serve the input.
+        InputError: torch is not installed, or a side does not accept the input.
     """
-    dtype, optim = case.dtype, case.optim
-    model, variables = _in_dtype(without_dropout(case.model), case.variables, dtype)
-    twin = make_twin(model)
-    import torch
-
-    from fcn_jax.compare.torch_side import make_torch_side
-
-    twin.load_state_dict(
-        {name: torch.from_numpy(np.array(value)) for name, value in weights.to_torch(model, variables).items()}
-    )
-    name = f"jax, {devices} devices" if devices > 1 else "jax"
-    mode = "pmap" if devices > 1 else "jit"
-    reference = noise = None
-    if dtype != "float64":
-        reference = make_torch_side(twin, optim, name="torch float64", dtype="float64")
-        noise = make_torch_side(twin, optim, name="torch channels_last", dtype=dtype, channels_last=True)
-    return compare(
-        make_jax_side(model, variables, optim, name=name, mode=mode, devices=devices),
-        make_torch_side(twin, optim, dtype=dtype),
-        case.images,
-        case.labels,
-        steps=case.steps,
-        threshold=case.limit(dtype),
-        reference=reference,
-        noise=noise,
-        cancelled=cancelled_biases(model),
-    )
+    torch = import_torch_adapter()
+    twin = torch.load_twin(case.model.clone(param_dtype=_param_dtype(case.dtype)), case.variables)
+    side, more = functools.partial(torch.make_torch_side, twin, case.optim), {}
+    if case.dtype != "float64":
+        more["reference"] = side(name="torch float64", dtype="float64")
+        more["noise"] = side(name="torch channels_last", dtype=case.dtype, channels_last=True)
+    several: dict[str, Any] = {"mode": "pmap", "devices": devices} if devices > 1 else {}
+    ours = case.jax_side(f"jax, {devices} devices" if several else "jax", case.model, **several)
+    try:
+        return case.compare(ours, side(dtype=case.dtype), **more)
+    except ValueError as error:
+        if "more than 1 value per channel" not in str(error):
+            raise
+        raise InputError("torch normalises no single value; give a larger image or more images") from error
 
 
 def against_jax(case: Case, devices: int = 2) -> Iterator[Report]:
     """Compare a network with itself, computed in other ways.
 
-    The ways: pmap and mesh on ``devices`` against plain jit on one; float32 against float64; the precisions
-    "default" and "high" against "highest"; polyphase upsampling against the dilated convolution; rematerialised
-    stages against kept ones.
+    The ways: pmap and mesh on ``devices`` against one device; float32 against float64; the precisions "default" and
+    "high" against "highest"; polyphase upsampling against the dilated convolution; rematerialised stages against kept
+    ones.
 
     Args:
         case: what to compare.
-        devices: over how many pmap and mesh spread the batch.
+        devices: over how many pmap and mesh split the batch.
 
     Yields:
         One report for each pair.
@@ -165,41 +151,25 @@ def against_jax(case: Case, devices: int = 2) -> Iterator[Report]:
     """
     if len(case.images) % devices:
         raise InputError(f"expected a batch that splits over {devices} devices, got {len(case.images)} images")
-    model = without_dropout(case.model)
-
-    def side(name: str, network: FCN = model, dtype: str = case.dtype, **options: Any) -> Side:
-        return make_jax_side(*_in_dtype(network, case.variables, dtype), case.optim, name=name, **options)
-
-    def pair(ours: Side, theirs: Side, dtype: str = case.dtype) -> Report:
-        return compare(
-            ours,
-            theirs,
-            case.images,
-            case.labels,
-            steps=case.steps,
-            modes=("train",),
-            threshold=case.limit(dtype),
-            cancelled=cancelled_biases(model),
-        )
-
+    model, pair = case.model, functools.partial(case.compare, modes=("train",))
     # Shared by many pairs, so that it is compiled once.
-    plain = side("one device")
+    plain = case.jax_side("one device", model)
 
     def renamed(name: str) -> Side:
         return dataclasses.replace(plain, name=name)
 
     def at(precision: str) -> Side:
         given = precision == model.precision
-        return renamed(precision) if given else side(precision, model.clone(precision=precision))
+        return renamed(precision) if given else case.jax_side(precision, model.clone(precision=precision))
 
     for mode in ("pmap", "mesh"):
-        yield pair(side(f"{mode} x {devices}", mode=mode, devices=devices), plain)
-    single, double = (renamed(d) if d == case.dtype else side(d, dtype=d) for d in ("float32", "float64"))
+        yield pair(case.jax_side(f"{mode} x {devices}", model, mode=mode, devices=devices), plain)
+    single, double = (renamed(d) if d == case.dtype else case.jax_side(d, model, d) for d in ("float32", "float64"))
     yield pair(single, double, "float32")
     highest = at("highest")
     for precision in ("default", "high"):
         yield pair(at(precision), highest)
     if not isinstance(model, ResizeFCN):
-        yield pair(renamed("polyphase"), side("dilated", interceptor=dilated_upsampling))
-    other = side("kept" if model.remat else "remat", model.clone(remat=not model.remat))
-    yield pair(other, renamed("remat" if model.remat else "kept"))
+        yield pair(renamed("polyphase"), case.jax_side("dilated", model, interceptor=dilated_upsampling))
+    names = ("kept", "remat") if model.remat else ("remat", "kept")
+    yield pair(case.jax_side(names[0], model.clone(remat=not model.remat)), renamed(names[1]))

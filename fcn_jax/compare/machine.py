@@ -1,4 +1,4 @@
-"""What a measurement was made on: hardware, versions, load, and the memory that a device's allocator counts."""
+"""The machine that a benchmark ran on: hardware, versions, load, and the memory that JAX's allocator counts."""
 
 from __future__ import annotations
 
@@ -13,73 +13,43 @@ import jax
 
 from fcn_jax.training.run import environment
 
-__all__ = ["cores_allowed", "describe", "load", "meter"]
 
-
-def describe(against_torch: bool) -> dict[str, Any]:
+def describe() -> dict[str, Any]:
     """Return hardware, versions and commit, for the record."""
-    about: dict[str, Any] = {
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else None
+    return {
         "hardware": {
-            "cpu": _cpu_model(),
+            "cpu": names[0] if names else platform.processor() or platform.machine(),
             "cores": os.cpu_count(),
             "cores_allowed": cores_allowed(),
-            "memory_bytes": _memory_bytes(),
+            "memory_bytes": memory,
             "jax_devices": [f"{device.platform}: {device.device_kind}" for device in jax.devices()],
         },
-        "versions": {
-            "platform": platform.platform(),
-            **environment(),
-        },
+        "versions": {"platform": platform.platform(), **environment()},
         "xla_flags": os.environ.get("XLA_FLAGS", ""),
     }
-    if against_torch:
-        from fcn_jax.compare import bench_torch as torch_side
-
-        found = torch_side.describe()
-        about["hardware"] |= found["hardware"]
-        about["versions"] |= found["versions"]
-    return about
-
-
-def _cpu_model() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
 
 
 def cores_allowed() -> int | None:
-    """Return the cores that this process may use."""
+    """Return the number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count()
 
 
-def _memory_bytes() -> int | None:
-    try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (OSError, ValueError, AttributeError):
-        return None
-
-
 def load() -> list[float] | None:
-    """Return the load averages over 1, 5 and 15 minutes: above this process's own, others took part."""
-    try:
-        return list(os.getloadavg())
-    except (OSError, AttributeError):
-        return None
+    """Return the load averages over 1, 5 and 15 minutes: a value above this process's own shows other work."""
+    return list(os.getloadavg()) if hasattr(os, "getloadavg") else None
 
 
-def meter(torch: bool) -> Callable[[], int | None]:
-    """Start counting a device's memory; what is returned tells the peak since, in bytes above what was there.
+def meter() -> Callable[[], int | None]:
+    """Start to measure the memory of JAX's first device.
 
-    None on the CPU, which has no such counter. XLA's peak never falls: a row that stays under an earlier one's has
-    none either.
+    Returns:
+        A function that gives the peak since then, in bytes above what was allocated at the start. None on the CPU,
+        which has no such counter, and where an earlier peak was higher: XLA's peak never falls.
     """
-    if torch:
-        from fcn_jax.compare import bench_torch as torch_side
-
-        return torch_side.meter()
     device = jax.devices()[0]
     before = device.memory_stats()
 

@@ -1,97 +1,196 @@
-"""A row of the benchmark: one piece of work that two implementations do, and what is known of it beforehand."""
+"""The rows of the benchmark: single operators at the sizes at which the networks use them, and whole networks."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import jax
 import numpy as np
 
-from fcn_jax.training.devices import Parallel
+from fcn_jax.compare.bench import NETWORKS, NUM_CLASSES, Numbers, Row, Runner, Settings
+from fcn_jax.compare.experiments import random_batch, random_variables
+from fcn_jax.compare.jax_adapter import function_runner, train_runner, without_dropout
+from fcn_jax.config import OptimConfig
+from fcn_jax.models import create_model, summarize
+from fcn_jax.models.fcn import FCN
+from fcn_jax.models.layers import Compute, conv, max_pool, scaled
+from fcn_jax.models.transposed_conv import transposed_conv
+from fcn_jax.models.vgg import ENCODERS, STAGE_CHANNELS, VGG
 
-__all__ = ["Numbers", "Pair", "Row", "Runner", "compile_step", "jax_runner", "planned_bytes"]
-
-Numbers = Mapping[str, Mapping[str, np.ndarray]]
-"""Quantity -> name -> array, in one framework's axes on both sides; each quantity is compared by one norm."""
-
-
-@dataclass(frozen=True)
-class Runner:
-    """One implementation of a row, its weights and inputs on the device."""
-
-    call: Callable[[], Any]
-    """Do the work once; it may come back before the device has finished."""
-    wait: Callable[[Any], object]
-    """Wait until the device has computed what a call returned."""
-    numbers: Callable[[Any], Numbers]
-    """What the first call computed; asked for before the second."""
-    compile: Callable[[], int | None] = lambda: None
-    """Compile ahead; return the bytes that the program plans to use, where that is known."""
-
-    def run(self) -> Any:
-        """Call, wait, and return what the call returned."""
-        out = self.call()
-        self.wait(out)
-        return out
-
-
-class Pair(NamedTuple):
-    """Both implementations, of the same weights and inputs."""
-
-    ours: Callable[[], Runner]
-    theirs: Callable[[str], Runner]
-    """By the name of a variant."""
+# float32: other orders of sums of up to 10^5 products; bfloat16: both sides round each result to 8 bits.
+_OPERATOR_TOLERANCE = {"float32": 1e-5, "bfloat16": 1e-2}
+# "update" is how far one step moved all parameters. float32: two computations already differ by 2e-4 in gradients,
+# where a rounding flips a ReLU or the winner of a pool. bfloat16 flips many more: by 0.2 in `ladder`, whose five batch
+# norms follow each other; a wrong layer is off by about 1.
+_TOLERANCES: dict[str, dict[str, float]] = {
+    "float32": {"pool5": 1e-5, "logits": 1e-4, "statistics": 1e-4, "loss": 1e-4, "update": 5e-3},
+    "bfloat16": {"pool5": 5e-2, "logits": 5e-2, "statistics": 5e-2, "loss": 1e-2, "update": 0.5},
+}
+_NETWORK_VARIANTS = {"cpu": ("contiguous", "channels_last"), "gpu": ("channels_last", "channels_last compiled")}
+_OPERATOR_VARIANTS = {"cpu": _NETWORK_VARIANTS["cpu"], "gpu": ("contiguous", *_NETWORK_VARIANTS["gpu"])}
+_QUANTITIES = {"encoder": ["pool5"], "inference": ["logits"], "train": ["loss", "update", "statistics"]}
+_OPTIM = OptimConfig(lr=0.01, momentum=0.9, weight_decay=5e-4)
+# Our axes of an array in the order of torch's.
+_IMAGE, _KERNEL, _UPSAMPLE_KERNEL, _MATRIX = (0, 3, 1, 2), (3, 2, 0, 1), (2, 3, 0, 1), (0, 1)
+Function = Callable[..., tuple[Any, ...]]
 
 
-@dataclass(frozen=True)
-class Row:
-    """A piece of work."""
-
-    name: str
-    group: str
-    open: Callable[[], Pair]
-    """Draw weights and inputs."""
-    tolerances: Mapping[str, float]
-    """Of each quantity: |x - y| / |y| up to which two sides are taken to have computed the same."""
-    variants: tuple[str, ...]
-    """How torch computes it; the fastest counts."""
-    flops: int | None = None
-    """Of one call: two for each multiplication with its addition."""
-    images: int | None = None
-    """Of one call."""
-    about: Mapping[str, Any] = field(default_factory=dict)
-    """Sizes, for the record."""
-
-
-def jax_runner(function: Any, arguments: tuple[Any, ...], numbers: Callable[[Any], Numbers]) -> Runner:
-    """Make the runner of a jitted function that changes nothing.
+def _operator(
+    name: str,
+    operator: str,
+    settings: Settings,
+    ours: Function,
+    arguments: Sequence[tuple[tuple[int, ...], tuple[int, ...]]],
+    results: Sequence[str],
+    flops: int | None,
+) -> Row:
+    """Make the row of an operator.
 
     Args:
-        function: what ``jax.jit`` returned.
-        arguments: placed on the device here.
-        numbers: see ``Runner``.
+        name: of the row.
+        operator: torch's, see ``torch_adapter.operator_runner``.
+        settings: device and dtype.
+        ours: (*arguments) -> results.
+        arguments: shape, in our axes, and torch's order of these axes.
+        results: names; "dx" and "dw" are shaped like the first two arguments, any other like the last.
+        flops: of one call.
     """
-    arguments = jax.device_put(arguments, jax.devices()[0])
-    return Runner(
-        lambda: function(*arguments),
-        jax.block_until_ready,
-        numbers,
-        lambda: planned_bytes(function.lower(*arguments).compile()),
-    )
+    shapes, orders = zip(*arguments, strict=True)
+
+    def open_row(torch: Any) -> tuple[Callable[[], Runner], Callable[[str], Runner]]:
+        rng = np.random.default_rng(0)
+        arrays = [rng.standard_normal(shape, np.float32).astype(settings.jax_dtype) for shape in shapes]
+
+        def numbers(out: Any) -> Numbers:
+            order = {"dx": orders[0], "dw": orders[1]}
+            found = dict(zip(results, jax.device_get(out), strict=True))
+            return {key: {"": y.transpose(order.get(key, orders[-1])).astype(np.float32)} for key, y in found.items()}
+
+        def theirs(variant: str) -> Runner:
+            turned = [x.transpose(order) for x, order in zip(arrays, orders, strict=True)]
+            return torch.operator_runner(operator, turned, results, torch.make_way(settings, variant))
+
+        return lambda: function_runner(ours, arrays, numbers), theirs
+
+    matmul = operator == "matmul"
+    variants = ("contiguous",) if matmul else _OPERATOR_VARIANTS[settings.kind]
+    tolerances = dict.fromkeys(results, _OPERATOR_TOLERANCE[settings.dtype])
+    about = {"shapes": [list(shape) for shape in shapes], "dtype": settings.dtype}
+    return Row(name, "machine" if matmul else "operators", open_row, tolerances, variants, flops, about=about)
 
 
-def compile_step(parallel: Parallel, state: Any, batch: Any) -> Any:
-    """Compile a training step for states and batches of these shapes; calls of the step then find it compiled."""
-    step: Any = parallel.step  # jit's and pmap's results have more than the call that their type names
-    return step.lower(state, batch).compile()
+def _with_gradients(forward: Callable[..., Any]) -> Function:
+    """Make (*arguments, cotangent) -> (out, the gradient of each argument)."""
+
+    def run(*arguments: Any) -> tuple[Any, ...]:
+        *inputs, cotangent = arguments
+        out, vjp = jax.vjp(forward, *inputs)
+        return out, *vjp(cotangent)
+
+    return run
 
 
-def planned_bytes(compiled: Any) -> int | None:
-    """Return arguments, outputs and temporaries of a compiled program; what is donated counts once."""
-    plan = compiled.memory_analysis()
-    if plan is None:
-        return None
-    total = plan.argument_size_in_bytes + plan.output_size_in_bytes + plan.temp_size_in_bytes
-    return total - plan.alias_size_in_bytes
+def matmul_row(settings: Settings) -> Row:
+    """Make the row of one large square matrix product: the rate that the other rows' rates are divided by."""
+    n = settings.matmul_size
+    arguments = [((n, n), _MATRIX)] * 2
+    return _operator(f"matmul-{n}", "matmul", settings, lambda a, b: (a @ b,), arguments, ["out"], 2 * n**3)
+
+
+def operator_rows(settings: Settings) -> Iterator[Row]:
+    """Yield the rows: transposed convolutions, poolings, and the three parts of 3x3 convolutions."""
+    for stride in (32, 16, 8):
+        yield _upsample_row(settings, stride)
+    channels = [scaled(count, settings.width) for count in STAGE_CHANNELS]
+    for stage, count in enumerate(channels):
+        yield _pool_row(settings, settings.image_size >> stage, count)
+    # The first stage's second layer, the second's first, and the heaviest of the third and fourth.
+    for stage, c_in in enumerate((channels[0], channels[0], channels[2], channels[3])):
+        for part in ("forward", "dx", "dw"):
+            yield _conv_row(settings, settings.image_size >> stage, c_in, channels[stage], part)
+
+
+def _upsample_row(settings: Settings, stride: int) -> Row:
+    b, n, k, c = settings.batch_size, settings.upsampled_size, 2 * stride, NUM_CLASSES
+    small = n // stride
+    ours = _with_gradients(lambda x, kernel: transposed_conv(x, kernel, stride, stride // 2))
+    arguments = [((b, small, small, c), _IMAGE), ((k, k, c, c), _UPSAMPLE_KERNEL), ((b, n, n, c), _IMAGE)]
+    flops = 3 * 2 * b * small * small * k * k * c * c
+    return _operator(f"upsample-k{k}-s{stride}", "upsample", settings, ours, arguments, ["out", "dx", "dw"], flops)
+
+
+def _pool_row(settings: Settings, size: int, channels: int) -> Row:
+    ours = _with_gradients(lambda x: max_pool(x, "ceil"))
+    arguments = [((settings.batch_size, n, n, channels), _IMAGE) for n in (size, size // 2)]
+    return _operator(f"pool-{size}x{size}x{channels}", "pool", settings, ours, arguments, ["out", "dx"], None)
+
+
+def _conv_row(settings: Settings, size: int, c_in: int, c_out: int, part: str) -> Row:
+    layer = conv(c_out, 3, Compute(settings.jax_dtype, settings.jax_dtype), padding=1, bias=False)
+
+    def forward(x: Any, kernel: Any) -> Any:
+        return layer.apply({"params": {"kernel": kernel}}, x)
+
+    parts: dict[str, Function] = {
+        "forward": lambda x, kernel, g: (forward(x, kernel),),
+        "dx": lambda x, kernel, g: jax.vjp(lambda x: forward(x, kernel), x)[1](g),
+        "dw": lambda x, kernel, g: jax.vjp(lambda kernel: forward(x, kernel), kernel)[1](g),
+    }
+    b, name = settings.batch_size, f"conv-{size}x{size}-{c_in}-{c_out}-{part}"
+    image, kernel, out = (b, size, size, c_in), (3, 3, c_in, c_out), (b, size, size, c_out)
+    arguments = [(image, _IMAGE), (kernel, _KERNEL), (out, _IMAGE)]
+    return _operator(name, part, settings, parts[part], arguments, [part], 2 * b * size * size * 9 * c_in * c_out)
+
+
+def network_rows(settings: Settings) -> Iterator[Row]:
+    """Yield the rows of the encoder's forward pass, and of each network's inference and training step."""
+    options: dict[str, Any] = {"encoder": settings.encoder, "width": settings.width, "dtype": settings.jax_dtype}
+    # The encoder of the smallest head: torch's twin has one.
+    smallest = create_model("fcn32s", NUM_CLASSES, fc_features=1, fc6_kernel=1, **options)
+    yield _network("encoder", settings.encoder, smallest, settings)
+    for name in NETWORKS:
+        model = without_dropout(create_model(name, NUM_CLASSES, **options))
+        yield _network("inference", name, model, settings)
+        yield _network("train", name, model, settings)
+
+
+def _network(kind: str, name: str, model: FCN, settings: Settings) -> Row:
+    batch_size, size = settings.batch_size, (settings.image_size, settings.image_size)
+    vgg = VGG(ENCODERS[settings.encoder], model.compute, width=settings.width)
+    part = "vgg/" if kind == "encoder" else ""
+    layers = [
+        row for row in summarize(model, size, batch_size) if row.kind != "BatchNorm" and row.path.startswith(part)
+    ]
+    # The gradients of kernels and of inputs are as many products again, each.
+    flops = sum(row.flops for row in layers) * (3 if kind == "train" else 1)
+
+    def forward(variables: Any, images: jax.Array) -> Any:
+        if kind == "encoder":
+            return vgg.apply({"params": variables["params"]["vgg"]}, images.astype(model.dtype), False)[-1]
+        return model.apply(variables, images, train=False)
+
+    def open_row(torch: Any) -> tuple[Callable[[], Runner], Callable[[str], Runner]]:
+        variables, batch = random_variables(model), random_batch(size, NUM_CLASSES, batch_size)
+
+        def numbers(out: Any) -> Numbers:
+            return {_QUANTITIES[kind][0]: {"": np.asarray(out).astype(np.float32)}}
+
+        def ours() -> Runner:
+            if kind == "train":
+                return train_runner(model, variables, batch, _OPTIM)
+            return function_runner(forward, (variables, batch[0]), numbers)
+
+        def theirs(variant: str) -> Runner:
+            way = torch.make_way(settings, variant)
+            if kind == "train":
+                return torch.train_runner(model, variables, batch, _OPTIM, way)
+            return torch.forward_runner(model, variables, batch[0], way, kind == "encoder")
+
+        return ours, theirs
+
+    tolerances = {quantity: _TOLERANCES[settings.dtype][quantity] for quantity in _QUANTITIES[kind]}
+    about = {"encoder": settings.encoder, "width": settings.width, "num_classes": NUM_CLASSES}
+    about |= {"images_shape": [batch_size, *size, 3], "dtype": settings.dtype}
+    variants = _NETWORK_VARIANTS[settings.kind]
+    return Row(f"{kind}-{name}", "networks", open_row, tolerances, variants, flops, batch_size, about)

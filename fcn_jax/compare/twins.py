@@ -38,7 +38,7 @@ def make_twin(model: FCN) -> nn.Module:
         A module: images (b, 3, h, w) -> logits (b, num_classes, h, w); with ``aux_head`` in training (logits, auxiliary
         logits).
     """
-    twins: dict[type[FCN], type[_Twin]] = {
+    twins: dict[type[FCN], type[nn.Module]] = {
         SameFCN: _SameTwin,
         Pad100FCN: _Pad100Twin,
         LadderFCN: _LadderTwin,
@@ -100,13 +100,6 @@ class _VGG(nn.Module):
         return [pool.detach() for pool in pools] if self.frozen else pools
 
 
-class _Twin(nn.Module):
-    """What `make_twin` builds."""
-
-    def __init__(self, model: FCN) -> None:
-        super().__init__()
-
-
 class _VGGHead(nn.Module):
     """fc6, ReLU, dropout, fc7, ReLU, dropout: Fanrencli's and Boostcamp's networks, pytorch-fcn's models/fcn32s.py."""
 
@@ -122,11 +115,11 @@ class _VGGHead(nn.Module):
         return self.drop7(F.relu(self.fc7(x)))
 
 
-class _SameTwin(_Twin):
+class _SameTwin(nn.Module):
     """The Boostcamp notes. Their fc6 is 1x1; Ours: a k x k fc6 padded to keep the size."""
 
     def __init__(self, model: SameFCN) -> None:
-        super().__init__(model)
+        super().__init__()
         n, self.stride, self.scales = model.num_classes, model.stride, model.skip_scales
         self.vgg = _VGG(model, ceil_mode=model.pool == "ceil")
         self.head = _VGGHead(model, self.vgg.out_channels, "same")
@@ -164,11 +157,11 @@ class _SameTwin(_Twin):
         return h[:, :, : x.size(2), : x.size(3)]
 
 
-class _Pad100Twin(_Twin):
+class _Pad100Twin(nn.Module):
     """Fanrencli (floor pooling) and pytorch-fcn (ceil pooling, factors 'at once'): their layers and their slices."""
 
     def __init__(self, model: Pad100FCN) -> None:
-        super().__init__(model)
+        super().__init__()
         n, self.stride, self.scales, self.crop = model.num_classes, model.stride, model.skip_scales, model.crop
         self.vgg = _VGG(model, ceil_mode=model.pool == "ceil", margin=100)
         self.head = _VGGHead(model, self.vgg.out_channels, "valid")
@@ -208,11 +201,11 @@ class _Pad100Twin(_Twin):
         return x[:, :, c : c + h.size(2), c : c + h.size(3)].contiguous()
 
 
-class _LadderTwin(_Twin):
+class _LadderTwin(nn.Module):
     """pochih's and FCN1's networks; the order of ReLU, addition and BN is theirs, network by network."""
 
     def __init__(self, model: LadderFCN) -> None:
-        super().__init__(model)
+        super().__init__()
         self.stride, self.fcns = model.stride, model.skip_after_norm
         self.vgg = _VGG(model, ceil_mode=False)
         in_channels = self.vgg.out_channels
@@ -274,11 +267,11 @@ class _TramacHead(nn.Module):
         return self.score(self.drop(F.relu(self.bn(self.conv(x)))))
 
 
-class _ResizeTwin(_Twin):
+class _ResizeTwin(nn.Module):
     """Tramac's core/models/fcn.py."""
 
     def __init__(self, model: ResizeFCN) -> None:
-        super().__init__(model)
+        super().__init__()
         n, self.stride = model.num_classes, model.stride
         self.vgg = _VGG(model, ceil_mode=False)
         self.head = _TramacHead(model, self.vgg.out_channels)

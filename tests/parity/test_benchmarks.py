@@ -1,8 +1,14 @@
-"""The benchmark: nothing is timed before both sides agree, both take turns, and the record says what it was made on."""
+"""The benchmark: nothing is timed before both sides agree, they take turns, and the record describes the machine."""
 
+import functools
 import json
 import math
+import os
+import subprocess
+import sys
 from dataclasses import replace
+from types import SimpleNamespace
+from unittest import mock
 
 import jax
 import numpy as np
@@ -10,21 +16,18 @@ import pytest
 
 import fcn_jax
 from fcn_jax.cli import bench as cli_bench
-from fcn_jax.cli.bench import main as bench_command
 from fcn_jax.cli.process import guarded
-from fcn_jax.compare import networks, operators
-from fcn_jax.compare.bench import alternate, differences, run_row
-from fcn_jax.compare.bench_report import matmul_rate, pool_sum, tables
+from fcn_jax.compare import jax_adapter, rows
+from fcn_jax.compare.bench import Row, Runner, alternate, differences, make_settings, pipeline_rates, run_row
 from fcn_jax.compare.collectives import count_collectives, step_collectives
-from fcn_jax.compare.rows import Pair, Row, Runner
-from fcn_jax.compare.settings import make_settings
+from fcn_jax.compare.report import bench_tables, matmul_rate, pool_sum
 from fcn_jax.models import summarize, transposed_conv
 
 SMOKE = make_settings("cpu", smoke=True)
 
 
 class Bench:
-    """Sides that log their calls and move a clock, for rows that compute nothing."""
+    """Sides that log their calls and advance a clock, for rows that compute nothing."""
 
     def __init__(self, seconds, values, broken=()):
         self.now, self.log, self.seconds, self.values, self.broken = 0.0, [], seconds, values, broken
@@ -39,11 +42,13 @@ class Bench:
         return Runner(call, lambda out: None, lambda out: {"out": {"": np.array([3.0, self.values[name]])}})
 
     def run(self, variants=("a", "b"), **settings):
-        row = Row("row", "operators", lambda: Pair(lambda: self.runner("jax"), self.runner), {"out": 1e-6}, variants)
-        return run_row(row, replace(SMOKE, **settings), clock=lambda: self.now)
+        row = Row("row", "operators", lambda _: (lambda: self.runner("jax"), self.runner), {"out": 1e-6}, variants)
+        torch = SimpleNamespace(meter=lambda: lambda: None)
+        with mock.patch("time.perf_counter", lambda: self.now):
+            return run_row(row, replace(SMOKE, **settings), torch)
 
 
-def test_sides_take_turns_and_the_order_turns_every_round():
+def test_sides_take_turns_in_reversed_order_every_other_round():
     assert list(alternate(["ours", "a", "b"], 3)) == ["ours", "a", "b", "b", "a", "ours", "ours", "a", "b"]
     bench = Bench({"jax": 2.0, "a": 1.0, "b": 3.0}, {"jax": 4.0, "a": 4.0, "b": 4.0})
     result = bench.run(rounds=4)
@@ -51,7 +56,7 @@ def test_sides_take_turns_and_the_order_turns_every_round():
     assert bench.log == ["jax"] * 2 + ["a"] * 2 + ["b"] * 2 + ["jax", "a", "b"] + ["jax", "a", "b", "b", "a", "jax"] * 2
     assert result.status == "ok"
     assert result.ours.samples_s == [2.0] * 4
-    assert result.theirs[0] == "a" and result.theirs[1].median_s == 1.0  # the fastest of torch's ways counts
+    assert result.theirs[0] == "a" and result.theirs[1].median_s == 1.0  # torch's fastest variant counts
 
 
 def test_short_calls_are_repeated_until_they_fill_a_sample():
@@ -63,17 +68,16 @@ def test_short_calls_are_repeated_until_they_fill_a_sample():
 
 
 @pytest.mark.parametrize("value", [4.1, math.nan])
-def test_a_side_that_computes_something_else_is_not_timed(value):
+def test_side_that_computes_something_else_is_not_timed(value):
     bench = Bench({"jax": 1.0, "a": 1.0, "b": 1.0}, {"jax": 4.0, "a": 4.0, "b": value})
     result = bench.run()
     assert result.status == "wrong" and result.ours is None and result.theirs is None
     assert bench.log == ["jax"] * 2 + ["a"] * 2 + ["b"] * 2
     assert result.worst[0] == "out" and not result.worst[1] < 1e-2
-    printed = [str(cell) for table in tables([result], "") for column in table.columns for cell in column._cells]
-    assert "WRONG" in printed
+    assert "WRONG" in [cell for table in bench_tables([result], "") for c in table.columns for cell in c.cells]
 
 
-def test_a_way_of_torch_that_does_not_run_is_named_and_the_others_count():
+def test_variant_of_torch_that_does_not_run_is_named_and_the_others_count():
     bench = Bench({"jax": 1.0, "b": 1.0}, {"jax": 4.0, "b": 4.0}, broken=("a",))
     result = bench.run()
     assert result.status == "ok" and result.theirs[0] == "b" and result.notes == ["a: a is out of memory"]
@@ -83,115 +87,110 @@ def test_a_way_of_torch_that_does_not_run_is_named_and_the_others_count():
         assert result.status == "failed" and result.ours is None and len(result.notes) == len(broken)
 
 
-def test_a_quantity_is_compared_by_one_norm_over_its_arrays():
+def test_quantity_is_compared_by_one_norm_over_its_arrays():
     ours = {"update": {"w": np.array([3.0, 4.0]), "b": np.array([1e-9])}, "loss": {"": np.array(2.0)}}
     theirs = {"update": {"w": np.array([3.0, 4.5]), "b": np.array([-1e-9])}, "loss": {"": np.array(2.0)}}
-    found = differences(ours, theirs)
-    assert found == {"update": pytest.approx(0.5 / math.hypot(3, 4.5)), "loss": 0.0}
+    assert differences(ours, theirs) == {"update": pytest.approx(0.5 / math.hypot(3, 4.5)), "loss": 0.0}
     with pytest.raises(ValueError, match="'b'"):
         differences(ours, {**theirs, "update": {"w": np.zeros(2)}})
     with pytest.raises(ValueError, match="'statistics'"):
         differences({**ours, "statistics": {}}, theirs)
 
 
-def test_flops_are_two_for_each_product_and_thrice_that_with_gradients():
+def test_flops_are_two_for_each_product_and_three_times_that_with_gradients():
     settings = make_settings("cpu")
-    rows = {row.name: row for row in [operators.matmul_row(settings), *operators.operator_rows(settings)]}
-    assert rows["matmul-4096"].flops == 2 * 4096**3
+    found = {row.name: row for row in [rows.matmul_row(settings), *rows.operator_rows(settings)]}
+    assert found["matmul-4096"].flops == 2 * 4096**3
     # each of 16 x 16 pixels meets 64 x 64 taps, 21 x 21 channels; batch 2
-    assert rows["upsample-k64-s32"].flops == 3 * 2 * 2 * 16 * 16 * 64 * 64 * 21 * 21
-    assert rows["conv-128x128-64-128-dw"].flops == 2 * 2 * 128 * 128 * 9 * 64 * 128
-    assert rows["pool-256x256x64"].flops is None
-    assert [name for name in rows if name.startswith("conv")][-1] == "conv-32x32-512-512-dw"
-    whole = {row.name: row for row in networks.network_rows(SMOKE)}
+    assert found["upsample-k64-s32"].flops == 3 * 2 * 2 * 16 * 16 * 64 * 64 * 21 * 21
+    assert found["conv-128x128-64-128-dw"].flops == 2 * 2 * 128 * 128 * 9 * 64 * 128
+    assert found["pool-256x256x64"].flops is None
+    assert [name for name in found if name.startswith("conv")][-1] == "conv-32x32-512-512-dw"
+    networks = {row.name: row for row in rows.network_rows(SMOKE)}
     model = fcn_jax.create_model("fcn8s_pad100", 21, encoder="vgg11", width=0.0625)
     forward = sum(row.flops for row in summarize(model, (64, 64), batch=2))
-    assert whole["inference-fcn8s_pad100"].flops == forward
-    assert whole["train-fcn8s_pad100"].flops == 3 * forward
+    assert networks["inference-fcn8s_pad100"].flops == forward
+    assert networks["train-fcn8s_pad100"].flops == 3 * forward
 
 
 # --- the command
 
 
 def bench(*arguments):
-    return guarded(bench_command, ["--smoke", *map(str, arguments)])
+    return guarded(cli_bench.main, [str(argument) for argument in arguments])
 
 
-def test_a_run_records_what_it_was_made_on(tmp_path, capsys):
+def test_run_records_times_errors_and_the_machine(tmp_path, capsys):
     only = ["upsample-k16-s8", "pool-4x4x32", "conv-8x8*dw", "encoder-vgg11", "train-fcn8s_resize"]
-    assert bench("--device", "cpu", "--rounds", 3, "--out", tmp_path / "new", "--only", *only) == 0
+    arguments = ["--smoke", "--device", "cpu", "--rounds", 3, "--out", tmp_path / "new", "--only", *only]
+    assert bench(*arguments) == 0
     content = json.loads((tmp_path / "new" / "bench.json").read_text())
     assert content["hardware"]["cpu"] and content["hardware"]["cores"] >= 1
     assert content["hardware"]["jax_devices"][0].startswith("cpu") and content["hardware"]["torch_threads"] >= 1
-    assert {"python", "jax", "jaxlib", "flax", "torch", "numpy"} <= content["versions"].keys()
-    assert {"commit", "date", "load_before", "load_after"} <= content.keys()
+    assert {"python", "jax", "jaxlib", "flax", "torch", "numpy", "commit"} <= content["versions"].keys()
+    assert {"date", "load_before", "load_after"} <= content.keys()
     assert content["command"][:3] == ["fcn-jax", "bench", "--smoke"] and content["settings"]["image_size"] == 64
-    rows = {row["name"]: row for row in content["rows"]}
-    assert list(rows)[:2] == ["matmul-256", "upsample-k16-s8"] and len(rows) == 6
-    for row in rows.values():
+    found = {row["name"]: row for row in content["rows"]}
+    assert list(found)[:2] == ["matmul-256", "upsample-k16-s8"] and len(found) == 6
+    for row in found.values():
         assert row["status"] == "ok"
         for side in row["sides"].values():
             assert len(side["samples_s"]) == 3 and min(side["samples_s"]) == side["min_s"] <= side["median_s"]
             assert side["first_s"] > 0
-    train = rows["train-fcn8s_resize"]
+    train = found["train-fcn8s_resize"]
     assert set(train["sides"]) == {"jax", "contiguous", "channels_last"}
     assert set(train["errors"]["contiguous"]) == {"loss", "update", "statistics"}
     # parameters and momentum of 2 x 10^5 numbers are the least of it
     assert train["sides"]["jax"]["planned_bytes"] > 4 * 2 * 2e5
-    fastest = min(side["median_s"] for side in rows["matmul-256"]["sides"].values())
+    fastest = min(side["median_s"] for side in found["matmul-256"]["sides"].values())
     assert content["matmul_flops_per_s"] == pytest.approx(2 * 256**3 / fastest)
     printed = capsys.readouterr().out
     assert "train-fcn8s_resize" in printed and "smoke run" in printed
 
 
-def test_a_wrong_operator_is_refused_with_code_1(tmp_path, capsys, monkeypatch):
-    right = operators.transposed_conv
-    # the gradient alone is wrong
+def test_wrong_gradient_of_an_operator_gives_code_1(tmp_path, capsys, monkeypatch):
+    right = rows.transposed_conv
     wrong = jax.custom_vjp(lambda x, kernel: right(x, kernel, 8, 4))
     wrong.defvjp(
         lambda x, kernel: jax.vjp(lambda x, kernel: right(x, kernel, 8, 4), x, kernel),
         lambda vjp, g: (vjp(g)[0], 1.01 * vjp(g)[1]),
     )
-    monkeypatch.setattr(operators, "transposed_conv", lambda x, kernel, *_: wrong(x, kernel))
+    monkeypatch.setattr(rows, "transposed_conv", lambda x, kernel, *_: wrong(x, kernel))
     only = ["upsample-k16-s8", "pool-4x4x32"]
-    assert bench("--device", "cpu", "--out", tmp_path / "b.json", "--only", *only) == 1
-    rows = {row["name"]: row for row in json.loads((tmp_path / "b.json").read_text())["rows"]}
-    row = rows["upsample-k16-s8"]
+    assert bench("--smoke", "--device", "cpu", "--out", tmp_path / "b.json", "--only", *only) == 1
+    found = {row["name"]: row for row in json.loads((tmp_path / "b.json").read_text())["rows"]}
+    row = found["upsample-k16-s8"]
     assert row["status"] == "wrong" and all(side["samples_s"] == [] for side in row["sides"].values())
     assert row["errors"]["contiguous"]["dw"] == pytest.approx(0.01, rel=1e-3)
     assert row["errors"]["contiguous"]["out"] < 1e-5
-    assert rows["pool-4x4x32"]["status"] == "ok"  # the others go on
+    assert found["pool-4x4x32"]["status"] == "ok"  # the others go on
     printed = capsys.readouterr().out
     assert "WRONG" in printed and "not timed: upsample-k16-s8 (wrong)" in printed
 
 
-def test_a_wrong_training_step_is_refused(capsys, monkeypatch):
-    step = networks.make_train_step
-    # our loss over all pixels of a batch, ignored ones included, in the place of the mean
-    monkeypatch.setattr(networks, "make_train_step", lambda *a, **k: step(*a, **k, reduction="sum"))
-    assert bench("--device", "cpu", "--only", "train-fcn8s_resize") == 1
+def test_training_step_that_sums_the_loss_instead_of_averaging_gives_code_1(capsys, monkeypatch):
+    step = jax_adapter.make_train_step
+    monkeypatch.setattr(jax_adapter, "make_train_step", lambda *a, **k: step(*a, **k, reduction="sum"))
+    assert bench("--smoke", "--device", "cpu", "--only", "train-fcn8s_resize") == 1
     assert "train-fcn8s_resize (wrong)" in capsys.readouterr().out
 
 
-def test_the_gpus_way_runs_on_the_cpu_in_a_smoke_run(tmp_path, capsys):
+def test_gpu_settings_run_on_the_cpu_in_a_smoke_run(tmp_path, capsys):
     only = ["upsample-k16-s8", "pool-4x4x32", "inference-fcn8s_resize"]
-    assert bench("--device", "gpu", "--out", tmp_path, "--only", *only) == 0
+    assert bench("--smoke", "--device", "gpu", "--out", tmp_path, "--only", *only) == 0
     content = json.loads((tmp_path / "bench.json").read_text())
     assert content["settings"]["kind"] == "gpu" and content["settings"]["on_gpu"] is False
     network = content["rows"][-1]
-    assert network["dtype"] == "bfloat16" and set(network["sides"]) == {
-        "jax", "channels_last", "channels_last compiled"
-    }  # fmt: skip
+    assert network["dtype"] == "bfloat16"
+    assert set(network["sides"]) == {"jax", "channels_last", "channels_last compiled"}
     assert 1e-4 < network["errors"]["channels_last"]["logits"] < 5e-2  # roundings of bfloat16 are there
     assert "no GPU here" in capsys.readouterr().out
 
 
-def test_without_torch_only_ours_is_timed_and_the_pools_are_added_up(capsys, monkeypatch):
+def test_without_torch_only_our_side_is_timed_and_the_pools_are_summed(capsys, monkeypatch):
     results = []
-    monkeypatch.setattr(
-        cli_bench, "run_row", lambda row, settings: results.append(run_row(row, settings)) or results[-1]
-    )
-    assert bench("--against", "none", "--only", "pool-*") == 0
+    monkeypatch.setattr(cli_bench, "run_row", lambda *args: results.append(run_row(*args)) or results[-1])
+    assert bench("--smoke", "--against", "none", "--only", "pool-*") == 0
     assert all(list(result.sides) == ["jax"] and result.errors == {} for result in results)
     assert matmul_rate(results) > 0
     ours, theirs = pool_sum(results)
@@ -204,24 +203,27 @@ def test_without_torch_only_ours_is_timed_and_the_pools_are_added_up(capsys, mon
     ("arguments", "named"),
     [
         (["--device", "gpu"], ["GPU", "--device cpu"]),
-        (["--device", "tpu"], ["tpu", "cpu"]),
-        (["--against", "caffe"], ["caffe", "torch"]),
         (["--only", "pool-9"], ["pool-9", "pool-256x256x64", "train-fcn8s"]),
         (["--collectives", "--only", "fcn9s"], ["fcn9s", "fcn8s_ladder"]),
         (["--rounds", "0"], ["--rounds"]),
-        (["--rounds", "many"], ["--rounds", "many"]),
         (["--seconds", "nan"], ["--seconds"]),
         (["--image-size", "100"], ["--image-size", "32"]),
-        (["--fast"], ["--fast"]),
         (["--smoke", "--only", "pool-4*", "--out", "/dev/null/b.json"], ["/dev/null"]),
+        (["--pipeline", "nosuch"], ["nosuch", "camvid"]),
+        (["--pipeline", "camvid"], ["--data.dir"]),
     ],
 )
-def test_mistakes_give_one_line_and_code_2(arguments, named, capsys):
-    assert guarded(bench_command, arguments) == cli_bench.main(arguments) == 2
-    lines = capsys.readouterr().err.strip().splitlines()
-    assert len(lines) == 2 and lines[0] == lines[1] and lines[0].startswith("error: ")
-    for word in named:
-        assert word in lines[0]
+def test_mistake_gives_one_line_and_code_2(arguments, named, capsys):
+    assert bench(*arguments) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert line.startswith("error: ") and all(word in line for word in named)
+
+
+@pytest.mark.parametrize("arguments", [["--device", "tpu"], ["--against", "caffe"], ["--rounds", "many"], ["--fast"]])
+def test_unknown_option_is_rejected_by_the_parser(arguments, capsys):
+    with pytest.raises(SystemExit) as stop:
+        bench(*arguments)
+    assert stop.value.code == 2 and arguments[-1] in capsys.readouterr().err
 
 
 def test_ctrl_c_says_where_the_rows_are(monkeypatch, capsys):
@@ -229,9 +231,54 @@ def test_ctrl_c_says_where_the_rows_are(monkeypatch, capsys):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(cli_bench, "_rows", interrupted)
-    assert guarded(bench_command, ["--smoke"]) == cli_bench.main(["--smoke"]) == 130
-    lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == 2 and all("rows that were done" in line for line in lines)
+    assert bench("--smoke") == 130
+    assert "rows that were done" in capsys.readouterr().err
+
+
+def test_commands_run_where_data_libraries_are_absent():
+    code = """
+import sys
+
+absent = "grain tensorflow_datasets array_record orbax tensorboardX cv2 PIL tensorflow".split()
+sys.modules.update(dict.fromkeys(absent))
+import fcn_jax.cli.bench, fcn_jax.cli.parity
+from fcn_jax.cli import main
+
+assert not {"torch", "matplotlib"} & set(sys.modules)
+parity = "parity fcn32s_resize --encoder vgg11 --width 0.03 --steps 0 --max-error 1e-3 --max-error-of layers"
+code = main(parity.split()) or main("bench --smoke --device cpu --only pool-4x4*".split())
+assert "msgspec" not in sys.modules
+sys.exit(code)
+"""
+    environment = {**os.environ, "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0 and "pool-4x4x32" in done.stdout, done.stderr
+
+
+def test_cpu_kernels_can_be_left_out(monkeypatch, capsys):
+    used = []
+    right = transposed_conv._phases_by_row
+    monkeypatch.setattr(transposed_conv, "_phases_by_row", lambda *args, **kw: used.append(0) or right(*args, **kw))
+    arguments = ["--smoke", "--device", "cpu", "--against", "none", "--only", "upsample-k64*"]
+    assert bench(*arguments, "--plain-kernels") == 0 and not used
+    assert bench(*arguments) == 0 and used
+    assert "upsample-k64" in capsys.readouterr().out
+
+
+def check_pipeline(path, monkeypatch, capsys):
+    """Measure an input pipeline; return the rates."""
+    monkeypatch.setenv("HOME", str(path))  # where the prepared copy goes
+    assert bench("--smoke", "--pipeline", "shapes", "--out", path) == 0
+    assert "images/s per core" in capsys.readouterr().out
+    rates = json.loads((path / "bench.json").read_text())["pipeline"]
+    assert all(rate["images_per_s"] > 0 for rate in rates)
+    return rates
+
+
+def test_input_pipeline_is_measured(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(cli_bench, "pipeline_rates", functools.partial(pipeline_rates, workers=(0,)))
+    (rate,) = check_pipeline(tmp_path, monkeypatch, capsys)
+    assert rate["workers"] == 0 and rate["images_per_core_s"] > 0
 
 
 # --- collectives
@@ -248,52 +295,31 @@ replica_groups={{0,1}}, to_apply=%add
 """
 
 
-def test_collectives_are_read_from_a_programs_text():
-    found = {each.kind: (each.count, each.bytes) for each in count_collectives(HLO)}
+def test_collectives_are_read_from_the_text_of_a_program():
     gradient = 4 * (3 * 3 * 3 * 64 + 1) + 2 * 8
-    assert found == {
-        "all-gather": (1, 32),
-        "all-reduce": (2, gradient + 4 * 31),  # a device's sum with itself is left out
-        "collective-permute": (1, 16),
-    }
+    assert [tuple(each.values()) for each in count_collectives(HLO)] == [
+        ("all-gather", 1, 32),
+        ("all-reduce", 2, gradient + 4 * 31),  # a device's sum with itself is left out
+        ("collective-permute", 1, 16),
+    ]
 
 
-@pytest.mark.parametrize(("mode", "norm"), [("pmap", None), ("mesh", None), ("pmap", "batch"), ("mesh", "batch")])
-def test_a_step_reduces_the_gradient_once_and_nothing_else_of_size(mode, norm):
-    model = fcn_jax.create_model("fcn32s", 5, encoder="vgg11", encoder_norm=norm, width=0.1, fc6_kernel=3)
+def check_step_collectives(mode, norm):
+    """Check that a step on two devices sums the gradient once, and otherwise a few numbers alone."""
+    options = {"encoder": "vgg11", "encoder_norm": norm, "width": 0.1, "fc_features": 64, "fc6_kernel": 3}
+    model = fcn_jax.create_model("fcn32s", 5, **options)
     found = step_collectives(model, mode, jax.devices()[:2], (32, 32), batch_size=4)
-    variables = fcn_jax.init_variables(model, jax.random.key(0))
+    variables = jax.eval_shape(lambda: fcn_jax.init_variables(model, jax.random.key(0)))
     parameters = sum(x.size for x in jax.tree.leaves(variables["params"]))
-    assert found.gradient_bytes == 4 * parameters and found.devices == 2
+    assert found["gradient_bytes"] == 4 * parameters and found["devices"] == 2
     # Loss and weight; of each channel under a batch norm: mean and variance, and what the gradient hands back to each.
     # On a mesh that follows from the sums which are the gradients of scale and bias.
     numbers = 2 if mode == "mesh" else 4
     channels = sum(x.size for x in jax.tree.leaves(variables.get("batch_stats", {}))) // 2
-    assert [each.kind for each in found.found] == ["all-reduce"]
-    assert found.bytes == 4 * (parameters + 2 + numbers * channels)
+    assert [each["kind"] for each in found["found"]] == ["all-reduce"]
+    assert found["bytes"] == 4 * (parameters + 2 + numbers * channels)
 
 
-# --- the input pipeline
-
-
-def test_the_input_pipelines_speed_is_measured_by_workers(tmp_path, monkeypatch, capsys):
-    monkeypatch.setenv("HOME", str(tmp_path))  # where the prepared copy goes
-    assert cli_bench.main(["--smoke", "--pipeline", "shapes", "--out", str(tmp_path)]) == 0
-    rates = json.loads((tmp_path / "bench.json").read_text())["pipeline"]
-    assert [rate["workers"] for rate in rates] == [0, 2]
-    assert all(rate["images_per_s"] > 0 for rate in rates)
-    assert rates[0]["images_per_core_s"] > 0 and rates[1]["images_per_core_s"] is None
-    assert "images/s per core" in capsys.readouterr().out
-    assert cli_bench.main(["--pipeline", "nosuch"]) == 2
-    assert cli_bench.main(["--pipeline", "camvid"]) == 2  # its data are nowhere
-    assert all(line.startswith("error: ") for line in capsys.readouterr().err.splitlines())
-
-
-def test_the_cpus_own_forms_can_be_left_out(monkeypatch, capsys):
-    used = []
-    right = transposed_conv._phases_by_row
-    monkeypatch.setattr(transposed_conv, "_phases_by_row", lambda *args, **kw: used.append(0) or right(*args, **kw))
-    arguments = ["--smoke", "--device", "cpu", "--only", "upsample-k64*"]
-    assert cli_bench.main([*arguments, "--plain-forms"]) == 0 and not used
-    assert cli_bench.main(arguments) == 0 and used
-    assert "upsample-k64" in capsys.readouterr().out
+@pytest.mark.parametrize("mode", ["pmap", "mesh"])
+def test_step_sums_over_devices_the_gradient_once_and_otherwise_only_batch_statistics(mode):
+    check_step_collectives(mode, "batch")
