@@ -33,11 +33,12 @@ from fcn_jax.errors import InputError, unknown
 from fcn_jax.evaluation.evaluate import PLAIN, Views, evaluate, make_predictor, spread
 from fcn_jax.evaluation.figures import overlay, save_confusion, save_palette_png, save_panel, save_predictions
 from fcn_jax.evaluation.predict import make_image_predictor
+from fcn_jax.evaluation.report import score_table
 from fcn_jax.models import create_model, summarize
 from fcn_jax.recipes import DEFAULT_RECIPE, RECIPES
 from fcn_jax.training.devices import make_mesh
 from fcn_jax.training.distributed import is_writer, processes
-from fcn_jax.training.loop import score_table, train
+from fcn_jax.training.loop import train
 from fcn_jax.training.run import RunFolder, write_whole
 from fcn_jax.training.trained import open_trained
 
@@ -203,7 +204,7 @@ def run_predict(arguments: Arguments) -> int:
         else:
             labels = by_size(trained.variables, resize_image(image, data.input_size)[None], image.shape[:2])[0]
         save_palette_png(out, labels, trained.dataset.palette)
-        blended = overlay(image, labels, trained.dataset.palette)
+        blended = overlay(image, labels, trained.dataset.palette, trained.dataset.class_names, path.name)
         if not cv2.imwrite(str(overlay_out), cv2.cvtColor(blended, cv2.COLOR_RGB2BGR)):
             raise InputError(f"{overlay_out} could not be written; check the disk")
         print(f"{path}: {image.shape[0]}x{image.shape[1]} -> {out}")

@@ -33,7 +33,7 @@ from fcn_jax.compare.rows import Row
 from fcn_jax.compare.settings import NETWORKS, NUM_CLASSES, Settings, make_settings
 from fcn_jax.errors import InputError, Stopped, unknown
 from fcn_jax.models import create_model
-from fcn_jax.models.platform import plain_forms
+from fcn_jax.models.kernels import plain_kernels
 from fcn_jax.recipes import RECIPES
 
 __all__ = ["bench", "main"]
@@ -56,7 +56,7 @@ def _parser() -> Parser:
     parser.add_argument("--image-size", type=int, metavar="N", help="height and width of the networks' images")
     parser.add_argument("--batch-size", type=int, metavar="N")
     parser.add_argument(
-        "--plain-forms", action="store_true", help="on the CPU: leave out its own forms, to see what they give"
+        "--plain-kernels", action="store_true", help="on the CPU: leave out its own kernels, to see what they give"
     )
     parser.add_argument("--collectives", action="store_true", help="count what devices exchange in a training step")
     parser.add_argument("--pipeline", metavar="RECIPE", help="how many images a second a recipe's input pipeline gives")
@@ -87,7 +87,7 @@ def bench(arguments: Sequence[str]) -> int:
         return _pipeline(given.pipeline, given.data_dir, settings, record, out, console)
     run = _collectives if given.collectives else _rows
     try:
-        with plain_forms() if given.plain_forms else contextlib.nullcontext():
+        with plain_kernels() if given.plain_kernels else contextlib.nullcontext():
             return run(settings, given.only, record, out, console)
     except KeyboardInterrupt:
         raise Stopped("stopped; the rows that were done are in --out, where it was given", signal.SIGINT) from None

@@ -17,7 +17,7 @@ from fcn_jax.config import OptimConfig
 from fcn_jax.losses import make_loss
 from fcn_jax.models.catalog import init_variables
 from fcn_jax.models.fcn import FCN
-from fcn_jax.models.platform import plain_forms
+from fcn_jax.models.kernels import plain_kernels
 from fcn_jax.optim import make_optimizer
 from fcn_jax.step import make_train_step, new_state
 from fcn_jax.training.devices import AXIS, make_parallel
@@ -108,7 +108,7 @@ def step_collectives(
     everywhere = NamedSharding(parallel.mesh, PartitionSpec())
     state = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere), state)
     batch = _abstract_batch(mode, parallel.mesh, image_size, batch_size)
-    with plain_forms():
+    with plain_kernels():
         text = compile_step(parallel, state, batch).as_text()
     gradient = sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(variables["params"]))
     return StepCollectives(mode, len(devices), gradient, count_collectives(text))

@@ -11,7 +11,7 @@ import numpy as np
 from fcn_jax.compare.rows import Numbers, Pair, Row, Runner, jax_runner
 from fcn_jax.compare.settings import NUM_CLASSES, Settings
 from fcn_jax.models.layers import Compute, conv, max_pool, scaled
-from fcn_jax.models.transposed_conv import transposed_conv
+from fcn_jax.models.upsample import transposed_conv
 from fcn_jax.models.vgg import STAGE_CHANNELS
 
 __all__ = ["POOL_SUM", "matmul_row", "operator_rows"]

@@ -16,8 +16,6 @@ from typing import Any
 import jax
 import numpy as np
 from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 
 from fcn_jax.config import Config
 from fcn_jax.data.batches import EvalBatch
@@ -26,6 +24,7 @@ from fcn_jax.data.pipeline import make_eval_batches, make_train_iterator
 from fcn_jax.errors import InputError, Stopped
 from fcn_jax.evaluation.evaluate import Evaluation, Sample, evaluate, spread
 from fcn_jax.evaluation.figures import save_confusion, save_curves, save_panel
+from fcn_jax.evaluation.report import score_table
 from fcn_jax.metrics import Scores
 from fcn_jax.step import TrainState
 from fcn_jax.training.checkpoint import Checkpoints, has_checkpoint, restore_newest
@@ -44,20 +43,7 @@ from fcn_jax.training.run import DatasetInfo, RunFolder
 from fcn_jax.training.setup import Trainer, make_trainer
 from fcn_jax.training.signals import StopRequest, StopRequested, stop_request
 
-__all__ = ["score_table", "train", "validate"]
-
-
-def score_table(scores: Scores, class_names: tuple[str, ...], title: str) -> Table:
-    """Lay the four scores and each class's IU out as a table, to the last digit; a class that is nowhere has nan."""
-    table = Table(title=escape(title))
-    table.add_column("score")
-    table.add_column("value", justify="right")
-    for name in ("pixel_accuracy", "mean_accuracy", "mean_iu", "frequency_weighted_iu"):
-        table.add_row(name.replace("_", " "), repr(getattr(scores, name)))
-    table.add_section()
-    for name, iu in zip(class_names, scores.per_class_iu, strict=True):
-        table.add_row(f"IU {escape(name)}", repr(float(iu)))
-    return table
+__all__ = ["train", "validate"]
 
 
 def validate(trainer: Trainer, config: Config, state: TrainState, stop: StopRequest | None = None) -> Evaluation:

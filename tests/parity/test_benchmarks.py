@@ -17,7 +17,7 @@ from fcn_jax.compare.bench_report import matmul_rate, pool_sum, tables
 from fcn_jax.compare.collectives import count_collectives, step_collectives
 from fcn_jax.compare.rows import Pair, Row, Runner
 from fcn_jax.compare.settings import make_settings
-from fcn_jax.models import summarize, transposed_conv
+from fcn_jax.models import kernels, summarize
 
 SMOKE = make_settings("cpu", smoke=True)
 
@@ -290,9 +290,9 @@ def test_the_input_pipelines_speed_is_measured_by_workers(tmp_path, monkeypatch,
 
 def test_the_cpus_own_forms_can_be_left_out(monkeypatch, capsys):
     used = []
-    right = transposed_conv._phases_by_row
-    monkeypatch.setattr(transposed_conv, "_phases_by_row", lambda *args, **kw: used.append(0) or right(*args, **kw))
+    right = kernels._phases_by_row
+    monkeypatch.setattr(kernels, "_phases_by_row", lambda *args, **kw: used.append(0) or right(*args, **kw))
     arguments = ["--smoke", "--device", "cpu", "--only", "upsample-k64*"]
-    assert cli_bench.main([*arguments, "--plain-forms"]) == 0 and not used
+    assert cli_bench.main([*arguments, "--plain-kernels"]) == 0 and not used
     assert cli_bench.main(arguments) == 0 and used
     assert "upsample-k64" in capsys.readouterr().out

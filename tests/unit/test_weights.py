@@ -172,7 +172,7 @@ def test_torchvision_fc6_reads_maps_in_the_order_channel_row_column():
     with torch.no_grad():
         flat = torch.flatten(torch.from_numpy(pool5).permute(0, 3, 1, 2), 1)
         theirs = net["classifier"][:5](flat).numpy()
-    from fcn_jax.models.heads import FullyConvolutionalHead
+    from fcn_jax.models.layers import FullyConvolutionalHead
 
     head = FullyConvolutionalHead(256, 7, "VALID", 0.5, "element", model.compute)
     ours = head.apply({"params": params["head"]}, pool5, False, jnp.arange(2))[:, 0, 0]

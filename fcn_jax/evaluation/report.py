@@ -1,0 +1,51 @@
+"""How an evaluation is shown and what its files are called."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+
+from rich.markup import escape
+from rich.table import Table
+
+from fcn_jax.evaluation.evaluate import PLAIN, Views
+from fcn_jax.metrics import Scores
+
+__all__ = ["evaluation_name", "score_table"]
+
+
+def score_table(scores: Scores, class_names: Sequence[str], title: str) -> Table:
+    """Return a table of the four scores and the IoU of each class, in per cent; "-" where there is nothing to score."""
+    table = Table(title=escape(title))
+    table.add_column("score")
+    table.add_column("per cent", justify="right")
+
+    def add(name: str, value: float) -> None:
+        table.add_row(name, "-" if math.isnan(value) else f"{100 * value:.2f}")
+
+    add("pixel accuracy", scores.pixel_accuracy)
+    add("mean accuracy", scores.mean_accuracy)
+    add("mean IoU", scores.mean_iu)
+    add("frequency weighted IoU", scores.frequency_weighted_iu)
+    table.add_section()
+    for name, iu in zip(class_names, scores.per_class_iu, strict=True):
+        add(f"IoU {escape(name)}", iu)
+    return table
+
+
+def evaluation_name(split: str, views: Views, validation_split: str) -> str:
+    """Return the stem of the files of an evaluation, which differs for each split and way of averaging.
+
+    "eval" is the plain evaluation of the run's validation split; others are called like "eval_camvid-test" or
+    "eval_camvid-test_flip_scales-0.75-1-1.25".
+
+    Args:
+        split: DATASET/SPLIT.
+        views: of the predictor.
+        validation_split: that of the run.
+    """
+    if split == validation_split and views == PLAIN:
+        return "eval"
+    scales = [] if views.scales == PLAIN.scales else ["-".join(["scales", *(f"{scale:g}" for scale in views.scales)])]
+    return "_".join(["eval", re.sub(r"[^\w.-]", "-", split), *["flip"] * views.flip, *scales])
