@@ -75,7 +75,7 @@ def test_logits_have_the_size_of_the_image_at_every_size(name):
         assert logits.shape == (2, *size, 3)
 
 
-@pytest.mark.parametrize("name", ["fcn8s", "fcn32s_ladder", "fcn16s_resize", "fcn8s_pad100"])
+@pytest.mark.parametrize("name", ["fcn32s_ladder", "fcn8s_pad100"])
 def test_a_single_pixel_gives_finite_logits(name):
     model = tiny(name)
     variables = fcn_jax.init_variables(model, jax.random.key(0), (1, 1))
@@ -131,9 +131,8 @@ def test_the_same_key_gives_the_same_variables_at_any_image_size():
     jax.tree.map(np.testing.assert_array_equal, small, large)
 
 
-@pytest.mark.parametrize("name", ["fcn8s", "fcn8s_ladder"])
-def test_a_frozen_encoder_gets_no_gradient_and_keeps_its_statistics(name, images):
-    model = tiny(name, encoder_norm="batch", freeze_encoder=True)
+def test_a_frozen_encoder_gets_no_gradient_and_keeps_its_statistics(images):
+    model = tiny("fcn8s_ladder", encoder_norm="batch", freeze_encoder=True)
     variables = fcn_jax.init_variables(model, jax.random.key(0))
     params = jax.tree.map(lambda x: x + 0.1, variables["params"])  # score layers at zero would stop every gradient
 
@@ -147,19 +146,20 @@ def test_a_frozen_encoder_gets_no_gradient_and_keeps_its_statistics(name, images
     assert not any(g.any() for g in jax.tree.leaves(gradient.pop("vgg")))
     assert any(g.any() for g in jax.tree.leaves(gradient))
     jax.tree.map(np.testing.assert_array_equal, statistics["vgg"], variables["batch_stats"]["vgg"])
-    if name == "fcn8s_ladder":  # its rungs normalise by the batch
-        assert (statistics["bn1"]["mean"] != variables["batch_stats"]["bn1"]["mean"]).any()
+    # The rungs still normalise by the batch.
+    assert (statistics["bn1"]["mean"] != variables["batch_stats"]["bn1"]["mean"]).any()
 
 
 def test_recomputing_the_encoder_changes_no_name_and_no_number(images):
     def run(remat):
         options = {"encoder_norm": "batch", "dtype": jnp.float64, "param_dtype": jnp.float64, "width": 0.05}
-        model = tiny("fcn8s_ladder", remat=remat, **options)
+        model = tiny("fcn32s_resize", remat=remat, **options)
         variables = fcn_jax.init_variables(model, jax.random.key(0))
 
         def loss(params):
             given = {**variables, "params": jax.tree.map(lambda x: x + 0.01, params)}
-            out, new = model.apply(given, images, train=True, mutable=["batch_stats"])
+            rngs = {"dropout": jax.random.key(1)}
+            out, new = model.apply(given, images, train=True, rngs=rngs, mutable=["batch_stats"])
             return jnp.sum(out**2), new
 
         return jax.jit(jax.value_and_grad(loss, has_aux=True))(variables["params"])

@@ -49,10 +49,9 @@ def test_sides_of_an_array_tell_its_maps_apart(name):
             assert [int(side[0]) for side in of_arrays] == sides
 
 
-@pytest.mark.parametrize("name", ["fcn8s", "fcn8s_resize"])
-def test_scores_of_a_set_of_many_sizes_are_the_same_with_and_without_padding(name, tmp_path):
+def test_scores_of_a_set_of_many_sizes_are_the_same_with_and_without_padding(tmp_path):
     rng = np.random.default_rng(0)
-    for index in range(6):
+    for index in range(4):
         size = tuple(int(n) for n in rng.integers(20, 90, 2))
         trees.write_image(tmp_path / f"val/images/{index}.png", trees.picture(index, size))
         trees.write_mask(tmp_path / f"val/masks/{index}.png", trees.mask(index, 3, size))
@@ -60,14 +59,14 @@ def test_scores_of_a_set_of_many_sizes_are_the_same_with_and_without_padding(nam
     config = DataConfig(dir=str(tmp_path), cache_dir=str(tmp_path / "cache"), val="folder/val")
     split = load(config.val, config)
     dtypes = {"dtype": jnp.float32, "param_dtype": jnp.float32}
-    model, variables = make_network(name, width=0.03, encoder_norm="batch", **dtypes)
+    model, variables = make_network("fcn8s_resize", width=0.03, encoder_norm="batch", **dtypes)
     predict = make_predictor(model, "imagenet", make_mesh(jax.devices()[:2]))
     shapes, found = [], []
     for multiple in (1, 64):
         batches = list(make_eval_batches(split, dataclasses.replace(config, eval_multiple=multiple), 2))
         shapes.append({batch["image"].shape for batch in batches})
-        found.append(evaluate(predict, variables, batches, 3, range(6)))
-    assert len(shapes[0]) == 6 and len(shapes[1]) <= 4
+        found.append(evaluate(predict, variables, batches, 3, range(4)))
+    assert len(shapes[0]) == 4 and len(shapes[1]) < 4
     assert found[0].confusion.sum() == found[1].confusion.sum()
     # float32: a pixel whose two best classes are level may change sides
     assert np.abs(found[0].confusion - found[1].confusion).sum() <= 1e-3 * found[0].confusion.sum()
