@@ -288,10 +288,10 @@ def test_the_input_pipelines_speed_is_measured_by_workers(tmp_path, monkeypatch,
     assert all(line.startswith("error: ") for line in capsys.readouterr().err.splitlines())
 
 
-def test_the_cpus_own_forms_can_be_left_out(monkeypatch, capsys):
+def test_the_cpus_own_kernels_can_be_left_out(monkeypatch, capsys):
     used = []
-    right = kernels._phases_by_row
-    monkeypatch.setattr(kernels, "_phases_by_row", lambda *args, **kw: used.append(0) or right(*args, **kw))
+    right = kernels._row_phases
+    monkeypatch.setattr(kernels, "_row_phases", lambda *args: used.append(0) or right(*args))
     arguments = ["--smoke", "--device", "cpu", "--only", "upsample-k64*"]
     assert cli_bench.main([*arguments, "--plain-kernels"]) == 0 and not used
     assert cli_bench.main(arguments) == 0 and used

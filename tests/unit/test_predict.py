@@ -94,15 +94,9 @@ def test_scores_are_counted_at_the_labels_size_and_padding_rows_do_not_count():
         calls.append((images.shape, size))
         return np.ones((len(images), *size), np.uint8)
 
-    batches = [
-        {
-            "image": np.zeros((2, 8, 8, 3), np.uint8),
-            "label": np.array([[[1, 0, 255]], [[0, 0, 0]]], np.uint8),
-            "name": ("a", "fill"),
-            "valid": np.array([True, False]),
-        }
-    ]
-    result = evaluate(predict, {}, batches, 2, samples_at={0})
+    labels = np.array([[[1, 0, 255]], [[0, 0, 0]]], np.uint8)
+    batch = {"image": np.zeros((2, 8, 8, 3), np.uint8), "label": labels, "name": ("a", "fill")}
+    result = evaluate(predict, {}, [{**batch, "valid": np.array([True, False])}], 2, samples_at={0})
     np.testing.assert_array_equal(result.confusion, [[0, 1], [0, 1]])
     assert calls == [((2, 8, 8, 3), (1, 3))] and result.images == 1
     assert [sample.name for sample in result.samples] == ["a"]
