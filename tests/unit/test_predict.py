@@ -39,7 +39,7 @@ def traced(monkeypatch):
 
 @pytest.mark.parametrize(
     ("name", "width"),
-    [("fcn32s", 70), ("fcn8s_pad100", 70), ("fcns_ladder", 70), ("fcn8s_resize", 70), ("fcn32s_resize", 20)],
+    [("fcn32s", 70), ("fcn8s_pad100", 70), ("fcns_ladder", 70), ("fcn8s_resize", 70), ("fcn8s_resize", 20)],
 )
 def test_tiles_give_the_classes_of_the_wholecolor_blocks(name, width):
     check_tiles(name, width)
