@@ -30,7 +30,7 @@ from fcn_jax.compare.report import bench_tables, collectives_table, matmul_rate,
 from fcn_jax.compare.rows import matmul_row, network_rows, operator_rows
 from fcn_jax.errors import InputError, Stopped, unknown
 from fcn_jax.models import create_model
-from fcn_jax.models.platform import plain_forms
+from fcn_jax.models.kernels import plain_kernels
 from fcn_jax.recipes import RECIPES
 
 __all__ = ["BenchArguments", "main"]
@@ -89,7 +89,7 @@ def main(arguments: Sequence[str]) -> int:
         console.print("no GPU here: the GPU's settings are used on the CPU, the times mean nothing")
     run = _collectives if given.collectives else _pipeline if given.pipeline is not None else _rows
     try:
-        with plain_forms() if given.plain_kernels else contextlib.nullcontext():
+        with plain_kernels() if given.plain_kernels else contextlib.nullcontext():
             code = run(given, settings, record, console)
     except KeyboardInterrupt:
         raise Stopped("stopped; the rows that were done are in --out, where it was given", signal.SIGINT) from None

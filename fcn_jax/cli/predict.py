@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import cv2
 import tyro
 
 from fcn_jax.cli.process import make_folder
@@ -13,7 +14,7 @@ from fcn_jax.data.io import decode_image
 from fcn_jax.data.transforms import resize_image
 from fcn_jax.errors import InputError
 from fcn_jax.evaluation.evaluate import make_predictor
-from fcn_jax.evaluation.figures import save_overlay, save_palette_png
+from fcn_jax.evaluation.figures import overlay, save_palette_png
 from fcn_jax.evaluation.predict import make_image_predictor
 from fcn_jax.training.run import open_run
 
@@ -53,7 +54,9 @@ def main(arguments: Sequence[str]) -> int:
         else:
             labels = by_size(run.variables, resize_image(image, data.input_size)[None], image.shape[:2])[0]
         save_palette_png(out, labels, dataset.palette)
-        save_overlay(overlay_out, image, labels, dataset.palette, dataset.class_names)
+        blended = overlay(image, labels, dataset.palette, dataset.class_names, path.name)
+        if not cv2.imwrite(str(overlay_out), cv2.cvtColor(blended, cv2.COLOR_RGB2BGR)):
+            raise InputError(f"{overlay_out} could not be written; check the disk")
         print(f"{path}: {image.shape[0]}x{image.shape[1]} -> {out}")
     return 0
 

@@ -14,7 +14,7 @@ from fcn_jax.compare.jax_adapter import compile_step, step_on_devices
 from fcn_jax.config import OptimConfig
 from fcn_jax.models.catalog import init_variables
 from fcn_jax.models.fcn import FCN
-from fcn_jax.models.platform import plain_forms
+from fcn_jax.models.kernels import plain_kernels
 from fcn_jax.optim import make_optimizer
 from fcn_jax.step import new_state
 from fcn_jax.training.devices import AXIS
@@ -83,7 +83,7 @@ def step_collectives(model: FCN, mode: str, devices: Any, size: tuple[int, int],
     image = jax.ShapeDtypeStruct((*lead, *size, 3), jnp.float32)
     batch = {"image": image, "label": jax.ShapeDtypeStruct(image.shape[:-1], jnp.int32)}
     state = jax.eval_shape(lambda v: new_state(v, optimizer), variables)
-    with plain_forms():
+    with plain_kernels():
         compiled = compile_step(parallel, abstract(state, PartitionSpec()), abstract(batch, PartitionSpec(AXIS)))
     found = count_collectives(compiled.as_text())
     gradient = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(variables["params"]))

@@ -38,7 +38,7 @@ def dilated_upsampling(next_call: Any, args: Any, kwargs: Any, context: Any) -> 
     """Compute transposed convolutions as ``jax.lax.conv_transpose`` does, as a convolution of the dilated input.
 
     An interceptor: out[o] = sum over j of dilated[o + j - (k - 1 - padding)] kernel[k - 1 - j], the sum of
-    ``models.transposed_conv`` with its zeros.
+    ``models.upsample.transposed_conv`` with its zeros.
     """
     layer = context.module
     if not isinstance(layer, TransposedConv) or context.method_name != "__call__":

@@ -15,7 +15,7 @@ from fcn_jax.config import OptimConfig
 from fcn_jax.models import create_model, summarize
 from fcn_jax.models.fcn import FCN
 from fcn_jax.models.layers import Compute, conv, max_pool, scaled
-from fcn_jax.models.transposed_conv import transposed_conv
+from fcn_jax.models.upsample import transposed_conv
 from fcn_jax.models.vgg import ENCODERS, STAGE_CHANNELS, VGG
 
 # float32: other orders of sums of up to 10^5 products; bfloat16: both sides round each result to 8 bits.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -27,7 +28,7 @@ Predictor = Callable[..., np.ndarray]
 
 @dataclass(frozen=True)
 class Views:
-    """The forms of an image over which the softmax is averaged."""
+    """The variants of an image over which the softmax is averaged."""
 
     scales: tuple[float, ...] = (1.0,)
     """Factors on height and width."""
@@ -101,11 +102,8 @@ def make_predictor(model: FCN, preprocessing: str, mesh: Mesh | None = None, vie
     def logits_of(
         variables: Mapping[str, Any], images: jax.Array, size: tuple[int, int], extents: jax.Array | None = None
     ) -> jax.Array:
-        logits: Any
-        if extents is None:
-            logits = model.apply(variables, images, train=False)
-        else:
-            logits = padded_logits(model, variables, images, extents)
+        apply: Any = model.apply if extents is None else functools.partial(padded_logits, model, extents=extents)
+        logits = apply(variables, images)
         return _resized(logits.astype(jnp.promote_types(logits.dtype, jnp.float32)), size)
 
     def forward(
@@ -129,12 +127,7 @@ def make_predictor(model: FCN, preprocessing: str, mesh: Mesh | None = None, vie
 
     compiled = jax.jit(forward, static_argnums=2)
 
-    def predict(
-        variables: Mapping[str, Any],
-        images: np.ndarray,
-        size: tuple[int, int],
-        extents: np.ndarray | None = None,
-    ) -> np.ndarray:
+    def predict(variables: Mapping[str, Any], images: Any, size: tuple[int, int], extents: Any = None) -> np.ndarray:
         placed: Any = (images, extents)
         if mesh is not None:
             whole = len(images) % mesh.size == 0

@@ -1,15 +1,15 @@
-"""The pictures of a run: curves, confusion matrix, panels, label maps.
+"""The figures of a run: curves, confusion matrix, panels, label maps.
 
-matplotlib is imported by what draws with it, so that label maps need OpenCV alone.
+Drawing libraries are imported by the functions that use them.
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-import cv2
 import numpy as np
 
 from fcn_jax.evaluation.evaluate import Sample
@@ -19,7 +19,6 @@ __all__ = [
     "overlay",
     "save_confusion",
     "save_curves",
-    "save_overlay",
     "save_palette_png",
     "save_panel",
     "save_predictions",
@@ -41,9 +40,29 @@ def colour_labels(labels: np.ndarray, palette: Palette) -> np.ndarray:
     return _table(palette)[labels]
 
 
-def overlay(image: np.ndarray, labels: np.ndarray, palette: Palette, strength: float = 0.5) -> np.ndarray:
-    """Blend an RGB image (h, w, 3) with the colours of its labels (h, w)."""
-    return cv2.addWeighted(image, 1 - strength, colour_labels(labels, palette), strength, 0)
+def overlay(
+    image: np.ndarray, labels: np.ndarray, palette: Palette, class_names: Sequence[str], name: str = ""
+) -> np.ndarray:
+    """Blend an RGB image (h, w, 3) half and half with the colours of its labels (h, w).
+
+    Pixels of a class called "background" stay as they are. ``name`` is written in the lower left corner.
+    """
+    from matplotlib import get_data_path
+    from PIL import Image, ImageDraw, ImageFont
+
+    background = [i for i, class_name in enumerate(class_names) if class_name == "background"]
+    blended = (image.astype(np.uint16) + colour_labels(labels, palette) + 1) // 2
+    blended = np.where(np.isin(labels, background)[..., None], image, blended).astype(np.uint8)
+    picture = Image.fromarray(blended)
+    if name:
+        name = _printable(name)
+        draw, (h, w) = ImageDraw.Draw(picture), labels.shape
+        font = ImageFont.truetype(f"{get_data_path()}/fonts/ttf/DejaVuSans.ttf", max(10, h // 32))
+        left = min(3, w - 3 - draw.textlength(name, font))  # the end of a long name is the part that tells more
+        _, top, right, _ = draw.textbbox((left, h - 3), name, font, anchor="lb")
+        draw.rectangle((left - 3, top - 3, right + 3, h), (0, 0, 0))
+        draw.text((left, h - 3), name, (255, 255, 255), font, anchor="lb")
+    return np.asarray(picture)
 
 
 def save_palette_png(path: Path, labels: np.ndarray, palette: Palette) -> None:
@@ -55,6 +74,11 @@ def save_palette_png(path: Path, labels: np.ndarray, palette: Palette) -> None:
     picture.save(path)
 
 
+def _printable(name: str) -> str:
+    """Return a name that every font can draw on one line."""
+    return "".join(letter if letter.isprintable() else "?" for letter in name)
+
+
 def _figure(size: tuple[float, float]) -> Any:
     from matplotlib.figure import Figure
 
@@ -63,7 +87,9 @@ def _figure(size: tuple[float, float]) -> Any:
 
 def _save(figure: Any, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110, bbox_inches="tight")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph")  # names may hold letters that matplotlib's font lacks
+        figure.savefig(path, dpi=110, bbox_inches="tight")
 
 
 def save_curves(path: Path, rows: Iterable[dict[str, Any]]) -> None:
@@ -110,68 +136,75 @@ def save_confusion(path: Path, confusion: np.ndarray, class_names: Sequence[str]
 
 
 def save_panel(path: Path, samples: Sequence[Sample], palette: Palette, class_names: Sequence[str]) -> None:
-    """Draw image, truth and prediction of each sample below one another, with the classes that occur as a legend."""
+    """Draw a column for each sample: image, truth and prediction, below its name; the classes shown are the legend."""
+    if not samples:
+        return
     columns = [
         (sample.image, *(colour_labels(labels, palette) for labels in (sample.label, sample.prediction)))
         for sample in samples
     ]
-    seen = {int(i) for sample in samples for i in np.unique((sample.label, sample.prediction))}
-    _save_grid(path, columns, ("image", "truth", "prediction"), seen, palette, class_names)
+    seen = {int(i) for sample in samples for labels in (sample.label, sample.prediction) for i in np.unique(labels)}
+    figure, grid = _grid([sample.label.shape for sample in samples], ("image", "truth", "prediction"))
+    for axes_of, column, sample in zip(grid.T, columns, samples, strict=True):
+        _title(axes_of[0], sample.name)
+        h, w = sample.label.shape
+        for axes, picture in zip(axes_of, column, strict=True):
+            # The network may have seen the image at another size than its label's.
+            axes.imshow(picture, interpolation="nearest", extent=(0, w, h, 0))
+    _legend(figure, seen, palette, class_names)
+    _save(figure, path)
 
 
 def save_predictions(path: Path, samples: Sequence[Sample], palette: Palette, class_names: Sequence[str]) -> None:
-    """Draw the predictions alone, in two rows: what can be shown of a set whose images may not be passed on."""
-    maps = [colour_labels(sample.prediction, palette) for sample in samples]
-    columns = [tuple(maps[i : i + 2]) for i in range(0, len(maps), 2)]
-    seen = {int(i) for sample in samples for i in np.unique(sample.prediction)}
-    _save_grid(path, columns, ("", ""), seen, palette, class_names)
-
-
-def _save_grid(
-    path: Path,
-    columns: Sequence[Sequence[np.ndarray]],
-    titles: Sequence[str],
-    seen: Iterable[int],
-    palette: Palette,
-    class_names: Sequence[str],
-) -> None:
-    """Draw columns of pictures, a title before each row, and a legend of the classes seen."""
-    from matplotlib.patches import Patch
-
-    if not columns:
+    """Draw the predictions alone, in two rows: for sets whose images may not be passed on."""
+    if not samples:
         return
-    h, w = columns[0][-1].shape[:2]
-    width = max(1.5, 12 / max(3, len(columns)))
-    figure = _figure((width * len(columns), len(titles) * width * h / w))
-    grid = figure.subplots(len(titles), len(columns), squeeze=False)
+    seen = {int(i) for sample in samples for i in np.unique(sample.prediction)}
+    shapes = [sample.prediction.shape for sample in samples]
+    widest = [max(shapes[i : i + 2], key=lambda shape: shape[1] / shape[0]) for i in range(0, len(shapes), 2)]
+    figure, grid = _grid(widest, ("", ""), gap=0.25)
+    for axes, sample in zip(grid.T.flat, samples, strict=False):  # the last column may be short
+        _title(axes, sample.name)
+        axes.imshow(colour_labels(sample.prediction, palette), interpolation="nearest")
+    _legend(figure, seen, palette, class_names)
+    _save(figure, path)
+
+
+def _grid(shapes: Sequence[tuple[int, ...]], rows: Sequence[str], gap: float = 0.03) -> tuple[Any, np.ndarray]:
+    """Make a figure with a column for each shape (h, w), as wide as the shape asks for, and titled rows.
+
+    ``gap`` is the distance of rows in inches.
+    """
+    ratios = [min(4.0, max(0.25, w / h)) for h, w in shapes]
+    height = min(4.0, 12 / max(3.0, sum(ratios)))
+    figure = _figure((height * sum(ratios), len(rows) * height))
+    grid = figure.subplots(len(rows), len(ratios), squeeze=False, width_ratios=ratios)
     for axes in grid.flat:
         axes.set(xticks=(), yticks=())
         axes.spines[:].set_visible(False)
-    for axes_of, column in zip(grid.T, columns, strict=True):
-        for axes, picture in zip(axes_of, column, strict=False):  # the last column may be short
-            # An image that the network saw at another size than its label's fills the same cell.
-            axes.imshow(picture, interpolation="nearest", extent=(0, w, h, 0))
-    for axes, title in zip(grid[:, 0], titles, strict=True):
+    for axes, title in zip(grid[:, 0], rows, strict=True):
         axes.set_ylabel(title, fontsize=9)
+    figure.subplots_adjust(left=0, right=1, bottom=0, top=1, wspace=0.02, hspace=gap / height)
+    return figure, grid
+
+
+def _title(axes: Any, name: str) -> None:
+    """Write a name above a picture, without its start where it is wider than the picture."""
+    fits = max(4, int(axes.get_window_extent().width / 6.5))
+    name = _printable(name if len(name) <= fits else "..." + name[3 - fits :])
+    axes.set_title(name, fontsize=8, parse_math=False)
+
+
+def _legend(figure: Any, seen: Iterable[int], palette: Palette, class_names: Sequence[str]) -> None:
+    from matplotlib.patches import Patch
+
     table = _table(palette) / 255
     patches = [
         Patch(facecolor=tuple(table[i]), edgecolor="grey", label=class_names[i] if i < len(class_names) else "void")
         for i in sorted(seen)
     ]
-    figure.subplots_adjust(left=0, right=1, bottom=0, top=1, wspace=0.02, hspace=0.02)
     legend = figure.legend(
         handles=patches, loc="upper center", ncol=min(12, len(patches)), fontsize=8, bbox_to_anchor=(0.5, -0.01)
     )
     for text in legend.get_texts():
         text.set_parse_math(False)
-    _save(figure, path)
-
-
-def save_overlay(
-    path: Path, image: np.ndarray, labels: np.ndarray, palette: Palette, class_names: Sequence[str]
-) -> None:
-    """Write the overlay of an RGB image (h, w, 3) and its labels (h, w)."""
-    del class_names
-    blended = overlay(image, labels, palette)
-    if not cv2.imwrite(str(path), cv2.cvtColor(blended, cv2.COLOR_RGB2BGR)):
-        raise OSError(f"{path} could not be written; check the disk")

@@ -7,21 +7,24 @@ would have been.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from fcn_jax.models.fcn import FCN, LadderFCN, Pad100FCN, ResizeFCN, ScoreFCN
+from fcn_jax.models.fcn import FCN, ResizeFCN, map_sides
 from fcn_jax.models.layers import BatchNorm
 from fcn_jax.models.upsample import TransposedConv
 
-__all__ = ["MULTIPLE", "padded_logits"]
+__all__ = ["MULTIPLE", "merge_padded_maps", "padded_logits", "padded_maps"]
 
 MULTIPLE = 32
 """Sides of the arrays are multiples of this, so that every map of theirs tells its stride by its size."""
+
+_Edges = dict[int, jax.Array]
+"""Side of a whole array's map -> that side of each image's own map (b,)."""
 
 
 def padded_logits(model: FCN, variables: Mapping[str, Any], images: jax.Array, extents: jax.Array) -> jax.Array:
@@ -36,11 +39,42 @@ def padded_logits(model: FCN, variables: Mapping[str, Any], images: jax.Array, e
     Returns:
         (b, h, w, num_classes); without meaning outside of the images.
     """
+    if isinstance(model, ResizeFCN):
+        return merge_padded_maps(model, padded_maps(model, variables, images, extents), extents)
+    return _apply(model, variables, images, extents)
+
+
+def padded_maps(
+    model: ResizeFCN, variables: Mapping[str, Any], images: jax.Array, extents: jax.Array
+) -> list[jax.Array]:
+    """Return the score maps at strides 32, 16 and 8, as far as there are; see ``padded_logits`` for the arguments."""
+    return _apply(model, variables, images, extents, merge=False)
+
+
+def merge_padded_maps(model: ResizeFCN, maps: Sequence[jax.Array], extents: jax.Array) -> jax.Array:
+    """Return the logits of score maps (b, h / s, w / s, c), interpolated between the corners of each image's own."""
+    h, w = (32 * n for n in maps[0].shape[1:3])
+    edges = _edges(model, h, extents[:, 0])[0], _edges(model, w, extents[:, 1])[0]
+
+    def resize(x: jax.Array, to: tuple[int, ...]) -> jax.Array:
+        for axis, letters in ((0, "bHh,bhwc->bHwc"), (1, "bWw,bhwc->bhWc")):
+            side = x.shape[1 + axis]
+            weights = _interpolation(edges[axis][side], edges[axis][to[axis]], side, to[axis])
+            x = jnp.einsum(letters, weights.astype(x.dtype), x, precision=model.precision)
+        return x
+
+    x = maps[0]
+    for skip in maps[1:]:
+        x = resize(x, skip.shape[1:3]) + skip
+    return resize(x, (h, w))
+
+
+def _apply(model: FCN, variables: Mapping[str, Any], images: jax.Array, extents: jax.Array, **options: Any) -> Any:
     _, h, w, _ = images.shape
     conv_rows, up_rows = _edges(model, h, extents[:, 0])
     conv_columns, up_columns = _edges(model, w, extents[:, 1])
 
-    def intercept(call: Any, args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
+    def intercept(call: Any, args: Any, kwargs: Any, context: Any) -> Any:
         if context.method_name != "__call__":
             return call(*args, **kwargs)
         if isinstance(context.module, TransposedConv):
@@ -53,64 +87,23 @@ def padded_logits(model: FCN, variables: Mapping[str, Any], images: jax.Array, e
 
     own = jnp.arange(h)[:, None] < extents[:, 0, None, None]
     own &= jnp.arange(w) < extents[:, 1, None, None]
-    images = jnp.where(own[..., None], images, 0)
     with nn.intercept_methods(intercept):
-        if not isinstance(model, ResizeFCN):
-            return model.apply(variables, images, train=False)  # type: ignore[return-value]
-        maps, _ = model.apply(variables, images, method="scores")  # type: ignore[misc]
-    return _merge(maps, (conv_rows, conv_columns), (h, w), model.precision)
+        return model.apply(variables, jnp.where(own[..., None], images, 0), train=False, **options)
 
 
-def _edges(model: FCN, n: int, extents: jax.Array) -> tuple[dict[int, jax.Array], dict[int, jax.Array]]:
-    """Return what maps of the images measure, (b,), by what those of the whole array do; see ``map_sizes``."""
-    whole, own = map_sizes(model, n), map_sizes(model, extents)
+def _edges(model: FCN, n: int, extents: jax.Array) -> tuple[_Edges, _Edges]:
+    """Return the edges of what convolutions read and write and of what transposed convolutions read."""
+    whole, own = map_sides(model, n), map_sides(model, extents)
     return dict(zip(whole[0], own[0], strict=True)), dict(zip(whole[1], own[1], strict=True))
 
 
-def _cut(x: jax.Array, rows: dict[int, jax.Array], columns: dict[int, jax.Array]) -> jax.Array:
+def _cut(x: jax.Array, rows: _Edges, columns: _Edges) -> jax.Array:
     """Zero x (b, h, w, c) beyond the edges; the image itself, which a margin goes around, is as it should be."""
     _, h, w, _ = x.shape
     if h not in rows:
         return x
     inside = (jnp.arange(h) < rows[h][:, None])[:, :, None] & (jnp.arange(w) < columns[w][:, None])[:, None]
     return jnp.where(inside[..., None], x, 0)
-
-
-def map_sizes(model: FCN, n: Any) -> tuple[list[Any], list[Any]]:
-    """List one side of a network's maps for images of side n, an int or an array of them, finest first.
-
-    Returns:
-        What convolutions read and write, and what transposed convolutions read.
-    """
-    ceil = isinstance(model, ScoreFCN) and model.pool == "ceil"
-    if isinstance(model, LadderFCN):
-        n = -(-n // 32) * 32
-    if isinstance(model, ResizeFCN):
-        n = n + (32 - n) * (n < 32)
-    maps = [n + 198 if isinstance(model, Pad100FCN) else n]
-    for _ in range(5):
-        maps.append((maps[-1] + ceil) // 2)
-    if not isinstance(model, Pad100FCN):
-        return maps, maps
-    scores = maps[-1] - (model.fc6_kernel - 1)
-    fused = 2 * scores + 2
-    return [*maps, scores], [2 * fused + 2, fused, scores]
-
-
-def _merge(maps: Any, edges: Any, size: tuple[int, int], precision: Any) -> jax.Array:
-    """``ResizeFCN.merge``, from the corners of each image's own maps to those of the next."""
-
-    def resize(x: jax.Array, to: tuple[int, int]) -> jax.Array:
-        for axis, letters in ((0, "bHh,bhwc->bHwc"), (1, "bWw,bhwc->bhWc")):
-            side = x.shape[1 + axis]
-            weights = _interpolation(edges[axis][side], edges[axis][to[axis]], side, to[axis])
-            x = jnp.einsum(letters, weights.astype(x.dtype), x, precision=precision)
-        return x
-
-    x = maps[0]
-    for skip in maps[1:]:
-        x = resize(x, skip.shape[1:3]) + skip
-    return resize(x, size)
 
 
 def _interpolation(n: jax.Array, new_n: jax.Array, size: int, new_size: int) -> jax.Array:

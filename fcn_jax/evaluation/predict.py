@@ -1,35 +1,47 @@
-"""Class maps of single images of any size: whole where they fit, else tile by tile with the same logits."""
+"""Class maps of single images of any size: whole where they fit, otherwise tile by tile with the same logits.
+
+A program is compiled for every new shape of array, so images and tiles are padded to few shapes; see ``padding``.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import itertools
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fcn_jax.models.fcn import FCN, ResizeFCN, ScoreFCN
+from fcn_jax.evaluation.evaluate import make_predictor
+from fcn_jax.evaluation.padding import merge_padded_maps, padded_maps
+from fcn_jax.models.fcn import FCN, ResizeFCN, ScoreFCN, check_size, serves
 from fcn_jax.models.vgg import ENCODERS
 from fcn_jax.preprocessing import normalize
 
-__all__ = ["TILE", "WHOLE_PIXELS", "context", "make_image_predictor"]
+__all__ = ["MULTIPLE", "TILE", "WHOLE_PIXELS", "context", "make_image_predictor"]
 
 WHOLE_PIXELS = 1_500_000
 """Images of more pixels are cut into tiles: at width 1 each map of the first stage takes 256 bytes a pixel."""
 TILE = 1024
 """Side of a tile's own pixels; a multiple of 32, so that pooling windows fall as in the whole image."""
+MULTIPLE = 64
+"""Sides of whole images are padded to multiples of this, as ``DataConfig.eval_multiple`` does in evaluation."""
 
 ImagePredictor = Callable[[Mapping[str, Any], np.ndarray], np.ndarray]
 
 
 class _Window(NamedTuple):
-    """A stretch of one axis: start and stop of what the network sees, first and last + 1 of what is kept of it."""
+    """A tile on one axis: where the network's input starts, first and last + 1 of the pixels that are kept."""
 
     start: int
-    stop: int
     first: int
     last: int
+
+    def kept(self, stride: int = 1) -> tuple[slice, slice]:
+        """Return where the kept part lies in the whole map of a stride, and in the tile's own."""
+        start, first, last = (n // stride for n in self)
+        return slice(first, last), slice(first - start, last - start)
 
 
 def context(model: FCN) -> int:
@@ -44,33 +56,22 @@ def context(model: FCN) -> int:
     return -(-(reach + 4 * 32) // 32) * 32
 
 
-def _windows(size: int, tile: int, margin: int) -> Iterator[_Window]:
-    """Cut an axis into tiles, each with its margin, that start at multiples of 32.
+def _round_up(size: int, multiple: int = MULTIPLE) -> int:
+    return -(-size // multiple) * multiple
 
-    All windows but those at the end have one length, and these are at most 31 pixels longer, so that few shapes are
-    compiled: where a margin would stick out of the image, the window moves inwards.
+
+def _windows(size: int, tile: int, margin: int) -> tuple[int, list[_Window]]:
+    """Cut an axis into tiles with margins, which start at multiples of 32; return the side of all arrays, and where.
+
+    Where a margin would stick out of the image the window moves inwards, and the last one ends at most 31 pixels
+    behind the image.
     """
-    length = tile + 2 * margin
-    if size <= length:
-        yield _Window(0, size, 0, size)
-        return
-    end = (size - length) // 32 * 32
-    for first in range(0, size, tile):
-        start = min(max(0, first - margin), end)
-        yield _Window(start, size if start == end else start + length, first, min(size, first + tile))
-
-
-def _tiles(image: np.ndarray, tile: int, margin: int) -> Iterator[tuple[_Window, _Window, np.ndarray]]:
-    for row in _windows(image.shape[0], tile, margin):
-        for column in _windows(image.shape[1], tile, margin):
-            yield row, column, image[None, row.start : row.stop, column.start : column.stop]
-
-
-def _inner(window: _Window, stride: int = 1) -> tuple[slice, slice]:
-    """Return where a window's kept part lies in its own output and in the whole one, in cells of a stride."""
-    whole = slice(window.first // stride, -(-window.last // stride))
-    offset = window.start // stride
-    return slice(whole.start - offset, whole.stop - offset), whole
+    side = tile + 2 * margin
+    if size <= side:
+        return _round_up(size), [_Window(0, 0, size)]
+    end = _round_up(size - side, 32)
+    firsts = range(0, size, tile)
+    return side, [_Window(min(max(0, first - margin), end), first, min(size, first + tile)) for first in firsts]
 
 
 def make_image_predictor(
@@ -88,45 +89,48 @@ def make_image_predictor(
         tile: side of a tile in pixels, a multiple of 32.
 
     Returns:
-        (variables, RGB image uint8 (h, w, 3)) -> classes uint8 (h, w).
+        (variables, RGB image uint8 (h, w, 3)) -> classes uint8 (h, w). It raises InputError for a size that the
+        network does not serve.
     """
+    network: Any = model
+    predictor = make_predictor(model, preprocessing)
 
-    def prepared(images: jax.Array) -> jax.Array:
-        return normalize(images, preprocessing, model.param_dtype)
-
-    @jax.jit
-    def classes(variables: Mapping[str, Any], images: jax.Array) -> jax.Array:
-        logits: Any = model.apply(variables, prepared(images), train=False)
-        return jnp.argmax(logits, axis=-1).astype(jnp.uint8)
+    def classes_of(variables: Mapping[str, Any], images: np.ndarray, extents: np.ndarray) -> list[np.ndarray]:
+        return [predictor(variables, images, images.shape[1:3], extents)]
 
     @jax.jit
-    def scores(variables: Mapping[str, Any], images: jax.Array) -> Any:
-        return model.apply(variables, prepared(images), method="scores")
+    def maps_of(variables: Mapping[str, Any], images: jax.Array, extents: jax.Array) -> list[jax.Array]:
+        return padded_maps(network, variables, normalize(images, preprocessing, model.param_dtype), extents)
 
-    def by_tiles(variables: Mapping[str, Any], image: np.ndarray) -> np.ndarray:
-        out = np.empty(image.shape[:2], np.uint8)
-        for row, column, part in _tiles(image, tile, context(model)):
-            (rows, whole_rows), (columns, whole_columns) = _inner(row), _inner(column)
-            out[whole_rows, whole_columns] = np.asarray(classes(variables, part))[0, rows, columns]
-        return out
-
-    def merged(variables: Mapping[str, Any], image: np.ndarray, network: ResizeFCN) -> np.ndarray:
-        h, w = image.shape[:2]
-        strides = [stride for stride in (32, 16, 8) if stride >= network.stride]
-        maps = [np.empty((1, h // s, w // s, network.num_classes), np.float32) for s in strides]
-        for row, column, part in _tiles(image, tile, context(network)):
-            parts, _ = scores(variables, part)
-            for stride, whole, piece in zip(strides, maps, parts, strict=True):
-                (rows, whole_rows), (columns, whole_columns) = _inner(row, stride), _inner(column, stride)
-                whole[:, whole_rows, whole_columns] = np.asarray(piece, np.float32)[:, rows, columns]
-        merge = jax.jit(lambda maps: jnp.argmax(network.merge(maps, (h, w)), axis=-1).astype(jnp.uint8))
-        return np.asarray(merge(tuple(maps)))[0]
+    @jax.jit
+    def merge(maps: list[jax.Array], extents: jax.Array) -> jax.Array:
+        return jnp.argmax(merge_padded_maps(network, maps, extents), axis=-1).astype(jnp.uint8)
 
     def predict(variables: Mapping[str, Any], image: np.ndarray) -> np.ndarray:
-        if image.shape[0] * image.shape[1] <= whole_pixels:
-            return np.asarray(classes(variables, image[None]))[0]
-        if isinstance(model, ResizeFCN) and min(image.shape[:2]) >= 32:
-            return merged(variables, image, model)
-        return by_tiles(variables, image)
+        h, w, _ = image.shape
+        check_size(model, (h, w))
+        margin = context(model)
+        # A side below 32 has one cell of stride 32, too.
+        (height, rows), (width, columns) = (
+            _windows(n, n, 0) if h * w <= whole_pixels else _windows(n, tile, margin) for n in (max(h, 32), max(w, 32))
+        )
+        tiles = list(itertools.product(rows, columns))
+        if len(tiles) == 1 and not (serves(model, height) and serves(model, width)):
+            return predictor(variables, image[None], (h, w))[0]  # unusual crops after floor pooling
+
+        by_maps = isinstance(model, ResizeFCN) and len(tiles) > 1
+        strides = [stride for stride in (32, 16, 8) if stride >= model.stride] if by_maps else [1]
+        cell, dtype = ((model.num_classes,), model.dtype) if by_maps else ((), np.uint8)
+        wholes = [np.zeros((1, _round_up(h) // s, _round_up(w) // s, *cell), dtype) for s in strides]
+        for row, column in tiles:
+            part = image[row.start : row.start + height, column.start : column.start + width]
+            extents = np.array([part.shape[:2]], np.int32)
+            part = np.pad(part, ((0, height - part.shape[0]), (0, width - part.shape[1]), (0, 0)))
+            found = (maps_of if by_maps else classes_of)(variables, part[None], extents)
+            for stride, to, piece in zip(strides, wholes, found, strict=True):
+                (to_rows, own_rows), (to_columns, own_columns) = row.kept(stride), column.kept(stride)
+                to[:, to_rows, to_columns] = np.asarray(piece)[:, own_rows, own_columns]
+        classes = np.asarray(merge(wholes, np.array([[h, w]], np.int32))) if by_maps else wholes[0]
+        return classes[0, :h, :w]
 
     return predict

@@ -1,38 +1,51 @@
-"""Scores as a table."""
+"""How an evaluation is shown and what its files are called."""
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Sequence
 
 from rich.markup import escape
 from rich.table import Table
 
-from fcn_jax.evaluation.evaluate import Views
+from fcn_jax.evaluation.evaluate import PLAIN, Views
 from fcn_jax.metrics import Scores
 
 __all__ = ["evaluation_name", "score_table"]
 
 
 def score_table(scores: Scores, class_names: Sequence[str], title: str) -> Table:
-    """Make a table of the four scores and each class's IoU, per cent with two decimals; nan where undefined."""
+    """Return a table of the four scores and the IoU of each class, in per cent; "-" where there is nothing to score."""
     table = Table(title=escape(title))
     table.add_column("score")
     table.add_column("per cent", justify="right")
-    table.add_row("pixel accuracy", f"{100 * scores.pixel_accuracy:.2f}")
-    table.add_row("mean accuracy", f"{100 * scores.mean_accuracy:.2f}")
-    table.add_row("mean IoU", f"{100 * scores.mean_iu:.2f}")
-    table.add_row("frequency weighted IoU", f"{100 * scores.frequency_weighted_iu:.2f}")
+
+    def add(name: str, value: float) -> None:
+        table.add_row(name, "-" if math.isnan(value) else f"{100 * value:.2f}")
+
+    add("pixel accuracy", scores.pixel_accuracy)
+    add("mean accuracy", scores.mean_accuracy)
+    add("mean IoU", scores.mean_iu)
+    add("frequency weighted IoU", scores.frequency_weighted_iu)
     table.add_section()
     for name, iu in zip(class_names, scores.per_class_iu, strict=True):
-        table.add_row(f"IoU {escape(name)}", f"{100 * iu:.2f}")
+        add(f"IoU {escape(name)}", iu)
     return table
 
 
 def evaluation_name(split: str, views: Views, validation_split: str) -> str:
-    """Name the files of an evaluation: "eval" for the plain one of the validation split, else by split and views."""
-    parts = ["eval"] if split == validation_split else ["eval", split.replace("/", "-")]
-    if views.flip:
-        parts.append("flip")
-    if views.scales != (1.0,):
-        parts.append("-".join(["scales", *(f"{scale:g}" for scale in views.scales)]))
-    return "_".join(parts)
+    """Return the stem of the files of an evaluation, which differs for each split and way of averaging.
+
+    "eval" is the plain evaluation of the run's validation split; others are called like "eval_camvid-test" or
+    "eval_camvid-test_flip_scales-0.75-1-1.25".
+
+    Args:
+        split: DATASET/SPLIT.
+        views: of the predictor.
+        validation_split: that of the run.
+    """
+    if split == validation_split and views == PLAIN:
+        return "eval"
+    scales = [] if views.scales == PLAIN.scales else ["-".join(["scales", *(f"{scale:g}" for scale in views.scales)])]
+    return "_".join(["eval", re.sub(r"[^\w.-]", "-", split), *["flip"] * views.flip, *scales])

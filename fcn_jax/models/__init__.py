@@ -4,12 +4,4 @@ from fcn_jax.models.catalog import MODELS, create_model, init_variables, model_f
 from fcn_jax.models.classifier import VGGClassifier
 from fcn_jax.models.summary import LayerRow, summarize
 
-__all__ = [
-    "MODELS",
-    "LayerRow",
-    "VGGClassifier",
-    "create_model",
-    "init_variables",
-    "model_from_config",
-    "summarize",
-]
+__all__ = ["MODELS", "LayerRow", "VGGClassifier", "create_model", "init_variables", "model_from_config", "summarize"]

@@ -24,7 +24,7 @@ _SCORE_OPTIONS = frozenset(
 _COMMON_OPTIONS = frozenset(
     {"encoder", "encoder_norm", "width", "freeze_encoder", "remat", "dtype", "param_dtype", "precision", "axis_name"}
 )
-# How, not what: these leave shapes and values of the network as they are.
+# These leave shapes and values of the network as they are.
 _COMPUTE_OPTIONS = frozenset({"freeze_encoder", "remat", "dtype", "param_dtype", "precision", "axis_name"})
 _OPTIONS: dict[type[FCN], frozenset[str]] = {
     SameFCN: _COMMON_OPTIONS | _SCORE_OPTIONS,
@@ -39,15 +39,11 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
     "dropout": ("element", "channel"),
     "precision": (None, "default", "high", "highest", *jax.lax.Precision),
 }
-# A file or a flag may ask for any size. These are far beyond every memory, and shapes of them can still be computed.
+# A file or a flag may ask for any size. These exceed every memory, and their shapes can still be computed.
 _WIDEST = 64
 _LARGEST = 2**20
 _LARGEST_KERNEL = 64
 _DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
-# Where the default crop at the output comes from: the reference's voc-fcn32s, 16s and 8s net.py.
-_OUTPUT_CROP = {32: 19, 16: 27, 8: 31}
-# 'At once' scales of pool4 and pool3: voc-fcn8s-atonce/net.py of the reference.
-_AT_ONCE = (0.01, 0.0001)
 
 
 @dataclass(frozen=True)
@@ -60,25 +56,21 @@ class ModelSpec:
     fixed: dict[str, Any] = field(default_factory=dict)
 
 
-def _specs() -> dict[str, ModelSpec]:
-    specs: dict[str, ModelSpec] = {}
-    for s in (32, 16, 8):
-        specs[f"fcn{s}s"] = ModelSpec(SameFCN, s, "SAME padding, any size")
-    for s in (32, 16, 8):
-        crop = {"crop": (5, 9, _OUTPUT_CROP[s])}
-        specs[f"fcn{s}s_pad100"] = ModelSpec(Pad100FCN, s, "the Caffe reference", crop)
-    specs["fcn8s_pad100_atonce"] = ModelSpec(
-        Pad100FCN, 8, "the reference trained in one go", {"crop": (5, 9, 31), "skip_scales": _AT_ONCE}
-    )
-    for s in (32, 16, 8):
-        specs[f"fcn{s}s_ladder"] = ModelSpec(LadderFCN, s, "five learned rungs")
-    specs["fcns_ladder"] = ModelSpec(LadderFCN, 2, "five rungs, skips from pool4 to pool1", {"skip_after_norm": True})
-    for s in (32, 16, 8):
-        specs[f"fcn{s}s_resize"] = ModelSpec(ResizeFCN, s, "small head, bilinear interpolation")
-    return specs
-
-
-MODELS: dict[str, ModelSpec] = _specs()
+# The crops at the output are those of the reference: voc-fcn32s, 16s and 8s net.py. The scales of pool4 and pool3 are
+# those of voc-fcn8s-atonce/net.py.
+MODELS: dict[str, ModelSpec] = {
+    **{f"fcn{s}s": ModelSpec(SameFCN, s, "SAME padding, any size") for s in (32, 16, 8)},
+    **{
+        f"fcn{s}s_pad100": ModelSpec(Pad100FCN, s, "the Caffe reference", {"crop": (5, 9, crop)})
+        for s, crop in ((32, 19), (16, 27), (8, 31))
+    },
+    "fcn8s_pad100_atonce": ModelSpec(
+        Pad100FCN, 8, "the reference trained in one go", {"crop": (5, 9, 31), "skip_scales": (0.01, 0.0001)}
+    ),
+    **{f"fcn{s}s_ladder": ModelSpec(LadderFCN, s, "five learned rungs") for s in (32, 16, 8)},
+    "fcns_ladder": ModelSpec(LadderFCN, 2, "five rungs, skips from pool4 to pool1", {"skip_after_norm": True}),
+    **{f"fcn{s}s_resize": ModelSpec(ResizeFCN, s, "small head, bilinear interpolation") for s in (32, 16, 8)},
+}
 
 
 def create_model(name: str, num_classes: int, **options: Any) -> FCN:
@@ -160,10 +152,9 @@ def _check_numbers(settings: dict[str, Any]) -> None:
     if not _is_number(rate) or not 0 <= rate < 1:
         raise InputError(f"expected 0 <= dropout_rate < 1, got {rate!r}; 0 turns dropout off")
     for option, most in (("fc_features", _LARGEST), ("fc6_kernel", _LARGEST_KERNEL), ("head_features", _LARGEST)):
-        if not _is_count(settings.get(option, 1)) or settings.get(option, 1) > most:
-            raise InputError(
-                f"expected {option} in 1 ... {most}, got {settings[option]!r}; leave it out for the default"
-            )
+        value = settings.get(option, 1)
+        if not _is_count(value) or value > most:
+            raise InputError(f"expected {option} in 1 ... {most}, got {value!r}; leave it out for the default")
     crop, scales = settings.get("crop", (0, 0, 0)), settings.get("skip_scales", (1.0, 1.0))
     if not isinstance(crop, tuple | list) or len(crop) != 3 or not all(_is_count(offset, 0) for offset in crop):
         raise InputError(f"expected crop to be three offsets in 0 ... {_LARGEST} (pool4, pool3, output), got {crop!r}")

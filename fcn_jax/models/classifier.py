@@ -9,8 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fcn_jax.models.heads import FullyConvolutionalHead
-from fcn_jax.models.layers import Compute, conv
+from fcn_jax.models.layers import Compute, FullyConvolutionalHead, conv
 from fcn_jax.models.vgg import ENCODERS, VGG
 
 __all__ = ["VGGClassifier", "adaptive_average_pool"]
@@ -58,8 +57,7 @@ class VGGClassifier(nn.Module):
     def __call__(self, images: jax.Array, train: bool = False, example_ids: jax.Array | None = None) -> jax.Array:
         """Return the logits (b, num_classes) of normalised images (b, h, w, 3) of sides from 32 up."""
         compute = Compute(self.dtype, self.param_dtype, self.precision)
-        ids = jnp.arange(images.shape[0]) if example_ids is None else example_ids
         vgg = VGG(ENCODERS[self.encoder], compute, self.encoder_norm, self.width, "floor", name="vgg")
         pool5 = adaptive_average_pool(vgg(images.astype(self.dtype), train)[-1], (7, 7))
         head = FullyConvolutionalHead(self.fc_features, 7, "VALID", self.dropout_rate, "element", compute, name="head")
-        return conv(self.num_classes, 1, compute, name="fc8")(head(pool5, train, ids))[:, 0, 0]
+        return conv(self.num_classes, 1, compute, name="fc8")(head(pool5, train, example_ids))[:, 0, 0]

@@ -1,12 +1,13 @@
 """The four families of fully convolutional networks, from images to logits of the images' own size.
 
 All take normalised float images (b, h, w, 3) and return logits (b, h, w, num_classes). They share the VGG encoder and
-part in padding, in what stands on pool5, and in how the coarse scores are brought back to full size and fused with
-finer ones.
+differ in padding, in the head on pool5, and in how coarse scores are upsampled and fused with finer ones.
 """
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import flax.linen as nn
@@ -14,16 +15,24 @@ import jax
 import jax.numpy as jnp
 
 from fcn_jax.errors import InputError
-from fcn_jax.models.heads import FullyConvolutionalHead, SmallHead
-from fcn_jax.models.layers import BatchNorm, Compute, conv, scaled
+from fcn_jax.models.layers import BatchNorm, Compute, FullyConvolutionalHead, SmallHead, conv, scaled
 from fcn_jax.models.upsample import TransposedConv, resize_bilinear
 from fcn_jax.models.vgg import ENCODERS, VGG
 
-__all__ = ["FCN", "LadderFCN", "Pad100FCN", "ResizeFCN", "SameFCN", "ScoreFCN"]
+__all__ = ["FCN", "LadderFCN", "Pad100FCN", "ResizeFCN", "SameFCN", "ScoreFCN", "check_size", "map_sides", "serves"]
 
 
 class FCN(nn.Module):
-    """What all families have: the encoder and how to compute."""
+    """What all families have: the encoder and how to compute.
+
+    Every family is called with
+
+        images: normalised (b, h, w, 3).
+        train: batch statistics and dropout, which needs a "dropout" key.
+        example_ids: (b,) positions in the global batch, for dropout; by default 0 ... b - 1.
+
+    and returns logits (b, h, w, num_classes). It raises InputError where its options do not serve the images' size.
+    """
 
     num_classes: int
     stride: int
@@ -43,26 +52,20 @@ class FCN(nn.Module):
         """How the layers compute."""
         return Compute(self.dtype, self.param_dtype, self.precision, self.axis_name)
 
-    def make_vgg(self, pool: Literal["ceil", "floor"], margin: int = 1, name: str | None = None) -> VGG:
-        """Make the encoder."""
+    def encode(
+        self, images: jax.Array, train: bool, pool: Literal["ceil", "floor"], margin: int = 1
+    ) -> tuple[jax.Array, ...]:
+        """Return pool1 ... pool5. A frozen encoder normalises by its running statistics and passes no gradient."""
         convs = ENCODERS[self.encoder]
-        return VGG(convs, self.compute, self.encoder_norm, self.width, pool, margin, self.remat, name=name)
-
-    def encode(self, vgg: VGG, images: jax.Array, train: bool) -> tuple[jax.Array, ...]:
-        """Run the encoder; frozen, it normalises by its running statistics and passes no gradient."""
+        vgg = VGG(convs, self.compute, self.encoder_norm, self.width, pool, margin, self.remat, name="vgg")
         pools = vgg(images.astype(self.dtype), train and not self.freeze_encoder)
         return jax.lax.stop_gradient(pools) if self.freeze_encoder else pools
 
 
-def _ids(images: jax.Array, example_ids: jax.Array | None) -> jax.Array:
-    """Return the examples' positions in the global batch; without them the batch is taken to be whole."""
-    return jnp.arange(images.shape[0]) if example_ids is None else example_ids
-
-
 class ScoreFCN(FCN):
-    """The paper's form: score layers on pool5's features, pool4 and pool3, fused by transposed convolutions of k = 2s.
+    """The networks of the paper: 1x1 score layers on fc7, pool4 and pool3, transposed convolutions of k = 2s.
 
-    The two families of this form differ in the margin around the image and, following from it, in what is cropped.
+    The two families, ``SameFCN`` and ``Pad100FCN``, differ in the margin around the image and therefore in the crops.
     """
 
     fc_features: int = 4096
@@ -74,58 +77,19 @@ class ScoreFCN(FCN):
     skip_bias: bool = True
     upsample_bias: bool = True
 
-    @nn.compact
-    def __call__(self, images: jax.Array, train: bool = False, example_ids: jax.Array | None = None) -> jax.Array:
-        """Return the logits (b, h, w, num_classes) of images (b, h, w, 3).
+    def head(self, padding: Literal["SAME", "VALID"]) -> FullyConvolutionalHead:
+        """Make fc6 and fc7."""
+        features, kernel, compute = self.fc_features, self.fc6_kernel, self.compute
+        return FullyConvolutionalHead(features, kernel, padding, self.dropout_rate, self.dropout, compute, name="head")
 
-        Args:
-            images: normalised images of any size that the options serve.
-            train: batch statistics and dropout, which needs a "dropout" key.
-            example_ids: (b,) positions in the global batch, for dropout; by default 0 ... b - 1.
+    def score(self, name: str, bias: bool = True) -> nn.Conv:
+        """Make a 1x1 score layer."""
+        return conv(self.num_classes, 1, self.compute, bias=bias, zero=True, name=name)
 
-        Raises:
-            InputError: an option does not serve this size.
-        """
-        _, h, w, _ = images.shape
-        size = (h, w)
-        self.check_size(size)
-        _, _, pool3, pool4, x = self.encode(self._vgg(), images, train)
-        x = self._head()(x, train, _ids(images, example_ids))
-        x = self._score("score_fr", bias=True)(x)
-        if self.stride <= 16:
-            x = self._upsample("upscore2", 2)(x)
-            x = self.fuse(x, self._score("score_pool4")(pool4 * self.skip_scales[0]), 0)
-        if self.stride <= 8:
-            x = self._upsample("upscore_pool4", 2)(x)
-            x = self.fuse(x, self._score("score_pool3")(pool3 * self.skip_scales[1]), 1)
-        x = self._upsample(f"upscore{self.stride}", self.stride)(x)
-        return self.fit(x, size)
-
-    def _score(self, name: str, bias: bool | None = None) -> nn.Conv:
-        return conv(
-            self.num_classes, 1, self.compute, bias=self.skip_bias if bias is None else bias, zero=True, name=name
-        )
-
-    def _vgg(self) -> VGG:
-        raise NotImplementedError
-
-    def _head(self) -> FullyConvolutionalHead:
-        raise NotImplementedError
-
-    def _upsample(self, name: str, factor: int) -> TransposedConv:
-        raise NotImplementedError
-
-    def check_size(self, size: tuple[int, int]) -> None:
-        """Raise InputError where the options cannot serve images of this height and width."""
-        raise NotImplementedError
-
-    def fuse(self, up: jax.Array, skip: jax.Array, index: int) -> jax.Array:
-        """Add the scores of a finer map; ``index`` is 0 for pool4, 1 for pool3."""
-        raise NotImplementedError
-
-    def fit(self, up: jax.Array, size: tuple[int, int]) -> jax.Array:
-        """Cut the upsampled scores to the image's size."""
-        raise NotImplementedError
+    def upsample(self, name: str, factor: int, padding: int = 0) -> TransposedConv:
+        """Make a transposed convolution of k = 2s."""
+        n, bias = self.num_classes, self.upsample_bias
+        return TransposedConv(n, 2 * factor, factor, self.compute, padding=padding, use_bias=bias, name=name)
 
 
 class SameFCN(ScoreFCN):
@@ -135,40 +99,28 @@ class SameFCN(ScoreFCN):
     Boostcamp notes, which run where the shapes happen to match.
     """
 
-    def _vgg(self) -> VGG:
-        return self.make_vgg(self.pool, name="vgg")
-
-    def _head(self) -> FullyConvolutionalHead:
-        features, kernel = self.fc_features, self.fc6_kernel
-        return FullyConvolutionalHead(
-            features, kernel, "SAME", self.dropout_rate, self.dropout, self.compute, name="head"
-        )
-
-    def _upsample(self, name: str, factor: int) -> TransposedConv:
-        bias = self.upsample_bias
-        return TransposedConv(
-            self.num_classes, 2 * factor, factor, self.compute, padding=factor // 2, use_bias=bias, name=name
-        )
-
-    def check_size(self, size: tuple[int, int]) -> None:
-        """Raise InputError under floor pooling for sides that are no multiple of 32."""
-        if self.pool == "floor" and any(n % 32 or n == 0 for n in size):
-            raise InputError(
-                f"expected height and width to be multiples of 32 with pool='floor', got {size[0]}x{size[1]}; "
-                "use pool='ceil', which serves every size"
-            )
-
-    def fuse(self, up: jax.Array, skip: jax.Array, index: int) -> jax.Array:
-        """Crop the upsampled map top-left to the skip and add."""
-        return up[:, : skip.shape[1], : skip.shape[2]] + skip
-
-    def fit(self, up: jax.Array, size: tuple[int, int]) -> jax.Array:
-        """Crop top-left to the image."""
-        return up[:, : size[0], : size[1]]
+    @nn.compact
+    def __call__(self, images: jax.Array, train: bool = False, example_ids: jax.Array | None = None) -> jax.Array:
+        """Return the logits (b, h, w, num_classes); see ``FCN``."""
+        _, h, w, _ = images.shape
+        check_size(self, (h, w))
+        _, _, pool3, pool4, pool5 = self.encode(images, train, self.pool)
+        x = self.head("SAME")(pool5, train, example_ids)
+        x = self.score("score_fr")(x)
+        if self.stride <= 16:
+            x = self.upsample("upscore2", 2, padding=1)(x)
+            skip = self.score("score_pool4", self.skip_bias)(pool4 * self.skip_scales[0])
+            x = x[:, : skip.shape[1], : skip.shape[2]] + skip
+        if self.stride <= 8:
+            x = self.upsample("upscore_pool4", 2, padding=1)(x)
+            skip = self.score("score_pool3", self.skip_bias)(pool3 * self.skip_scales[1])
+            x = x[:, : skip.shape[1], : skip.shape[2]] + skip
+        x = self.upsample(f"upscore{self.stride}", self.stride, padding=self.stride // 2)(x)
+        return x[:, :h, :w]
 
 
 class Pad100FCN(ScoreFCN):
-    """Family `pad100`: the Caffe reference. conv1_1 pads by 100, the rest is VALID, and offsets line the maps up again.
+    """Family `pad100`: the Caffe reference. conv1_1 pads by 100, the rest is VALID, and crops line the maps up again.
 
     Sources: ``voc-fcn8s/net.py`` of the reference (ceil pooling) and pytorch-fcn; with ``pool="floor"`` the torch
     networks of Fanrencli's "FCN (2015)", whose 32s crops at 6.
@@ -179,61 +131,25 @@ class Pad100FCN(ScoreFCN):
     upsample_bias: bool = False
     dropout: Literal["element", "channel"] = "element"
 
-    def _vgg(self) -> VGG:
-        return self.make_vgg(self.pool, margin=100, name="vgg")
-
-    def _head(self) -> FullyConvolutionalHead:
-        features, kernel = self.fc_features, self.fc6_kernel
-        return FullyConvolutionalHead(
-            features, kernel, "VALID", self.dropout_rate, self.dropout, self.compute, name="head"
-        )
-
-    def _upsample(self, name: str, factor: int) -> TransposedConv:
-        bias = self.upsample_bias
-        return TransposedConv(self.num_classes, 2 * factor, factor, self.compute, use_bias=bias, name=name)
-
-    def check_size(self, size: tuple[int, int]) -> None:
-        """Raise InputError where a map vanishes or a crop falls short, naming the sizes that work."""
-        for what, n in zip(("height", "width"), size, strict=True):
-            if not self.serves(n):
-                far = [r for r in range(32) if self.serves(1024 + r)]
-                near = sorted((m for m in range(1, n + 65) if self.serves(m)), key=lambda m: abs(m - n))[:2]
-                raise InputError(
-                    f"{what} {n} is not served with pool={self.pool!r} and crop={self.crop}: it serves sides n with "
-                    f"n mod 32 in {far or 'no class'}, near {n}: {sorted(near) or 'none'}; "
-                    "change the size or the crop, or use pool='ceil' with the default crop, which serves every size"
-                )
-
-    def serves(self, n: int) -> bool:
-        """Tell whether an image side of n pixels can be brought back to n pixels."""
-        maps, side = [], n + 198
-        for _ in range(5):
-            side = (side + (self.pool == "ceil")) // 2
-            maps.append(side)
-        side -= self.fc6_kernel - 1
-        if n < 1 or side < 1:
-            return False
-        for factor, finer, offset in ((16, maps[3], self.crop[0]), (8, maps[2], self.crop[1])):
-            if self.stride <= factor:
-                side = 2 * side + 2
-                if offset + side > finer:
-                    return False
-        return self.crop[2] + n <= (side + 1) * self.stride
-
-    def fuse(self, up: jax.Array, skip: jax.Array, index: int) -> jax.Array:
-        """Crop the skip at its offset to the upsampled map and add."""
-        offset, (_, h, w, _) = self.crop[index], up.shape
-        return up + skip[:, offset : offset + h, offset : offset + w]
-
-    def fit(self, up: jax.Array, size: tuple[int, int]) -> jax.Array:
-        """Crop at the output's offset."""
-        offset = self.crop[2]
-        return up[:, offset : offset + size[0], offset : offset + size[1]]
-
-
-def _pad_to(images: jax.Array, height: int, width: int) -> jax.Array:
-    """Pad with zeros at the bottom and right."""
-    return jnp.pad(images, ((0, 0), (0, height - images.shape[1]), (0, width - images.shape[2]), (0, 0)))
+    @nn.compact
+    def __call__(self, images: jax.Array, train: bool = False, example_ids: jax.Array | None = None) -> jax.Array:
+        """Return the logits (b, h, w, num_classes); see ``FCN``."""
+        _, h, w, _ = images.shape
+        check_size(self, (h, w))
+        at_pool4, at_pool3, at_output = self.crop
+        _, _, pool3, pool4, pool5 = self.encode(images, train, self.pool, margin=100)
+        x = self.head("VALID")(pool5, train, example_ids)
+        x = self.score("score_fr")(x)
+        if self.stride <= 16:
+            x = self.upsample("upscore2", 2)(x)
+            skip = self.score("score_pool4", self.skip_bias)(pool4 * self.skip_scales[0])
+            x = x + _crop(skip, at_pool4, x.shape[1:3])
+        if self.stride <= 8:
+            x = self.upsample("upscore_pool4", 2)(x)
+            skip = self.score("score_pool3", self.skip_bias)(pool3 * self.skip_scales[1])
+            x = x + _crop(skip, at_pool3, x.shape[1:3])
+        x = self.upsample(f"upscore{self.stride}", self.stride)(x)
+        return _crop(x, at_output, (h, w))
 
 
 class LadderFCN(FCN):
@@ -248,26 +164,23 @@ class LadderFCN(FCN):
 
     @nn.compact
     def __call__(self, images: jax.Array, train: bool = False, example_ids: jax.Array | None = None) -> jax.Array:
-        """Return the logits (b, h, w, num_classes) of images (b, h, w, 3); see ``ScoreFCN`` for the arguments."""
+        """Return the logits (b, h, w, num_classes); see ``FCN``."""
         _, h, w, _ = images.shape
-        padded = _pad_to(images, -(-h // 32) * 32, -(-w // 32) * 32)
-        *pools, x = self.encode(self.make_vgg("floor", name="vgg"), padded, train)
+        *pools, x = self.encode(_pad_to(images, -(-h // 32) * 32, -(-w // 32) * 32), train, "floor")
         for rung, channels in enumerate((512, 256, 128, 64, 32), start=1):
-            rung_stride = 32 >> rung
-            skip = pools.pop() if rung_stride >= self.stride else None
-            x = nn.relu(self._deconv(scaled(channels, self.width), f"deconv{rung}")(x))
-            if skip is not None and not self.skip_after_norm:
-                x = x + skip
+            up = TransposedConv(
+                scaled(channels, self.width), 3, 2, self.compute, 1, 1, use_bias=True, bilinear=False,
+                name=f"deconv{rung}",
+            )  # fmt: skip
+            x = nn.relu(up(x))
+            has_skip = 32 >> rung >= self.stride
+            if has_skip and not self.skip_after_norm:
+                x = x + pools[-rung]
             x = BatchNorm(self.compute, name=f"bn{rung}")(x, train)
-            if skip is not None and self.skip_after_norm:
-                x = x + skip
+            if has_skip and self.skip_after_norm:
+                x = x + pools[-rung]
         x = conv(self.num_classes, 1, self.compute, zero=True, name="classifier")(x)
         return x[:, :h, :w]
-
-    def _deconv(self, features: int, name: str) -> TransposedConv:
-        return TransposedConv(
-            features, 3, 2, self.compute, padding=1, output_padding=1, use_bias=True, bilinear=False, name=name
-        )
 
 
 class ResizeFCN(FCN):
@@ -282,47 +195,108 @@ class ResizeFCN(FCN):
     dropout_rate: float = 0.1
     aux_head: bool = False
 
-    def setup(self) -> None:
-        """Name the parts."""
-        small = (self.head_features, self.num_classes, self.dropout_rate, self.dropout, self.compute)
-        self.vgg = self.make_vgg("floor")
-        self.head = SmallHead(*small)
-        self.score_pool4 = conv(self.num_classes, 1, self.compute, zero=True) if self.stride <= 16 else None
-        self.score_pool3 = conv(self.num_classes, 1, self.compute, zero=True) if self.stride <= 8 else None
-        if self.aux_head:
-            self.aux = SmallHead(*small)
+    @nn.compact
+    def __call__(
+        self, images: jax.Array, train: bool = False, example_ids: jax.Array | None = None, merge: bool = True
+    ) -> Any:
+        """Return the logits (b, h, w, num_classes); see ``FCN``.
 
-    def __call__(self, images: jax.Array, train: bool = False, example_ids: jax.Array | None = None) -> Any:
-        """Return the logits (b, h, w, num_classes) of images (b, h, w, 3); see ``ScoreFCN`` for the arguments.
-
-        With ``aux_head``, training returns (logits, auxiliary logits), both of the image's size.
+        With ``aux_head``, training returns (logits, auxiliary logits), both of the image's size. Without ``merge`` the
+        result is the list of score maps at strides 32, 16 and 8, as far as the network has them.
         """
         _, h, w, _ = images.shape
-        size = (max(h, 32), max(w, 32))
-        maps, aux = self.scores(_pad_to(images, *size), train, example_ids)
-        logits = self.merge(maps, size)[:, :h, :w]
-        if aux is not None and train:
-            return logits, resize_bilinear(aux, size, self.precision)[:, :h, :w]
+        size = max(h, 32), max(w, 32)
+        score = functools.partial(conv, self.num_classes, 1, self.compute, zero=True)
+        head = functools.partial(
+            SmallHead, self.head_features, self.num_classes, self.dropout_rate, self.dropout, self.compute
+        )
+        _, _, pool3, pool4, pool5 = self.encode(_pad_to(images, *size), train, "floor")
+        maps = [head(name="head")(pool5, train, example_ids)]
+        if self.stride <= 16:
+            maps.append(score(name="score_pool4")(pool4))
+        if self.stride <= 8:
+            maps.append(score(name="score_pool3")(pool3))
+        if not merge:
+            return maps
+        logits = _merge_maps(maps, size, self.precision)[:, :h, :w]
+        if self.aux_head and (train or self.is_initializing()):
+            aux = head(name="aux")(pool5, train, example_ids)
+            aux = resize_bilinear(aux, size, self.precision)[:, :h, :w]
+            return (logits, aux) if train else logits
         return logits
 
-    def scores(
-        self, images: jax.Array, train: bool = False, example_ids: jax.Array | None = None
-    ) -> tuple[tuple[jax.Array, ...], jax.Array | None]:
-        """Return the score maps at strides 32, 16, 8 (as far as there are), and the auxiliary scores at stride 32."""
-        ids = _ids(images, example_ids)
-        _, _, pool3, pool4, pool5 = self.encode(self.vgg, images, train)
-        maps = [self.head(pool5, train, ids)]
-        if self.score_pool4 is not None:
-            maps.append(self.score_pool4(pool4))
-        if self.score_pool3 is not None:
-            maps.append(self.score_pool3(pool3))
-        aux = self.aux(pool5, train, ids) if self.aux_head and (train or self.is_initializing()) else None
-        return tuple(maps), aux
 
-    def merge(self, maps: tuple[jax.Array, ...], size: tuple[int, int]) -> jax.Array:
-        """Interpolate each score map to the next finer one, add, and interpolate to ``size``; it has no parameters."""
-        x = maps[0]
-        for skip in maps[1:]:
-            _, h, w, _ = skip.shape
-            x = resize_bilinear(x, (h, w), self.precision) + skip
-        return resize_bilinear(x, size, self.precision)
+def _merge_maps(maps: Sequence[jax.Array], size: tuple[int, int], precision: Any = None) -> jax.Array:
+    """Interpolate each score map (b, h, w, c) to the size of the next, add, and interpolate the sum to ``size``."""
+    x = maps[0]
+    for skip in maps[1:]:
+        _, h, w, _ = skip.shape
+        x = resize_bilinear(x, (h, w), precision) + skip
+    return resize_bilinear(x, size, precision)
+
+
+def _pad_to(images: jax.Array, height: int, width: int) -> jax.Array:
+    """Pad with zeros at the bottom and right."""
+    return jnp.pad(images, ((0, 0), (0, height - images.shape[1]), (0, width - images.shape[2]), (0, 0)))
+
+
+def _crop(x: jax.Array, offset: int, size: tuple[int, ...]) -> jax.Array:
+    """Cut x (b, h, w, c) to ``size`` from the same offset in both directions."""
+    return x[:, offset : offset + size[0], offset : offset + size[1]]
+
+
+def map_sides(model: FCN, n: Any) -> tuple[list[Any], list[Any]]:
+    """List one side of a network's maps for images of side n, an int or an array of them, finest first.
+
+    Returns:
+        What convolutions read and write, and what transposed convolutions read.
+    """
+    ceil = isinstance(model, ScoreFCN) and model.pool == "ceil"
+    if isinstance(model, LadderFCN):
+        n = -(-n // 32) * 32
+    if isinstance(model, ResizeFCN):
+        n = n + (32 - n) * (n < 32)
+    maps = [n + 198 if isinstance(model, Pad100FCN) else n]
+    for _ in range(5):
+        maps.append((maps[-1] + ceil) // 2)
+    if not isinstance(model, Pad100FCN):
+        return maps, maps
+    scores = maps[-1] - (model.fc6_kernel - 1)
+    at_pool4 = 2 * scores + 2
+    return [*maps, scores], [2 * at_pool4 + 2, at_pool4, scores]
+
+
+def serves(model: FCN, n: int) -> bool:
+    """Tell whether a network returns n logits for an image side of n pixels."""
+    if isinstance(model, SameFCN) and model.pool == "floor":
+        return n > 0 and n % 32 == 0
+    if not isinstance(model, Pad100FCN):
+        return True
+    (_, _, _, pool3, pool4, _, _), (at_pool3, at_pool4, scores) = map_sides(model, n)
+    fused = {32: scores, 16: at_pool4, 8: at_pool3}[model.stride]
+    return (
+        n > 0
+        and scores > 0
+        and (model.stride > 16 or model.crop[0] + at_pool4 <= pool4)
+        and (model.stride > 8 or model.crop[1] + at_pool3 <= pool3)
+        and model.crop[2] + n <= (fused + 1) * model.stride
+    )
+
+
+def check_size(model: FCN, size: tuple[int, int]) -> None:
+    """Raise InputError where a network does not serve images of this height and width, naming sizes that work."""
+    for what, n in zip(("height", "width"), size, strict=True):
+        if serves(model, n):
+            continue
+        if not isinstance(model, Pad100FCN):
+            raise InputError(
+                f"expected height and width to be multiples of 32 with pool='floor', got {size[0]}x{size[1]}; "
+                "use pool='ceil', which serves every size"
+            )
+        far = [r for r in range(32) if serves(model, 1024 + r)]
+        near = sorted((m for m in range(1, n + 65) if serves(model, m)), key=lambda m: abs(m - n))[:2]
+        raise InputError(
+            f"{what} {n} is not served with pool={model.pool!r} and crop={model.crop}: it serves sides n with "
+            f"n mod 32 in {far or 'no class'}, near {n}: {sorted(near) or 'none'}; "
+            "change the size or the crop, or use pool='ceil' with the default crop, which serves every size"
+        )

@@ -1,4 +1,4 @@
-"""The layers that every family is built from: convolution, max pooling, batch norm, dropout.
+"""The layers that the families are built from: convolution, max pooling, batch norm, dropout, and the heads on pool5.
 
 Each matches PyTorch's rule where frameworks differ (ties in pooling, the running variance), because published FCN
 weights were trained there. Dimensions are b h w c throughout.
@@ -6,7 +6,6 @@ weights were trained there. Dimensions are b h w c throughout.
 
 from __future__ import annotations
 
-import functools
 import math
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -16,9 +15,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fcn_jax.models.conv_cpu import conv2d
+from fcn_jax.models.kernels import conv2d, max_pool_even
 
-__all__ = ["BatchNorm", "Compute", "Dropout", "conv", "max_pool", "scaled"]
+__all__ = ["BatchNorm", "Compute", "Dropout", "FullyConvolutionalHead", "SmallHead", "conv", "max_pool", "scaled"]
 
 
 @dataclass(frozen=True)
@@ -79,7 +78,7 @@ def max_pool(x: jax.Array, mode: Literal["ceil", "floor"]) -> jax.Array:
     """Take the maximum of 2x2 windows at stride 2.
 
     Of equal maxima the first in row-major order takes the gradient, as in PyTorch
-    (``aten/native/cpu/MaxPoolKernel.cpp``); ``jnp.maximum`` would split it. Differentiable in reverse mode.
+    (``aten/native/cpu/MaxPoolKernel.cpp``); ``jnp.maximum`` would split it.
 
     Args:
         x: (b, h, w, c).
@@ -93,40 +92,7 @@ def max_pool(x: jax.Array, mode: Literal["ceil", "floor"]) -> jax.Array:
         x = jnp.pad(x, ((0, 0), (0, h % 2), (0, w % 2), (0, 0)), constant_values=-np.inf)
     else:
         x = x[:, : h - h % 2, : w - w % 2]
-    return _max_pool_even(x)
-
-
-def _corners(x: jax.Array) -> list[jax.Array]:
-    """Return the four pixels of every 2x2 window, in row-major order, each (b, h / 2, w / 2, c)."""
-    return [x[:, row::2, column::2] for row in (0, 1) for column in (0, 1)]
-
-
-@jax.custom_vjp
-def _max_pool_even(x: jax.Array) -> jax.Array:
-    """Pool a map of even sides, as the maximum of four strided slices; NaN wins."""
-    return functools.reduce(jnp.maximum, _corners(x))
-
-
-def _max_pool_fwd(x: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    y = _max_pool_even(x)
-    return y, (x, y)
-
-
-def _max_pool_bwd(saved: tuple[jax.Array, jax.Array], dy: jax.Array) -> tuple[jax.Array]:
-    """Give each window's gradient to its first corner that equals the maximum.
-
-    Written as one selection over the whole map, where XLA's own gradient of a pooling, select-and-scatter, is several
-    times slower on the CPU, and that of the slices writes four maps and adds them up.
-    """
-    x, y = saved
-    a, b, c, _ = _corners(x)
-    first = jnp.where(a == y, 0, jnp.where(b == y, 1, jnp.where(c == y, 2, 3)))
-    position = jnp.arange(4).reshape(2, 1, 2, 1)
-    dx = jnp.where(first[:, :, None, :, None] == position, dy[:, :, None, :, None], 0)
-    return (dx.reshape(x.shape),)
-
-
-_max_pool_even.defvjp(_max_pool_fwd, _max_pool_bwd)
+    return max_pool_even(x)
 
 
 class BatchNorm(nn.Module):
@@ -192,12 +158,59 @@ class Dropout(nn.Module):
     unit: Literal["element", "channel"]
 
     @nn.compact
-    def __call__(self, x: jax.Array, train: bool, example_ids: jax.Array) -> jax.Array:
-        """Drop from x (b, h, w, c); ``example_ids`` (b,) are the examples' positions in the global batch."""
+    def __call__(self, x: jax.Array, train: bool, example_ids: jax.Array | None = None) -> jax.Array:
+        """Drop from x (b, h, w, c).
+
+        ``example_ids`` (b,) are the examples' positions in the global batch; without them x is the whole batch.
+        """
         if not train or self.rate == 0.0:
             return x
-        _, h, w, c = x.shape
+        b, h, w, c = x.shape
+        example_ids = jnp.arange(b) if example_ids is None else example_ids
         shape = (h, w, c) if self.unit == "element" else (1, 1, c)
         keys = jax.vmap(jax.random.fold_in, (None, 0))(self.make_rng("dropout"), example_ids)
         keep = jax.vmap(lambda key: jax.random.bernoulli(key, 1.0 - self.rate, shape))(keys)
         return jnp.where(keep, x / (1.0 - self.rate), 0).astype(x.dtype)
+
+
+class FullyConvolutionalHead(nn.Module):
+    """fc6 and fc7, the fully connected layers of VGG read as convolutions, each with ReLU and dropout.
+
+    Source: Long, Shelhamer & Darrell 2015, section 3.1; ``voc-fcn32s/net.py`` of the reference.
+    """
+
+    features: int
+    kernel_size: int
+    padding: Literal["SAME", "VALID"]
+    dropout_rate: float
+    dropout: Literal["element", "channel"]
+    compute: Compute
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool, example_ids: jax.Array | None) -> jax.Array:
+        """Map pool5 (b, h, w, c) to features (b, h', w', features)."""
+        x = nn.relu(conv(self.features, self.kernel_size, self.compute, padding=self.padding, name="fc6")(x))
+        x = Dropout(self.dropout_rate, self.dropout, name="drop6")(x, train, example_ids)
+        x = nn.relu(conv(self.features, 1, self.compute, name="fc7")(x))
+        return Dropout(self.dropout_rate, self.dropout, name="drop7")(x, train, example_ids)
+
+
+class SmallHead(nn.Module):
+    """3x3 convolution without bias, BN, ReLU, dropout, and a 1x1 score layer.
+
+    Source: ``_FCNHead`` of awesome-semantic-segmentation-pytorch (``core/models/fcn.py``).
+    """
+
+    features: int
+    num_classes: int
+    dropout_rate: float
+    dropout: Literal["element", "channel"]
+    compute: Compute
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool, example_ids: jax.Array | None) -> jax.Array:
+        """Map pool5 (b, h, w, c) to scores (b, h, w, num_classes)."""
+        x = conv(self.features, 3, self.compute, padding=1, bias=False, name="conv")(x)
+        x = nn.relu(BatchNorm(self.compute, name="bn")(x, train))
+        x = Dropout(self.dropout_rate, self.dropout, name="drop")(x, train, example_ids)
+        return conv(self.num_classes, 1, self.compute, zero=True, name="score")(x)

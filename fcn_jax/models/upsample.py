@@ -1,4 +1,10 @@
-"""Upsampling layers: transposed convolution with its bilinear start, and bilinear interpolation."""
+"""Upsampling: transposed convolution by phases with its bilinear start, and bilinear interpolation.
+
+Dimensions are b h w c; the side of a transposed convolution's kernel is k, its stride s. Output pixels that share
+their *phase*, the remainder of their padded position by the stride, meet the same ceil(k / s) taps per axis. A *cell*
+is the s x s block of output pixels, one of each phase, that meet the same input pixels. So there are no inserted zeros
+to multiply, and both directions are dense products.
+"""
 
 from __future__ import annotations
 
@@ -9,10 +15,82 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from fcn_jax.models.kernels import Window, conv2d, multiply_phases
 from fcn_jax.models.layers import Compute
-from fcn_jax.models.transposed_conv import transposed_conv
 
-__all__ = ["TransposedConv", "bilinear_init", "bilinear_kernel", "resize_bilinear"]
+__all__ = ["TransposedConv", "bilinear_init", "bilinear_kernel", "resize_bilinear", "transposed_conv"]
+
+
+def transposed_conv(
+    x: jax.Array, kernel: jax.Array, stride: int, padding: int = 0, output_padding: int = 0, precision: Any = None
+) -> jax.Array:
+    """Convolve with the stride on the output side.
+
+    out[o] = sum over i of x[i] kernel[o + padding - i stride], per axis: a product of the shifted inputs with the
+    kernel cut into stride x stride phases. An odd kernel, whose phases differ in their taps, is convolved phase by
+    phase at stride 2. Equal to ``torch.nn.functional.conv_transpose2d`` with the kernel's axes in the order
+    k, k, in, out.
+
+    Args:
+        x: (b, h, w, c_in).
+        kernel: (k, k, c_in, c_out).
+        stride: the factor s of the upsampling.
+        padding: rows and columns cut from every side of the full output.
+        output_padding: rows and columns kept beyond that at the bottom and right.
+        precision: of the products, see ``jax.lax.Precision``.
+
+    Returns:
+        (b, h', w', c_out) with h' = (h - 1) s - 2 padding + k + output_padding, and w' likewise.
+    """
+    _, h, w, c_in = x.shape
+    k, c_out = kernel.shape[0], kernel.shape[3]
+    out_h, out_w = ((n - 1) * stride - 2 * padding + k + output_padding for n in (h, w))
+    if stride == 2 and k % 2 and padding <= k - 2:
+        return _doubled(x, kernel, padding, (out_h, out_w), precision)
+    taps = -(-k // stride)
+    short = taps * stride - k
+    kernel = jnp.pad(kernel, ((0, short), (0, short), (0, 0), (0, 0)))
+    kernel = kernel.reshape(taps, stride, taps, stride, c_in, c_out).transpose(1, 0, 2, 4, 3, 5)
+    kernel = kernel.reshape(stride, taps * taps * c_in, stride * c_out)
+    rows, columns = h + taps - 1, w + taps - 1
+    margin = (taps - 1, taps - 1)
+    x = jnp.pad(x, ((0, 0), margin, margin, (0, 0)))
+    shifts = [x[:, i : i + rows, j : j + columns] for i in reversed(range(taps)) for j in reversed(range(taps))]
+    return multiply_phases(jnp.concatenate(shifts, axis=-1), kernel, Window(padding, out_h, out_w), precision)
+
+
+def _doubled(x: jax.Array, kernel: jax.Array, padding: int, size: tuple[int, int], precision: Any) -> jax.Array:
+    """Convolve with stride 2 on the output side and an odd kernel, each phase by itself.
+
+    out[2 n + q] = sum over t of x[n + d - t] kernel[2 t + r] with q + padding = 2 d + r, per axis: a convolution of x
+    with the taps r, r + 2, ... in reverse. The four phases have k k taps between them, where one product for all has
+    (k + 1)(k + 1).
+
+    Args:
+        x: (b, h, w, c_in).
+        kernel: (k, k, c_in, c_out) with an odd k.
+        padding: at most k - 2.
+        size: h' and w' of the result.
+        precision: of the products.
+
+    Returns:
+        (b, h', w', c_out).
+    """
+    cells = [-(-n // 2) for n in size]
+
+    def phase(row: int, column: int) -> jax.Array:
+        (down, r), (right, s) = divmod(row + padding, 2), divmod(column + padding, 2)
+        taps = kernel[r::2, s::2][::-1, ::-1]
+        rows, columns, _, _ = taps.shape
+        margins = (
+            (rows - 1 - down, cells[0] - x.shape[1] + down),
+            (columns - 1 - right, cells[1] - x.shape[2] + right),
+        )
+        return conv2d(x, taps, (1, 1), margins, precision=precision)
+
+    full = jnp.stack([jnp.stack([phase(row, 0), phase(row, 1)], axis=3) for row in (0, 1)], axis=2)
+    full = full.reshape(x.shape[0], 2 * cells[0], 2 * cells[1], kernel.shape[3])
+    return full[:, : size[0], : size[1]]
 
 
 def bilinear_kernel(k: int) -> np.ndarray:

@@ -181,7 +181,7 @@ def test_each_evaluation_has_files_of_its_own_and_eval_json_is_the_plain_one(cap
     )
     for arguments, name, views in (
         ([], "eval", "plain"),
-        (["--flip", "--scales", "0.5", "1"], "eval_flip_scales-0.5-1", "4 views: scales 0.5 1, flip"),
+        (["--flip", "--scales", "0.5", "1"], "eval_shapes-val_flip_scales-0.5-1", "4 views: scales 0.5 1, flip"),
         (["--split", "shapes/test"], "eval_shapes-test", "plain"),
     ):
         assert eval_command(["--run", str(run), *arguments]) == 0

@@ -21,7 +21,7 @@ from fcn_jax.compare import jax_adapter, rows
 from fcn_jax.compare.bench import Row, Runner, alternate, differences, make_settings, pipeline_rates, run_row
 from fcn_jax.compare.collectives import count_collectives, step_collectives
 from fcn_jax.compare.report import bench_tables, matmul_rate, pool_sum
-from fcn_jax.models import summarize, transposed_conv
+from fcn_jax.models import kernels, summarize
 
 SMOKE = make_settings("cpu", smoke=True)
 
@@ -257,8 +257,8 @@ sys.exit(code)
 
 def test_cpu_kernels_can_be_left_out(monkeypatch, capsys):
     used = []
-    right = transposed_conv._phases_by_row
-    monkeypatch.setattr(transposed_conv, "_phases_by_row", lambda *args, **kw: used.append(0) or right(*args, **kw))
+    right = kernels._row_phases
+    monkeypatch.setattr(kernels, "_row_phases", lambda *args: used.append(0) or right(*args))
     arguments = ["--smoke", "--device", "cpu", "--against", "none", "--only", "upsample-k64*"]
     assert bench(*arguments, "--plain-kernels") == 0 and not used
     assert bench(*arguments) == 0 and used

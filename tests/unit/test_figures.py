@@ -1,69 +1,112 @@
+import io
+
 import cv2
 import numpy as np
+import pytest
 from PIL import Image
+from rich.console import Console
 
+from fcn_jax.evaluation import figures
 from fcn_jax.evaluation.evaluate import Sample, spread
-from fcn_jax.evaluation.figures import (
-    colour_labels,
-    overlay,
-    save_confusion,
-    save_curves,
-    save_palette_png,
-    save_panel,
-    save_predictions,
-)
+from fcn_jax.evaluation.report import score_table
+from fcn_jax.metrics import scores
 
-PALETTE = ((0, 0, 0), (200, 10, 20), (3, 4, 5))
+NAMES = ("background", "b", "[c]")
+PALETTE = ((0, 0, 0), (200, 10, 20), (10, 200, 20))
 LABELS = np.array([[0, 1], [2, 255]], np.uint8)
+BLUE = (0, 0, 250)
+
+
+def read(path):
+    return cv2.cvtColor(cv2.imread(str(path)), cv2.COLOR_BGR2RGB)
+
+
+def proportions(picture, colour):
+    """Width by height of the part of a picture that has a colour, without the little square in the legend."""
+    mask = np.all(np.abs(picture.astype(int) - colour) <= 2, axis=-1)
+    height, width = (np.sum(mask.sum(axis) > mask.sum(axis).max() / 2) for axis in (1, 0))
+    return width / height
 
 
 def test_labels_take_the_palettes_colours_and_void_its_own():
-    expected = [[[0, 0, 0], [200, 10, 20]], [[3, 4, 5], [224, 224, 192]]]
-    np.testing.assert_array_equal(colour_labels(LABELS, PALETTE), expected)
+    expected = [[[0, 0, 0], [200, 10, 20]], [[10, 200, 20], [224, 224, 192]]]
+    np.testing.assert_array_equal(figures.colour_labels(LABELS, PALETTE), expected)
 
 
-def test_an_overlay_is_half_image_half_colour():
+def test_an_overlay_is_half_image_half_colour_but_for_the_background():
     image = np.full((2, 2, 3), 100, np.uint8)
-    np.testing.assert_array_equal(overlay(image, LABELS, PALETTE)[0, 1], [150, 55, 60])
+    blended = figures.overlay(image, LABELS, PALETTE, NAMES)
+    np.testing.assert_array_equal(blended, [[[100, 100, 100], [150, 55, 60]], [[55, 150, 60], [162, 162, 146]]])
+    np.testing.assert_array_equal(figures.overlay(image, LABELS, PALETTE, ("road", "b", "c"))[0, 0], [50, 50, 50])
+
+
+@pytest.mark.parametrize("name", ["2008_000123.jpg", "a\ud800\nname " * 20, "\u9053.png"])
+def test_an_overlay_shows_the_name_in_its_lower_left_corner(name):
+    image, labels = np.full((100, 160, 3), 100, np.uint8), np.zeros((100, 160), np.uint8)
+    changed = np.any(figures.overlay(image, labels, PALETTE, NAMES, name) != image, axis=-1)
+    assert changed[-10:, :20].all(axis=-1).any() and not changed[:80].any()
+    assert figures.overlay(image[:2, :3], labels[:2, :3], PALETTE, NAMES, name).shape == (2, 3, 3)
 
 
 def test_a_palette_png_keeps_ids_as_indices_and_shows_colours(tmp_path):
-    save_palette_png(tmp_path / "a.png", LABELS, PALETTE)
+    figures.save_palette_png(tmp_path / "a.png", LABELS, PALETTE)
     with Image.open(tmp_path / "a.png") as picture:
         assert picture.mode == "P"
         np.testing.assert_array_equal(np.asarray(picture), LABELS)
-        np.testing.assert_array_equal(np.asarray(picture.convert("RGB")), colour_labels(LABELS, PALETTE))
+        np.testing.assert_array_equal(np.asarray(picture.convert("RGB")), figures.colour_labels(LABELS, PALETTE))
 
 
 def test_positions_are_spread_over_the_split():
     assert spread(101) == {0, 20, 40, 60, 80, 100} and spread(3) == {0, 1, 2} and spread(0) == frozenset()
 
 
-def test_panel_shows_each_samples_image_truth_and_prediction(tmp_path):
-    image = np.full((4, 4, 3), (0, 0, 250), np.uint8)
-    label, prediction = np.full((8, 8), 1, np.uint8), np.full((8, 8), 2, np.uint8)
-    save_panel(tmp_path / "figures/panel.png", [Sample("a", image, label, prediction)] * 2, PALETTE, ("x", "y", "z"))
-    picture = cv2.cvtColor(cv2.imread(str(tmp_path / "figures/panel.png")), cv2.COLOR_BGR2RGB)
-    for colour in ((0, 0, 250), PALETTE[1], PALETTE[2]):
-        share = np.all(np.abs(picture.astype(int) - colour) <= 2, axis=-1).mean()
-        assert 0.2 < share < 0.34  # a third of the picture each, less the legend and the titles
+def test_a_panel_shows_images_truths_and_predictions_in_their_own_proportions(tmp_path):
+    def sample(name, shape, label, prediction, colour):
+        image = np.full((4, 4, 3), colour, np.uint8)  # seen by the network at another size than the label's
+        return Sample(name, image, np.full(shape, label, np.uint8), np.full(shape, prediction, np.uint8))
+
+    samples = [sample("a$_{", (8, 16), 1, 2, BLUE), sample("long" * 30, (16, 8), 0, 0, (250, 250, 0))]
+    figures.save_panel(tmp_path / "figures/panel.png", samples, PALETTE, NAMES)
+    picture = read(tmp_path / "figures/panel.png")
+    for colour, expected in ((BLUE, 2), ((250, 250, 0), 0.5), (PALETTE[1], 2), (PALETTE[2], 2)):
+        assert proportions(picture, colour) == pytest.approx(expected, rel=0.03)
+    assert (picture[:12] < 128).any()  # the titles
+    figures.save_panel(tmp_path / "none.png", [], PALETTE, NAMES)
+    assert not (tmp_path / "none.png").exists()
 
 
 def test_predictions_are_shown_without_image_and_truth(tmp_path):
-    image, label = np.full((4, 4, 3), (0, 0, 250), np.uint8), np.full((4, 4), 1, np.uint8)
+    image, label = np.full((4, 4, 3), BLUE, np.uint8), np.full((4, 4), 1, np.uint8)
     samples = [Sample("a", image, label, np.full((4, 4), 2, np.uint8))] * 3
-    palette = ((0, 0, 0), (200, 10, 20), (10, 200, 20))
-    save_predictions(tmp_path / "predictions.png", samples, palette, ("x", "y", "z"))
-    picture = cv2.cvtColor(cv2.imread(str(tmp_path / "predictions.png")), cv2.COLOR_BGR2RGB).astype(int)
-    share = [np.all(np.abs(picture - colour) <= 2, axis=-1).mean() for colour in ((0, 0, 250), *palette[1:])]
+    figures.save_predictions(tmp_path / "predictions.png", samples, PALETTE, NAMES)
+    picture = read(tmp_path / "predictions.png").astype(int)
+    share = [np.all(np.abs(picture - colour) <= 2, axis=-1).mean() for colour in (BLUE, *PALETTE[1:])]
     assert share[0] == share[1] == 0 and 0.6 < share[2] < 0.8  # three of four cells
 
 
 def test_curves_and_confusion_are_drawn_with_undefined_scores_among_them(tmp_path):
     undefined = {"pixel_accuracy": 0.5, "mean_accuracy": None, "mean_iu": None, "frequency_weighted_iu": 0.1}
     rows = [{"kind": "train", "step": 1, "loss": 2.0}, {"kind": "val", "step": 1, "scores": undefined}]
-    save_curves(tmp_path / "curves.png", rows)
-    save_curves(tmp_path / "empty.png", [])
-    save_confusion(tmp_path / "confusion.png", np.array([[3, 1], [0, 0]]), ("a", "b"))
+    figures.save_curves(tmp_path / "curves.png", rows)
+    figures.save_curves(tmp_path / "empty.png", [])
+    figures.save_confusion(tmp_path / "confusion.png", np.array([[3, 1], [0, 0]]), ("a", "b"))
     for name in ("curves", "empty", "confusion"):
         assert cv2.imread(str(tmp_path / f"{name}.png")) is not None
+
+
+def test_a_score_table_is_in_per_cent_with_two_decimals():
+    # Truth: 3 of class 0, 1 of class 1; one of the former is taken for the latter. Class 2 is nowhere.
+    table = score_table(scores(np.array([[2, 1, 0], [0, 1, 0], [0, 0, 0]])), NAMES, "step 3, [val]")
+    console = Console(width=60, file=io.StringIO())
+    console.print(table)
+    lines = [line.split("│") for line in console.file.getvalue().splitlines()]
+    cells = {line[1].strip(): line[2].strip() for line in lines if len(line) > 2}
+    assert cells == {
+        "pixel accuracy": "75.00",
+        "mean accuracy": "83.33",
+        "mean IoU": "58.33",
+        "frequency weighted IoU": "62.50",
+        "IoU background": "66.67",
+        "IoU b": "50.00",
+        "IoU [c]": "-",
+    }

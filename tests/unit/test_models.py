@@ -8,6 +8,7 @@ import pytest
 import fcn_jax
 from fcn_jax.errors import InputError
 from fcn_jax.models import MODELS, summarize
+from fcn_jax.models.fcn import serves
 from fcn_jax.models.upsample import bilinear_kernel
 
 TINY = {"encoder": "vgg11", "width": 0.02}
@@ -29,7 +30,7 @@ def test_all_families_and_strides_have_names():
 
 
 def test_an_unknown_name_lists_the_known_ones():
-    with pytest.raises(InputError, match="fcn8 .*|unknown model 'fcn8'") as caught:
+    with pytest.raises(InputError, match="unknown model 'fcn8'") as caught:
         fcn_jax.create_model("fcn8", 21)
     assert all(name in str(caught.value) for name in MODELS)
 
@@ -45,18 +46,24 @@ def test_an_unknown_name_lists_the_known_ones():
         ("fcn8s", {"encoder_norm": "group"}, "unknown encoder_norm 'group'"),
         ("fcn8s", {"pool": "same"}, "ceil, floor"),
         ("fcn8s", {"width": 0}, "expected 0 < width <= 64"),
+        ("fcn8s", {"width": "a"}, "width"),
+        ("fcn8s", {"width": float("nan")}, "width"),
         ("fcn8s", {"dropout_rate": 1.0}, "expected 0 <= dropout_rate < 1"),
         ("fcn8s", {"fc_features": 0}, r"expected fc_features in 1 \.\.\. 1048576"),
+        ("fcn8s", {"fc_features": 1.5}, "fc_features"),
+        ("fcn8s", {"num_classes": 0}, "num_classes in 1 ... 255, got 0"),
+        ("fcn8s", {"num_classes": "21"}, "num_classes"),
+        ("fcn8s", {"num_classes": 2.5}, "num_classes"),
+        ("fcn8s", {"num_classes": True}, "num_classes"),
+        ("fcn8s", {"num_classes": 300}, "num_classes"),
+        ("fcn8s_pad100", {"skip_scales": 0.1}, "skip_scales"),
+        ("fcn8s_pad100", {"crop": (5, 9)}, "crop"),
+        ("fcn8s_pad100", {"crop": (5, 9, -40)}, "crop"),
     ],
 )
-def test_an_option_that_does_not_apply_is_an_error(name, options, message):
+def test_an_option_that_makes_no_network_is_named(name, options, message):
     with pytest.raises(InputError, match=message):
-        fcn_jax.create_model(name, 21, **options)
-
-
-def test_no_classes_is_an_error():
-    with pytest.raises(InputError, match="num_classes in 1 ... 255, got 0"):
-        fcn_jax.create_model("fcn8s", 0)
+        fcn_jax.create_model(name, **{"num_classes": 21, **options})
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -68,7 +75,7 @@ def test_logits_have_the_size_of_the_image_at_every_size(name):
         assert logits.shape == (2, *size, 3)
 
 
-@pytest.mark.parametrize("name", ["fcn8s", "fcn32s_ladder", "fcn16s_resize", "fcn8s_pad100"])
+@pytest.mark.parametrize("name", ["fcn32s_ladder", "fcn8s_pad100"])
 def test_a_single_pixel_gives_finite_logits(name):
     model = tiny(name)
     variables = fcn_jax.init_variables(model, jax.random.key(0), (1, 1))
@@ -78,18 +85,17 @@ def test_a_single_pixel_gives_finite_logits(name):
 @pytest.mark.parametrize("name", ["fcn32s_pad100", "fcn16s_pad100", "fcn8s_pad100", "fcn8s_pad100_atonce"])
 def test_pad100_serves_every_side_with_ceil_pooling(name):
     model = tiny(name)
-    assert [n for n in range(1, 1300) if not model.serves(n)] == []
-    assert not model.serves(0)
+    assert [n for n in range(1, 1300) if not serves(model, n)] == []
+    assert not serves(model, 0)
 
 
 def test_pad100_with_floor_pooling_falls_short_where_the_arithmetic_says():
     # FCN-32s at crop 19: 434 of the sides 32 ... 1199 fall short, among them those of the VOC images.
     model = tiny("fcn32s_pad100", pool="floor")
-    short = [n for n in range(32, 1200) if not model.serves(n)]
-    assert len(short) == 434
-    assert {375, 500} <= set(short)
+    short = [n for n in range(32, 1200) if not serves(model, n)]
+    assert len(short) == 434 and {375, 500} <= set(short)
     # Fanrencli's crop at 6 is right at 500: 698 -> 349, 174, 87, 43, 21, fc6 15, and (15 + 1) 32 = 512 >= 6 + 500.
-    assert tiny("fcn32s_pad100", pool="floor", crop=(5, 9, 6)).serves(500)
+    assert serves(tiny("fcn32s_pad100", pool="floor", crop=(5, 9, 6)), 500)
 
 
 def test_a_size_that_is_not_served_names_those_that_are():
@@ -97,7 +103,7 @@ def test_a_size_that_is_not_served_names_those_that_are():
     with pytest.raises(InputError, match=r"height 500 is not served .* near 500: \[") as caught:
         jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 500, 501, 3)))
     near = [int(n) for n in str(caught.value).split("near 500: [")[1].split("]")[0].split(",")]
-    assert near and all(model.serves(n) for n in near)
+    assert near and all(serves(model, n) for n in near)
 
 
 def test_same_with_floor_pooling_serves_multiples_of_32():
@@ -124,9 +130,8 @@ def test_the_same_key_gives_the_same_variables_at_any_image_size():
     jax.tree.map(np.testing.assert_array_equal, small, large)
 
 
-@pytest.mark.parametrize("name", ["fcn8s", "fcn8s_ladder"])
-def test_a_frozen_encoder_gets_no_gradient_and_keeps_its_statistics(name, images):
-    model = tiny(name, encoder_norm="batch", freeze_encoder=True)
+def test_a_frozen_encoder_gets_no_gradient_and_keeps_its_statistics(images):
+    model = tiny("fcn8s_ladder", encoder_norm="batch", freeze_encoder=True)
     variables = fcn_jax.init_variables(model, jax.random.key(0))
     params = jax.tree.map(lambda x: x + 0.1, variables["params"])  # score layers at zero would stop every gradient
 
@@ -140,19 +145,20 @@ def test_a_frozen_encoder_gets_no_gradient_and_keeps_its_statistics(name, images
     assert not any(g.any() for g in jax.tree.leaves(gradient.pop("vgg")))
     assert any(g.any() for g in jax.tree.leaves(gradient))
     jax.tree.map(np.testing.assert_array_equal, statistics["vgg"], variables["batch_stats"]["vgg"])
-    if name == "fcn8s_ladder":  # its rungs normalise by the batch all the same
-        assert (statistics["bn1"]["mean"] != variables["batch_stats"]["bn1"]["mean"]).any()
+    # The rungs still normalise by the batch.
+    assert (statistics["bn1"]["mean"] != variables["batch_stats"]["bn1"]["mean"]).any()
 
 
 def test_recomputing_the_encoder_changes_no_name_and_no_number(images):
     def run(remat):
         options = {"encoder_norm": "batch", "dtype": jnp.float64, "param_dtype": jnp.float64, "width": 0.05}
-        model = tiny("fcn8s_ladder", remat=remat, **options)
+        model = tiny("fcn32s_resize", remat=remat, **options)
         variables = fcn_jax.init_variables(model, jax.random.key(0))
 
         def loss(params):
             given = {**variables, "params": jax.tree.map(lambda x: x + 0.01, params)}
-            out, new = model.apply(given, images, train=True, mutable=["batch_stats"])
+            rngs = {"dropout": jax.random.key(1)}
+            out, new = model.apply(given, images, train=True, rngs=rngs, mutable=["batch_stats"])
             return jnp.sum(out**2), new
 
         return jax.jit(jax.value_and_grad(loss, has_aux=True))(variables["params"])
@@ -171,7 +177,7 @@ def test_bfloat16_computes_with_float32_parameters(images):
     assert {leaf.dtype for leaf in jax.tree.leaves(updated)} == {np.dtype(np.float32)}
 
 
-def test_the_auxiliary_head_speaks_in_training_only():
+def test_auxiliary_logits_are_returned_in_training_only():
     model = tiny("fcn8s_resize", aux_head=True)
     x = jnp.zeros((2, 40, 33, 3))
     variables = jax.eval_shape(lambda: fcn_jax.init_variables(model, jax.random.key(0)))
@@ -201,24 +207,3 @@ def test_layer_table_by_hand():
     # VGG-16 convolutions 14 714 688, fc6 102 764 544, fc7 16 781 312, scores 86 037 + 10 773 + 5 397, upsampling
     # 2 * 7 056 + 112 896.
     assert sum(row.parameters for row in rows) == 134_489_759
-
-
-@pytest.mark.parametrize(
-    ("options", "named"),
-    [
-        ({"num_classes": "21"}, "num_classes"),
-        ({"num_classes": 2.5}, "num_classes"),
-        ({"num_classes": True}, "num_classes"),
-        ({"num_classes": 300}, "num_classes"),
-        ({"width": "a"}, "width"),
-        ({"width": float("nan")}, "width"),
-        ({"skip_scales": 0.1}, "skip_scales"),
-        ({"crop": (5, 9)}, "crop"),
-        ({"crop": (5, 9, -40)}, "crop"),
-        ({"fc_features": 1.5}, "fc_features"),
-        ({"dropout_rate": 1.0}, "dropout_rate"),
-    ],
-)
-def test_values_that_make_no_network_are_named(options, named):
-    with pytest.raises(ValueError, match=named):
-        fcn_jax.create_model("fcn8s_pad100", **{"num_classes": 3, **options})

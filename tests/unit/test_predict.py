@@ -1,61 +1,90 @@
+"""Class maps of single images: tiles, padding to few shapes, and evaluation over a split."""
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from inference_cases import check_tiles, color_blocks
+from networks import make_network
 
 import fcn_jax
+from fcn_jax.errors import InputError
+from fcn_jax.evaluation import evaluate as evaluate_module
+from fcn_jax.evaluation import predict as predict_module
 from fcn_jax.evaluation.evaluate import evaluate, make_predictor
 from fcn_jax.evaluation.predict import context, make_image_predictor
 from fcn_jax.preprocessing import MEAN_COLOURS, normalize
 
-NAMES = ["fcn8s", "fcn32s", "fcn8s_pad100", "fcn16s_ladder", "fcns_ladder", "fcn8s_resize", "fcn32s_resize"]
+
+@pytest.fixture
+def traced(monkeypatch):
+    """The shapes for which a network was traced, and so compiled, and the sizes of merged maps."""
+    shapes = []
+
+    def recording_normalize(images, *arguments):
+        shapes.append(images.shape)
+        return normalize(images, *arguments)
+
+    right_merge = predict_module.merge_padded_maps
+
+    def recording_merge(model, maps, extents):
+        shapes.append(("merge", *maps[0].shape))
+        return right_merge(model, maps, extents)
+
+    monkeypatch.setattr(evaluate_module, "normalize", recording_normalize)
+    monkeypatch.setattr(predict_module, "normalize", recording_normalize)
+    monkeypatch.setattr(predict_module, "merge_padded_maps", recording_merge)
+    return shapes
 
 
-def _network(name):
-    options = {"fc_features": 4} if "_" not in name or "pad100" in name else {}
-    if "resize" in name:
-        options = {"head_features": 64}  # of few features, all positive, one class would win everywhere
-    model = fcn_jax.create_model(
-        name, 3, encoder="vgg11", width=0.05, dtype=jnp.float64, param_dtype=jnp.float64, **options
-    )
-    variables = fcn_jax.init_variables(model, jax.random.key(0))
-    leaves, tree = jax.tree.flatten(variables["params"])
-    keys = jax.random.split(jax.random.key(1), len(leaves))
-    # kernels alone: a bias at the end would decide the class everywhere
-    noisy = [x + 0.3 * jax.random.normal(k, x.shape, x.dtype) * (x.ndim > 1) for k, x in zip(keys, leaves, strict=True)]
-    return model, {**variables, "params": jax.tree.unflatten(tree, noisy)}
+@pytest.mark.parametrize(
+    ("name", "width"),
+    [("fcn32s", 70), ("fcn8s_pad100", 70), ("fcns_ladder", 70), ("fcn8s_resize", 70), ("fcn8s_resize", 20)],
+)
+def test_tiles_give_the_classes_of_the_wholecolor_blocks(name, width):
+    check_tiles(name, width)
 
 
-def _image(height, width):
-    """Blocks of colour, so that the classes differ from place to place."""
-    blocks = np.random.default_rng(0).integers(0, 256, (height // 40 + 1, width // 40 + 1, 3), np.uint8)
-    return blocks.repeat(40, 0).repeat(40, 1)[:height, :width]
-
-
-@pytest.mark.parametrize(("name", "width"), [*((name, 70) for name in NAMES), ("fcn16s", 680)])
-def test_tiles_give_the_classes_of_the_whole_image(name, width):
-    model, variables = _network(name)
-    image = _image(2 * context(model) + 210, width)
-    whole = make_image_predictor(model, "imagenet", whole_pixels=10**9)(variables, image)
-    tiled = make_image_predictor(model, "imagenet", whole_pixels=0, tile=96)(variables, image)
-    assert len(np.unique(whole)) > 1
-    # float64: classes could differ only where two logits agree to 1e-12
-    np.testing.assert_array_equal(tiled, whole)
-
-
-def test_the_context_is_needed(monkeypatch):
-    model, variables = _network("fcn8s")
-    image = _image(600, 70)
+def test_the_context_of_tiles_is_needed(monkeypatch):
+    model, variables = make_network("fcn8s", biases=False)
+    image = color_blocks(600, 70)
     whole = make_image_predictor(model, "imagenet")(variables, image)
-    monkeypatch.setattr("fcn_jax.evaluation.predict.context", lambda model: 0)
+    monkeypatch.setattr(predict_module, "context", lambda model: 0)
     assert np.any(make_image_predictor(model, "imagenet", whole_pixels=0, tile=96)(variables, image) != whole)
 
 
-@pytest.mark.parametrize("size", [(1, 1), (1, 40), (31, 33)])
-@pytest.mark.parametrize("name", ["fcn8s", "fcn8s_pad100", "fcns_ladder", "fcn8s_resize"])
-def test_small_images_are_served(name, size):
-    model, variables = _network(name)
-    assert make_image_predictor(model, "caffe")(variables, np.zeros((*size, 3), np.uint8)).shape == size
+@pytest.mark.parametrize("name", ["fcn8s", "fcn8s_resize"])
+def test_images_of_many_sizes_compile_few_programs_and_keep_their_classes(name, traced):
+    model, variables = make_network(name, biases=False)
+    predict = make_image_predictor(model, "imagenet")
+    apply = jax.jit(model.apply)
+    for seed, size in enumerate([(1, 1), (33, 60), (65, 61), (127, 50)]):
+        image = color_blocks(*size, seed)
+        alone = np.argmax(apply(variables, normalize(image[None], "imagenet", jnp.float64)), -1)[0]
+        np.testing.assert_array_equal(predict(variables, image), alone)
+    assert traced == [(1, 64, 64, 3), (1, 128, 64, 3)]
+
+
+def test_tiles_of_many_images_compile_one_program_and_merging_another(traced):
+    model, variables = make_network("fcn32s_resize", biases=False)
+    predict = make_image_predictor(model, "imagenet", whole_pixels=0, tile=32)
+    side = 2 * context(model) + 32
+    for height, width in ((side + 1, 40), (side + 40, 64), (side + 33, 10)):
+        predict(variables, color_blocks(height, width))
+    heights = {-(-height // 64) * 2 for height in (side + 1, side + 40, side + 33)}
+    assert traced == [(1, side, 64, 3), *(("merge", 1, height, 2, 3) for height in sorted(heights))]
+
+
+def test_a_size_that_is_not_served_is_an_error_and_unusual_crops_are_not_padded(traced):
+    model, variables = make_network("fcn8s", pool="floor")
+    with pytest.raises(InputError, match="multiples of 32 with pool='floor', got 33x64"):
+        make_image_predictor(model, "imagenet")(variables, np.zeros((33, 64, 3), np.uint8))
+    # 32s with floor pooling: 26 pixels come back as 64, enough for a crop at 35; 64 pixels come back as 96, too few.
+    options = {"encoder": "vgg11", "width": 0.05, "pool": "floor", "crop": (5, 9, 35)}
+    model = fcn_jax.create_model("fcn32s_pad100", 3, **options)
+    variables = fcn_jax.init_variables(model, jax.random.key(0), (26, 26))
+    assert make_image_predictor(model, "imagenet")(variables, np.zeros((26, 26, 3), np.uint8)).shape == (26, 26)
+    assert traced == [(1, 26, 26, 3)]
 
 
 def test_scores_are_counted_at_the_labels_size_and_padding_rows_do_not_count():
@@ -65,15 +94,9 @@ def test_scores_are_counted_at_the_labels_size_and_padding_rows_do_not_count():
         calls.append((images.shape, size))
         return np.ones((len(images), *size), np.uint8)
 
-    batches = [
-        {
-            "image": np.zeros((2, 8, 8, 3), np.uint8),
-            "label": np.array([[[1, 0, 255]], [[0, 0, 0]]], np.uint8),
-            "name": ("a", "fill"),
-            "valid": np.array([True, False]),
-        }
-    ]
-    result = evaluate(predict, {}, batches, 2, samples_at={0})
+    labels = np.array([[[1, 0, 255]], [[0, 0, 0]]], np.uint8)
+    batch = {"image": np.zeros((2, 8, 8, 3), np.uint8), "label": labels, "name": ("a", "fill")}
+    result = evaluate(predict, {}, [{**batch, "valid": np.array([True, False])}], 2, samples_at={0})
     np.testing.assert_array_equal(result.confusion, [[0, 1], [0, 1]])
     assert calls == [((2, 8, 8, 3), (1, 3))] and result.images == 1
     assert [sample.name for sample in result.samples] == ["a"]
@@ -82,7 +105,7 @@ def test_scores_are_counted_at_the_labels_size_and_padding_rows_do_not_count():
 def test_a_batch_over_devices_predicts_what_one_device_does():
     from fcn_jax.training.devices import make_mesh
 
-    model, variables = _network("fcn8s")
+    model, variables = make_network("fcn8s", biases=False)
     images = np.random.default_rng(0).integers(0, 256, (8, 40, 40, 3), np.uint8)
     one = make_predictor(model, "imagenet")(variables, images, (20, 30))
     eight = make_predictor(model, "imagenet", make_mesh(jax.devices()))(variables, images, (20, 30))

@@ -1,44 +1,35 @@
-"""Averages over an image's mirror image and scales are what they say, by hand."""
+"""Averages over an image's mirror image and scales, by hand, and the names of their files."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import trees
+from networks import make_network
+from scipy.special import softmax
 
-import fcn_jax
 from fcn_jax.errors import InputError
 from fcn_jax.evaluation.evaluate import PLAIN, Views, make_predictor
+from fcn_jax.evaluation.report import evaluation_name
 from fcn_jax.preprocessing import normalize
 
 
 @pytest.fixture(scope="module")
 def network():
-    model = fcn_jax.create_model(
-        "fcn8s_resize", 4, encoder="vgg11", width=0.05, head_features=32, dtype=jnp.float64, param_dtype=jnp.float64
-    )
-    variables = fcn_jax.init_variables(model, jax.random.key(0))
-    leaves, tree = jax.tree.flatten(variables["params"])
-    keys = jax.random.split(jax.random.key(1), len(leaves))
-    noisy = [x + 0.3 * jax.random.normal(k, x.shape, x.dtype) * (x.ndim > 1) for k, x in zip(keys, leaves, strict=True)]
-    return model, {**variables, "params": jax.tree.unflatten(tree, noisy)}
+    return make_network("fcn8s_resize", 4, biases=False, head_features=32)
 
 
 def _images():
     return np.stack([trees.picture(i, (5, 6)) for i in range(2)]).repeat(12, 1).repeat(12, 2)  # 60 x 72
 
 
-def _softmax(logits):
-    exp = np.exp(logits - logits.max(-1, keepdims=True))
-    return exp / exp.sum(-1, keepdims=True)
-
-
 def test_the_class_is_that_of_the_mean_softmax(network):
     model, variables = network
     images = np.asarray(normalize(_images(), "imagenet", jnp.float64))
+    apply = jax.jit(model.apply)
 
     def of(x):
-        return np.asarray(model.apply(variables, x, train=False))
+        return np.asarray(apply(variables, x))
 
     small = np.asarray(jax.image.resize(images, (2, 45, 54, 3), "bilinear"))
     back = (2, 60, 72, 4)
@@ -56,7 +47,7 @@ def test_the_class_is_that_of_the_mean_softmax(network):
     }
     found = {views: make_predictor(model, "imagenet", views=views)(variables, _images(), (60, 72)) for views in chosen}
     for views, logits in chosen.items():
-        np.testing.assert_array_equal(found[views], np.mean([_softmax(x) for x in logits], axis=0).argmax(-1))
+        np.testing.assert_array_equal(found[views], np.mean([softmax(x, -1) for x in logits], axis=0).argmax(-1))
     assert len({x.tobytes() for x in found.values()}) == 4  # otherwise nothing was averaged
 
 
@@ -70,19 +61,24 @@ def test_with_flip_an_image_and_its_mirror_image_are_segmented_alike(network):
         assert np.array_equal(there, back) == flip
 
 
-def test_an_image_whose_labels_have_another_size(network):
+def test_classes_have_the_size_of_the_labels(network):
     model, variables = network
     predict = make_predictor(model, "imagenet", views=Views(scales=(0.5, 1.0), flip=True))
     assert predict(variables, _images(), (50, 91)).shape == (2, 50, 91)
 
 
 @pytest.mark.parametrize("scales", [(), (0.0,), (0.01,), (1.0, -1.0), (9.0,), (float("nan"),)])
-def test_scales_out_of_range(scales):
+def test_scales_out_of_range_are_rejected(scales):
     with pytest.raises(InputError, match="scales"):
         Views(scales=scales)
 
 
-def test_names():
+def test_each_way_of_averaging_and_each_split_has_its_own_name():
+    every = Views(scales=(0.75, 1.0, 1.25), flip=True)
     assert str(PLAIN) == "plain" and str(Views(flip=True)) == "2 views: flip"
     assert str(Views(scales=(0.5,))) == "1 view: scales 0.5"
-    assert str(Views(scales=(0.75, 1.0), flip=True)) == "4 views: scales 0.75 1, flip"
+    assert str(every) == "6 views: scales 0.75 1 1.25, flip"
+    assert evaluation_name("camvid/val", PLAIN, "camvid/val") == "eval"
+    assert evaluation_name("camvid/test", PLAIN, "camvid/val") == "eval_camvid-test"
+    assert evaluation_name("camvid/val", Views(flip=True), "camvid/val") == "eval_camvid-val_flip"
+    assert evaluation_name("camvid/test", every, "camvid/val") == "eval_camvid-test_flip_scales-0.75-1-1.25"
