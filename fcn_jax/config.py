@@ -9,8 +9,6 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-__all__ = ["Config", "DataConfig", "LossConfig", "ModelConfig", "OptimConfig", "TrainConfig"]
-
 
 @dataclass(frozen=True)
 class ModelConfig:

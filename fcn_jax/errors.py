@@ -5,8 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
-__all__ = ["InputError", "Stopped", "UnreadableError", "check_local", "first_line", "unknown"]
-
 
 class InputError(ValueError):
     """What the user gave cannot be used; the message names the thing and the way out.

@@ -12,8 +12,6 @@ import optax
 
 from fcn_jax.errors import InputError, unknown
 
-__all__ = ["IGNORE", "LOSSES", "LossSum", "make_loss", "median_frequency_weights", "sum_pixels"]
-
 IGNORE = 255
 """Label of pixels that count neither in the loss nor in the scores, as in PASCAL VOC."""
 

@@ -9,8 +9,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-__all__ = ["Scores", "confusion_matrix", "scores"]
-
 
 @dataclass(frozen=True)
 class Scores:

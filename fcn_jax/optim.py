@@ -10,8 +10,6 @@ import optax
 from fcn_jax.config import OptimConfig
 from fcn_jax.errors import unknown
 
-__all__ = ["SCHEDULES", "make_optimizer", "make_schedule"]
-
 SCHEDULES = ("fixed", "poly", "step")
 
 

@@ -10,8 +10,6 @@ import numpy as np
 
 from fcn_jax.errors import unknown
 
-__all__ = ["MEAN_COLOURS", "PREPROCESSINGS", "normalize"]
-
 # ImageNet RGB mean and standard deviation in [0, 1]: torchvision's VGG weights (models/vgg.py).
 _IMAGENET_MEAN = np.array([0.485, 0.456, 0.406])
 _IMAGENET_STD = np.array([0.229, 0.224, 0.225])

@@ -6,8 +6,6 @@ from dataclasses import dataclass, replace
 
 from fcn_jax.config import Config, DataConfig, LossConfig, ModelConfig, OptimConfig, TrainConfig
 
-__all__ = ["DEFAULT_RECIPE", "RECIPES", "Recipe"]
-
 DEFAULT_RECIPE = "shapes"
 
 

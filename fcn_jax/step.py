@@ -12,8 +12,6 @@ import optax
 
 from fcn_jax.losses import Loss, LossSum
 
-__all__ = ["Batch", "StepSums", "TrainState", "TrainStep", "make_train_step", "new_state"]
-
 Batch = Mapping[str, jax.Array]
 """{"image": (b, h, w, 3), "label": (b, h, w) integers, 255 is ignored}."""
 

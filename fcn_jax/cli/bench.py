@@ -33,8 +33,6 @@ from fcn_jax.models import create_model
 from fcn_jax.models.kernels import plain_kernels
 from fcn_jax.recipes import RECIPES
 
-__all__ = ["BenchArguments", "main"]
-
 _DEVICE_COUNTS = (1, 2, 4, 8)
 _WIDTH = 132
 """Columns of output to a file or a pipe."""

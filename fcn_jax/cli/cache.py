@@ -13,8 +13,6 @@ from rich.table import Table
 from fcn_jax.config import DataConfig
 from fcn_jax.data.cache import cached, empty
 
-__all__ = ["main"]
-
 
 @dataclass(frozen=True)
 class CacheArguments:

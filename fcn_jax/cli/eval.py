@@ -20,8 +20,6 @@ from fcn_jax.evaluation.report import evaluation_name, score_table
 from fcn_jax.training.devices import make_mesh
 from fcn_jax.training.run import RunFolder, open_run, write_whole
 
-__all__ = ["EvalArguments", "main"]
-
 
 @dataclass(frozen=True)
 class EvalArguments:

@@ -14,8 +14,6 @@ from fcn_jax.cli.process import make_folder
 from fcn_jax.models.fcn import FCN
 from fcn_jax.training.run import open_run
 
-__all__ = ["ExportArguments", "main", "print_written"]
-
 
 @dataclass(frozen=True)
 class ExportArguments:

@@ -23,8 +23,6 @@ from fcn_jax.models import create_model
 from fcn_jax.models.fcn import FCN
 from fcn_jax.training.run import environment
 
-__all__ = ["ParityArguments", "main"]
-
 
 @dataclass(frozen=True)
 class ParityArguments:

@@ -20,8 +20,6 @@ from fcn_jax.cli.process import make_folder
 from fcn_jax.errors import InputError, unknown
 from fcn_jax.models import create_model, init_variables
 
-__all__ = ["PortArguments", "main"]
-
 
 @dataclass(frozen=True)
 class PortArguments:

@@ -18,8 +18,6 @@ from fcn_jax.evaluation.figures import overlay, save_palette_png
 from fcn_jax.evaluation.predict import make_image_predictor
 from fcn_jax.training.run import open_run
 
-__all__ = ["PredictArguments", "main"]
-
 
 @dataclass(frozen=True)
 class PredictArguments:

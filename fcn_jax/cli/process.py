@@ -19,8 +19,6 @@ import jax
 
 from fcn_jax.errors import InputError, Stopped
 
-__all__ = ["Output", "guarded", "keep_compiled", "make_folder"]
-
 _DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EFBIG}
 _MOST_COMPILED = 2 * 2**30
 """Bytes of compiled programs that are kept; the least recently used go first."""

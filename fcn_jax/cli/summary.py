@@ -13,8 +13,6 @@ from rich.table import Table
 from fcn_jax.errors import InputError
 from fcn_jax.models import create_model, summarize
 
-__all__ = ["SummaryArguments", "main"]
-
 
 @dataclass(frozen=True)
 class SummaryArguments:

@@ -18,8 +18,6 @@ from fcn_jax.training.distributed import is_writer, processes
 from fcn_jax.training.loop import train
 from fcn_jax.training.run import RunFolder, lengthened
 
-__all__ = ["config_of_recipe", "main"]
-
 _ABOUT = (
     f"Train a recipe; without one, {DEFAULT_RECIPE}. Any field of it can be overridden. The same command again resumes "
     "the run, and so does --resume RUN, which takes all settings from the run's own config.json; with --train.steps or "

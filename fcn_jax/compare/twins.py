@@ -14,8 +14,6 @@ from torch import Tensor, nn
 
 from fcn_jax.models.fcn import FCN, LadderFCN, Pad100FCN, ResizeFCN, SameFCN, ScoreFCN
 
-__all__ = ["make_twin"]
-
 # torchvision's models/vgg.py, `cfgs` A, B, D, E; gaussian37's notes have the same lists under the networks' names.
 _CFG: dict[str, list[int | str]] = {
     "vgg11": [64, "M", 128, "M", 256, 256, "M", 512, 512, "M", 512, 512, "M"],

@@ -13,8 +13,6 @@ from typing import Any, Literal
 from fcn_jax.data.io import Listing, path_of
 from fcn_jax.errors import InputError, UnreadableError, first_line
 
-__all__ = ["SUMMARY", "UNFINISHED", "Cached", "Summary", "cached", "damaged", "empty", "fingerprint", "read_summary"]
-
 SUMMARY = "summary.json"
 UNFINISHED = ".unfinished-"
 """Prefix of a copy that is being written, or was when its process ended."""

@@ -12,8 +12,6 @@ from fcn_jax.config import DataConfig
 from fcn_jax.data.io import Entry, Listing, folder_of, pairs_by_name, read_files
 from fcn_jax.losses import IGNORE
 
-__all__ = ["CLASSES", "PALETTE", "SPLITS", "listing"]
-
 CLASSES = tuple("sky building pole road pavement tree sign fence car pedestrian bicyclist".split())
 """In the order of the SegNet tutorial's label images."""
 

@@ -14,8 +14,6 @@ from fcn_jax.data.io import Listing, decode_image, decode_label
 from fcn_jax.data.prepared import Examples, Record, prepare
 from fcn_jax.errors import InputError, unknown
 
-__all__ = ["DATASETS", "Source", "Split", "decode", "load"]
-
 _log = logging.getLogger(__name__)
 _SHOWN = 3
 """Files that were left out, named in a note."""

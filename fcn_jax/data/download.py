@@ -15,8 +15,6 @@ from pathlib import Path
 
 from fcn_jax.errors import InputError, first_line
 
-__all__ = ["ARCHIVES", "Archive", "fetch"]
-
 _log = logging.getLogger(__name__)
 _MOST_GROWTH = 50
 """VOC's archives are not packed, SBD's grows less than twofold; headers are a small part of them all."""

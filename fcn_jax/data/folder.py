@@ -20,8 +20,6 @@ from fcn_jax.data.voc import palette
 from fcn_jax.errors import InputError
 from fcn_jax.losses import IGNORE
 
-__all__ = ["SPLITS", "listing", "read_classes"]
-
 SPLITS = ("train", "val", "test", "all")
 _IMAGES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
 _MASKS = (".png", ".bmp", ".gif", ".tif", ".tiff")

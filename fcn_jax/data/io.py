@@ -16,8 +16,6 @@ from fcn_jax.config import DataConfig
 from fcn_jax.errors import InputError, UnreadableError, check_local, first_line
 from fcn_jax.losses import IGNORE
 
-__all__ = ["Entry", "Listing", "decode_image", "decode_label", "encode_label"]
-
 # Pillow tries only these: its EPS plugin, for one, runs Ghostscript.
 _FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 

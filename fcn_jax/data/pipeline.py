@@ -23,8 +23,6 @@ from fcn_jax.errors import InputError, first_line
 from fcn_jax.losses import IGNORE
 from fcn_jax.preprocessing import MEAN_COLOURS
 
-__all__ = ["EvalBatch", "TrainBatch", "TrainIterator", "class_frequencies", "make_eval_batches", "make_train_iterator"]
-
 _THREADS = 2
 """Threads that decode in one process; OpenCV releases the interpreter lock meanwhile."""
 _WAITING = 4

@@ -22,8 +22,6 @@ from fcn_jax.data.io import Listing, decode_image, encode_label, path_of
 from fcn_jax.errors import InputError, UnreadableError
 from fcn_jax.losses import IGNORE
 
-__all__ = ["Examples", "Record", "check_example", "prepare"]
-
 _log = logging.getLogger(__name__)
 _SPLIT = "examples"
 

@@ -19,8 +19,6 @@ from fcn_jax.data.download import ARCHIVES, fetch
 from fcn_jax.data.io import Entry, Listing, folder_of, names_in, read_bytes
 from fcn_jax.errors import UnreadableError, first_line
 
-__all__ = ["SPLITS", "listing", "read_segmentation"]
-
 SPLITS = ("train", "val", "trainval")
 
 

@@ -17,8 +17,6 @@ from fcn_jax.data.voc import palette
 from fcn_jax.errors import InputError
 from fcn_jax.losses import IGNORE
 
-__all__ = ["CLASSES", "SPLITS", "generate", "listing"]
-
 VERSION = "1"
 """Raise it when the same index gives another picture."""
 

@@ -16,8 +16,6 @@ from fcn_jax.config import DataConfig
 from fcn_jax.losses import IGNORE
 from fcn_jax.preprocessing import MEAN_COLOURS
 
-__all__ = ["augment", "crop", "jitter", "output_size", "pad", "resize", "resize_image", "resize_label", "scale"]
-
 Example = Mapping[str, Any]
 
 _LUMA = np.array([0.299, 0.587, 0.114], np.float32)  # ITU-R BT.601

@@ -18,8 +18,6 @@ from fcn_jax.data.download import ARCHIVES, fetch
 from fcn_jax.data.io import Entry, Listing, folder_of, names_in, read_files
 from fcn_jax.errors import InputError
 
-__all__ = ["CLASSES", "SPLITS", "find", "find_sbd", "listing", "palette"]
-
 CLASSES = tuple(
     "background aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse motorbike person "
     "pottedplant sheep sofa train tvmonitor".split()

@@ -18,8 +18,6 @@ from fcn_jax.evaluation.padding import padded_logits
 from fcn_jax.models.fcn import FCN
 from fcn_jax.preprocessing import normalize
 
-__all__ = ["PLAIN", "Evaluation", "Predictor", "Sample", "Views", "evaluate", "make_predictor", "spread"]
-
 Predictor = Callable[..., np.ndarray]
 """(variables, RGB images uint8 (b, h, w, 3), label size (H, W), extents) -> classes uint8 (b, H, W).
 

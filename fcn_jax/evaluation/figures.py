@@ -14,16 +14,6 @@ import numpy as np
 
 from fcn_jax.evaluation.evaluate import Sample
 
-__all__ = [
-    "colour_labels",
-    "overlay",
-    "save_confusion",
-    "save_curves",
-    "save_palette_png",
-    "save_panel",
-    "save_predictions",
-]
-
 Palette = Sequence[tuple[int, int, int]]
 _VOID = (224, 224, 192)  # the colour of VOC's void border
 

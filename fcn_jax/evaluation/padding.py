@@ -18,8 +18,6 @@ from fcn_jax.models.fcn import FCN, ResizeFCN, map_sides
 from fcn_jax.models.layers import BatchNorm
 from fcn_jax.models.upsample import TransposedConv
 
-__all__ = ["MULTIPLE", "merge_padded_maps", "padded_logits", "padded_maps"]
-
 MULTIPLE = 32
 """Sides of the arrays are multiples of this, so that every map of theirs tells its stride by its size."""
 

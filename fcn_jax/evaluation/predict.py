@@ -19,8 +19,6 @@ from fcn_jax.models.fcn import FCN, ResizeFCN, ScoreFCN, check_size, serves
 from fcn_jax.models.vgg import ENCODERS
 from fcn_jax.preprocessing import normalize
 
-__all__ = ["MULTIPLE", "TILE", "WHOLE_PIXELS", "context", "make_image_predictor"]
-
 WHOLE_PIXELS = 1_500_000
 """Images of more pixels are cut into tiles: at width 1 each map of the first stage takes 256 bytes a pixel."""
 TILE = 1024

@@ -12,8 +12,6 @@ from rich.table import Table
 from fcn_jax.evaluation.evaluate import PLAIN, Views
 from fcn_jax.metrics import Scores
 
-__all__ = ["evaluation_name", "score_table"]
-
 
 def score_table(scores: Scores, class_names: Sequence[str], title: str) -> Table:
     """Return a table of the four scores and the IoU of each class, in per cent; "-" where there is nothing to score."""

@@ -16,8 +16,6 @@ from fcn_jax.models.fcn import FCN, LadderFCN, Pad100FCN, ResizeFCN, SameFCN
 from fcn_jax.models.layers import scaled
 from fcn_jax.models.vgg import ENCODERS, STAGE_CHANNELS
 
-__all__ = ["MODELS", "ModelSpec", "create_model", "describe_model", "init_variables", "model_from_config"]
-
 _SCORE_OPTIONS = frozenset(
     {"fc_features", "fc6_kernel", "pool", "dropout", "dropout_rate", "skip_scales", "skip_bias", "upsample_bias"}
 )

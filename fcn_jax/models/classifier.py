@@ -12,8 +12,6 @@ import numpy as np
 from fcn_jax.models.layers import Compute, FullyConvolutionalHead, conv
 from fcn_jax.models.vgg import ENCODERS, VGG
 
-__all__ = ["VGGClassifier", "adaptive_average_pool"]
-
 
 def _bins(size: int, bins: int) -> np.ndarray:
     """Return the (bins, size) matrix of means: bin i covers floor(i size / bins) to ceil((i + 1) size / bins)."""

@@ -19,8 +19,6 @@ from fcn_jax.models.layers import BatchNorm, Compute, FullyConvolutionalHead, Sm
 from fcn_jax.models.upsample import TransposedConv, resize_bilinear
 from fcn_jax.models.vgg import ENCODERS, VGG
 
-__all__ = ["FCN", "LadderFCN", "Pad100FCN", "ResizeFCN", "SameFCN", "ScoreFCN", "check_size", "map_sides", "serves"]
-
 
 class FCN(nn.Module):
     """What all families have: the encoder and how to compute.

@@ -19,8 +19,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-__all__ = ["Window", "conv2d", "max_pool_even", "multiply_phases", "plain_kernels"]
-
 Padding = tuple[tuple[int, int], ...]
 
 _PLAIN: ContextVar[bool] = ContextVar("plain_kernels", default=False)

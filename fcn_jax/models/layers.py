@@ -17,8 +17,6 @@ import numpy as np
 
 from fcn_jax.models.kernels import conv2d, max_pool_even
 
-__all__ = ["BatchNorm", "Compute", "Dropout", "FullyConvolutionalHead", "SmallHead", "conv", "max_pool", "scaled"]
-
 
 @dataclass(frozen=True)
 class Compute:

@@ -14,8 +14,6 @@ from fcn_jax.models.fcn import FCN
 from fcn_jax.models.layers import BatchNorm
 from fcn_jax.models.upsample import TransposedConv
 
-__all__ = ["LayerRow", "summarize"]
-
 
 @dataclass(frozen=True)
 class LayerRow:

@@ -18,8 +18,6 @@ import numpy as np
 from fcn_jax.models.kernels import Window, conv2d, multiply_phases
 from fcn_jax.models.layers import Compute
 
-__all__ = ["TransposedConv", "bilinear_init", "bilinear_kernel", "resize_bilinear", "transposed_conv"]
-
 
 def transposed_conv(
     x: jax.Array, kernel: jax.Array, stride: int, padding: int = 0, output_padding: int = 0, precision: Any = None

@@ -9,8 +9,6 @@ import jax
 
 from fcn_jax.models.layers import BatchNorm, Compute, conv, max_pool, scaled
 
-__all__ = ["ENCODERS", "STAGE_CHANNELS", "VGG"]
-
 # Convolutions per stage: configurations A, B, D, E of Simonyan & Zisserman 2015, Table 1.
 ENCODERS: dict[str, tuple[int, ...]] = {
     "vgg11": (1, 1, 2, 2, 2),

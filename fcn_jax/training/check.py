@@ -12,8 +12,6 @@ from fcn_jax.config import Config
 from fcn_jax.errors import InputError, check_local, first_line
 from fcn_jax.evaluation.padding import MULTIPLE
 
-__all__ = ["check_config", "config_from_json", "convert", "flatten"]
-
 _LONGEST = 2**20  # pixels of a side; no memory holds such an image
 _SIDES = ("data.base_size", "data.crop_size", "data.input_size", "data.shapes_size")
 _AT_LEAST_ONE = (

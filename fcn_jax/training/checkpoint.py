@@ -22,8 +22,6 @@ from orbax.checkpoint.checkpoint_managers import preservation_policy
 from fcn_jax.errors import InputError, first_line
 from fcn_jax.step import TrainState
 
-__all__ = ["Checkpoints", "Restored", "has_checkpoint", "load_variables", "restore_newest"]
-
 
 class Restored(NamedTuple):
     """A state read back."""

@@ -13,8 +13,6 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from fcn_jax.errors import InputError, unknown
 from fcn_jax.step import Batch, StepSums, TrainState, TrainStep
 
-__all__ = ["AXIS", "PARALLEL", "Parallel", "make_mesh", "make_parallel", "pick_devices"]
-
 AXIS = "batch"
 Devices = Sequence[Any]
 """Of ``jax.Device``, which type checkers take for a variable."""

@@ -25,21 +25,6 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from fcn_jax.errors import InputError, Stopped, first_line
 
-__all__ = [
-    "AgreedError",
-    "Agreement",
-    "check_same",
-    "digest",
-    "exit_on_error",
-    "from_writer",
-    "gather",
-    "is_writer",
-    "processes",
-    "share",
-    "together",
-    "writer_first",
-]
-
 _HEARTBEAT = 30
 """Seconds without a heartbeat after which JAX's coordination service ends all processes."""
 _SHUTDOWN = 60

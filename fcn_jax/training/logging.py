@@ -20,9 +20,6 @@ from fcn_jax.training.distributed import AgreedError
 from fcn_jax.training.run import RunFolder, seconds_since_start
 from fcn_jax.training.trainer import Trainer
 
-__all__ = ["Events", "Logger", "progress_bar"]
-
-
 _MOST_SKIPPED = 20
 """Steps in a row that are skipped; parameters that are spoiled never recover."""
 _NAMES = 32

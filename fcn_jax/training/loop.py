@@ -41,8 +41,6 @@ from fcn_jax.training.run import DatasetInfo, RunFolder
 from fcn_jax.training.signals import StopRequest, StopRequested, stop_request
 from fcn_jax.training.trainer import Trainer, make_trainer
 
-__all__ = ["train", "validate"]
-
 
 def train(config: Config, console: Console, lengthen: bool = False) -> Scores:
     """Train as the config says, resuming what its run folder holds.

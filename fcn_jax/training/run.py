@@ -23,17 +23,6 @@ from fcn_jax.models import init_variables, model_from_config
 from fcn_jax.models.fcn import FCN
 from fcn_jax.training.check import check_config, config_from_json, convert, flatten
 
-__all__ = [
-    "DatasetInfo",
-    "RunFolder",
-    "TrainedRun",
-    "environment",
-    "lengthened",
-    "open_run",
-    "seconds_since_start",
-    "write_whole",
-]
-
 # Where and how fast, not what: these may change between stop and resume.
 _FREE_FIELDS = frozenset(
     "run data.dir data.cache_dir data.download data.workers devices distributed num_processes process_id parallel "

@@ -33,8 +33,6 @@ from fcn_jax.training.distributed import check_same, digest, together, writer_fi
 from fcn_jax.training.run import open_run
 from fcn_jax.weights.names import COUNTER
 
-__all__ = ["Length", "Trainer", "make_trainer", "run_length", "run_loss", "starting_variables"]
-
 Notes = tuple[str, ...]
 
 

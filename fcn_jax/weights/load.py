@@ -21,8 +21,6 @@ from fcn_jax.weights.layouts.layout import Fit, Layout, Network, check_fit, enco
 from fcn_jax.weights.names import COUNTER, Parameter, conversion, from_torch, list_parameters
 from fcn_jax.weights.sources import Source, TensorInfo, Tensors, open_source
 
-__all__ = ["Info", "Report", "inspect", "load", "load_with_report", "source_options"]
-
 
 @dataclass(frozen=True)
 class Info:

@@ -9,8 +9,6 @@ from typing import Any
 import numpy as np
 from flax import traverse_util
 
-__all__ = ["COUNTER", "LEAVES", "Parameter", "conversion", "from_torch", "list_parameters", "to_torch_axes"]
-
 COUNTER = "num_batches_tracked"
 """What torch keeps beside the statistics of a batch norm; no network here uses it."""
 LEAVES = ("weight", "bias", "running_mean", "running_var")

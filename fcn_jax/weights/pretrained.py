@@ -9,8 +9,6 @@ from typing import Any
 
 from fcn_jax.errors import InputError
 
-__all__ = ["PRETRAINED", "fetch", "import_torch"]
-
 _TORCHVISION = "https://download.pytorch.org/models"
 _JOHNSON = "https://web.eecs.umich.edu/~justincj/models"
 PRETRAINED = {

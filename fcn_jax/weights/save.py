@@ -24,8 +24,6 @@ from fcn_jax.weights.layouts.layout import Layout, Network, check_fit, pair_up
 from fcn_jax.weights.names import COUNTER, Parameter, list_parameters, to_torch_axes
 from fcn_jax.weights.pretrained import import_torch
 
-__all__ = ["check_suffix", "left_out", "save", "to_torch"]
-
 _SUFFIXES = (".safetensors", ".pth", ".pt")
 
 

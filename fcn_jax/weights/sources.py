@@ -19,8 +19,6 @@ import numpy as np
 from fcn_jax.errors import InputError, first_line, unknown
 from fcn_jax.weights.pretrained import PRETRAINED, fetch, import_torch
 
-__all__ = ["Source", "TensorInfo", "Tensors", "open_source"]
-
 # The last: what pytorch-fcn's trainer writes.
 _TORCH_SUFFIXES = (".pth", ".pt", ".pth.tar")
 # Keys under which a checkpoint keeps the state dict, and prefixes that DataParallel and torch.compile add to all names.

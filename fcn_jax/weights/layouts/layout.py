@@ -15,23 +15,6 @@ from fcn_jax.models.fcn import FCN
 from fcn_jax.models.vgg import ENCODERS
 from fcn_jax.weights.names import LEAVES, Parameter
 
-__all__ = [
-    "CROPS",
-    "Fit",
-    "Layout",
-    "Network",
-    "Rows",
-    "Shapes",
-    "check_fit",
-    "classes_of",
-    "encoder_name",
-    "encoder_of",
-    "encoder_options",
-    "encoder_stages",
-    "pair_up",
-    "stride_of",
-]
-
 # Options that change training alone, so that weights fit whatever they are.
 _TRAINING = ("dropout", "dropout_rate")
 CROPS = {32: (5, 9, 19), 16: (5, 9, 27), 8: (5, 9, 31)}

@@ -8,8 +8,6 @@ from fcn_jax.models.fcn import LadderFCN, Pad100FCN, SameFCN
 from fcn_jax.weights.layouts.layout import CROPS, Fit, Layout, Rows, Shapes, classes_of, encoder_stages, stride_of
 from fcn_jax.weights.layouts.pochih import DECODER
 
-__all__ = ["BOOSTCAMP", "FANRENCLI", "FCN1"]
-
 _VGG16: dict[str, Any] = {"encoder": "vgg16", "encoder_norm": None}
 
 

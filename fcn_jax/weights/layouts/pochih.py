@@ -6,8 +6,6 @@ from fcn_jax.models.fcn import LadderFCN
 from fcn_jax.weights.layouts.layout import Fit, Layout, Rows, Shapes, classes_of, encoder_options
 from fcn_jax.weights.layouts.torchvision import feature_encoder, feature_rows
 
-__all__ = ["DECODER", "POCHIH"]
-
 _FEATURES = "pretrained_net.features."
 _DECODER = (*(f"{kind}{rung}" for rung in range(1, 6) for kind in ("deconv", "bn")), "classifier")
 DECODER: Rows = list(zip(_DECODER, _DECODER, strict=True))

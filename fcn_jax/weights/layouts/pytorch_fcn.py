@@ -5,8 +5,6 @@ from __future__ import annotations
 from fcn_jax.models.fcn import Pad100FCN
 from fcn_jax.weights.layouts.layout import CROPS, Fit, Layout, Rows, Shapes, classes_of, encoder_stages, stride_of
 
-__all__ = ["PYTORCH_FCN"]
-
 
 def _rows(model: Pad100FCN) -> Rows:
     """``torchfcn/models/fcn32s.py``, ``fcn16s.py``, ``fcn8s.py`` (FCN8s and FCN8sAtOnce)."""

@@ -9,8 +9,6 @@ from fcn_jax.models.classifier import VGGClassifier
 from fcn_jax.models.fcn import Pad100FCN, SameFCN
 from fcn_jax.weights.layouts.layout import Layout, Network, Rows, Shapes, encoder_of, encoder_stages
 
-__all__ = ["JOHNSON", "TIMM", "TORCHVISION", "feature_encoder", "feature_rows", "feature_stages"]
-
 
 def feature_stages(encoder: str, norm: str | None) -> list[list[tuple[str, int]]]:
     """List (our module, index) of the encoder by stage; conv, BN, ReLU and pooling are numbered in one row.

@@ -6,8 +6,6 @@ from fcn_jax.models.fcn import ResizeFCN
 from fcn_jax.weights.layouts.layout import Fit, Layout, Rows, Shapes, classes_of, encoder_options, stride_of
 from fcn_jax.weights.layouts.torchvision import feature_encoder, feature_rows, feature_stages
 
-__all__ = ["TRAMAC"]
-
 
 def _rows(model: ResizeFCN) -> Rows:
     """FCN32s, FCN16s and FCN8s of ``core/models/fcn.py``.
