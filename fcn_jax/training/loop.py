@@ -28,17 +28,19 @@ from fcn_jax.step import TrainState
 from fcn_jax.training.checkpoint import Checkpoints, Restored, has_checkpoint, restore_newest
 from fcn_jax.training.distributed import (
     Agreement,
+    StopRequest,
+    StopRequested,
     check_same,
     exit_on_error,
     from_writer,
     gather,
     is_writer,
     share,
+    stop_request,
     writer_first,
 )
 from fcn_jax.training.logging import Events, Logger, progress_bar
 from fcn_jax.training.run import DatasetInfo, RunFolder
-from fcn_jax.training.signals import StopRequest, StopRequested, stop_request
 from fcn_jax.training.trainer import Trainer, make_trainer
 
 
