@@ -36,7 +36,7 @@ def color_blocks(height: int, width: int, seed: int = 0) -> np.ndarray:
 
 def check_tiles(name: str, width: int) -> None:
     """Assert that tiles give the classes of the whole of an image of this width."""
-    model, variables = make_network(name, biases=False, **({"head_features": 64} if "resize" in name else {}))
+    model, variables = make_network(name, 8, biases=False, **({"head_features": 64} if "resize" in name else {}))
     image = color_blocks(2 * context(model) + 210, width)
     images = normalize(image[None], "imagenet", jnp.float64)
     whole = np.asarray(jnp.argmax(jax.jit(model.apply)(variables, images), -1))[0]

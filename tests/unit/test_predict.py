@@ -41,7 +41,7 @@ def traced(monkeypatch):
     ("name", "width"),
     [("fcn32s", 70), ("fcn8s_pad100", 70), ("fcns_ladder", 70), ("fcn8s_resize", 70), ("fcn8s_resize", 20)],
 )
-def test_tiles_give_the_classes_of_the_wholecolor_blocks(name, width):
+def test_tiles_give_the_classes_of_the_whole_image(name, width):
     check_tiles(name, width)
 
 
