@@ -7,6 +7,7 @@ our checksums do.
 
 from __future__ import annotations
 
+import logging
 import math
 import shutil
 from collections.abc import Iterator
@@ -167,6 +168,19 @@ def restore_newest(folder: Path, like: TrainState, writes: bool = True) -> Resto
     return None
 
 
+@contextmanager
+def _without_warnings() -> Iterator[None]:
+    """Keep orbax from logging that a folder is read and not written."""
+    logger = logging.getLogger("absl")
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
+
+
+@_without_warnings()
 def load_variables(folder: Path, which: str, like: Any) -> tuple[dict[str, Any], int]:
     """Read only a model's variables from a run's checkpoints.
 

@@ -195,6 +195,12 @@ def test_each_evaluation_has_files_of_its_own_and_eval_json_is_the_plain_one(cap
     assert json.loads((run / "eval.json").read_text())["split"] == "shapes/val"
 
 
+def test_a_run_is_opened_from_python_without_warnings(run):
+    code = f"from fcn_jax.training.run import open_run; print(open_run({str(run)!r}).step)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout.strip(), done.stderr) == (0, "1", "")
+
+
 def test_a_run_is_resumed_and_lengthened_by_its_folder_alone(capsys, tmp_path):
     run = tmp_path / "run"
     small = ["shapes", *TINY, "--data.cache-dir", tmp_path / "cache", "--optim.warmup-steps", "0", "--run", run]
