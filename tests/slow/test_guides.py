@@ -1,4 +1,4 @@
-"""The commands of docs/porting.md as they stand, with a narrower network."""
+"""The commands of docs/porting.md, with a narrower network, and the Python of the README, as they stand."""
 
 import re
 import shlex
@@ -17,7 +17,8 @@ from fcn_jax.cli.port import main as port_command
 from fcn_jax.cli.train import main as train_command
 from fcn_jax.training.run import open_run
 
-DOCS = (Path(__file__).parents[2] / "docs/porting.md").read_text()
+ROOT = Path(__file__).parents[2]
+DOCS = (ROOT / "docs/porting.md").read_text()
 W = 0.0625
 VOC = {"train": ["2007_000001", "2007_000002"], "val": ["2007_000101"]}
 # What makes each command small; nothing of what it does changes.
@@ -65,3 +66,11 @@ def test_every_command_of_the_guide_works_and_the_last_weights_are_the_trained_o
 
     (example,) = [block for kind, block in blocks if kind == "python"]
     exec(compile(example, "docs/porting.md", "exec"), {})
+
+
+def test_the_python_of_the_readme_runs_as_it_stands(capsys):
+    blocks = re.findall(r"^```python\n(.*?)^```$", (ROOT / "README.md").read_text(), re.DOTALL | re.MULTILINE)
+    assert blocks
+    for block in blocks:
+        exec(compile(block, "README.md", "exec"), {})
+    assert re.search(r"mean IoU 0\.\d{4}, pixel accuracy 0\.\d{4}\nloss \d\.\d{4}", capsys.readouterr().out)
