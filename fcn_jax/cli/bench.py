@@ -22,20 +22,17 @@ import jax
 import tyro
 from rich.console import Console
 
-from fcn_jax.compare import import_torch_adapter
-from fcn_jax.compare.bench import NETWORKS, NUM_CLASSES, Settings, make_settings, pipeline_rates, run_row
-from fcn_jax.compare.collectives import step_collectives
-from fcn_jax.compare.machine import cores_allowed, describe, load
+from fcn_jax.cli.process import make_folder
+from fcn_jax.compare import bench, import_torch_adapter
+from fcn_jax.compare.bench import Settings, make_settings, pipeline_rates, run_row
+from fcn_jax.compare.jax_adapter import step_collectives
 from fcn_jax.compare.report import bench_tables, collectives_table, matmul_rate, pipeline_table, save_json
-from fcn_jax.compare.rows import matmul_row, network_rows, operator_rows
+from fcn_jax.compare.rows import make_network, matmul_row, network_rows, operator_rows
 from fcn_jax.errors import InputError, Stopped, unknown
-from fcn_jax.models import create_model
 from fcn_jax.models.kernels import plain_kernels
 from fcn_jax.recipes import RECIPES
 
 _DEVICE_COUNTS = (1, 2, 4, 8)
-_WIDTH = 132
-"""Columns of output to a file or a pipe."""
 
 
 @dataclass(frozen=True)
@@ -80,9 +77,10 @@ def main(arguments: Sequence[str]) -> int:
     _configure(given)
     sizes = {"image_size": given.image_size, "batch_size": given.batch_size}
     settings = make_settings(given.device, given.smoke, rounds=given.rounds, sample_seconds=given.seconds, **sizes)
-    console = Console(width=None if sys.stdout.isatty() else _WIDTH, highlight=False, markup=False)
+    # The tables need 132 columns, where a pipe or a file has none.
+    console = Console(width=None if sys.stdout.isatty() else 132, highlight=False, markup=False)
     record: dict[str, Any] = {"command": ["fcn-jax", "bench", *arguments], "settings": asdict(settings)}
-    record["date"] = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    record |= {"date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), **bench.describe()}
     if settings.kind == "gpu" and not settings.on_gpu:
         console.print("no GPU here: the GPU's settings are used on the CPU, the times mean nothing")
     run = _collectives if given.collectives else _pipeline if given.pipeline is not None else _rows
@@ -98,7 +96,9 @@ def main(arguments: Sequence[str]) -> int:
 
 def _save(given: BenchArguments, record: dict[str, Any]) -> None:
     if given.out is not None:
-        save_json(given.out if given.out.suffix == ".json" else given.out / "bench.json", record)
+        path = given.out if given.out.suffix == ".json" else given.out / "bench.json"
+        make_folder(path.parent)
+        save_json(path, record)
 
 
 def _configure(given: BenchArguments) -> None:
@@ -117,24 +117,22 @@ def _configure(given: BenchArguments) -> None:
 
 
 def _wanted(names: Iterable[str], only: Sequence[str]) -> list[str]:
-    found = {pattern: fnmatch.filter(names, pattern) for pattern in only}
     for pattern in only:
-        if not found[pattern]:
+        if not fnmatch.filter(names, pattern):
             raise InputError(f"--only {pattern}: no row has such a name; choose from: {', '.join(names)}")
-    return [name for name in names if any(name in matching for matching in found.values())]
+    return [name for name in names if any(fnmatch.fnmatch(name, pattern) for pattern in only)]
 
 
 def _rows(given: BenchArguments, settings: Settings, record: dict[str, Any], console: Console) -> int:
     rows = {row.name: row for row in (*operator_rows(settings), *network_rows(settings))}
     wanted = [matmul_row(settings), *(rows[name] for name in _wanted(rows, given.only))]
-    torch, before, results = None, load(), []
-    record |= describe() | {"load_before": before}
+    torch, before, results = None, bench.load(), []
+    record["load_before"] = before
     if given.against == "torch":
         torch = import_torch_adapter()
         torch.prepare(settings)
-        for part, more in zip(("hardware", "versions"), torch.describe(), strict=True):
-            record[part] |= more
-    if before and before[0] > 0.5 * (cores_allowed() or 1):
+        torch.describe(record)
+    if before and before[0] > 0.5 * (bench.cores_allowed() or 1):
         text = "do not trust the times: other work runs on this machine, and slows torch's threads most"
         console.print(f"load average {before[0]:.1f} before the start; {text}", style="bold yellow")
     for row in wanted:
@@ -147,11 +145,13 @@ def _rows(given: BenchArguments, settings: Settings, record: dict[str, Any], con
             torch.release()
         for note in results[-1].notes:
             console.print(f"{row.name}: {note}")
-        record |= {"load_after": load(), "matmul_flops_per_s": matmul_rate(results)}
+        record |= {"load_after": bench.load(), "matmul_flops_per_s": matmul_rate(results)}
         # After every row, so that a run that is stopped keeps what it has.
         _save(given, record | {"rows": [result.to_json() for result in results]})
-    for table in bench_tables(results, _title(settings)):
-        console.print(table)
+    device, size = jax.devices()[0].device_kind if settings.on_gpu else "CPU", settings.image_size
+    title = f"{device}, {settings.dtype}, batch {settings.batch_size}, images {size}x{size}, {settings.encoder}"
+    title += f", medians of {settings.rounds}{' (smoke run: the times mean nothing)' * settings.smoke}"
+    console.print(*bench_tables(results, title))
     console.print(
         "dropout is off on both sides; GFLOP/s are ours, 2 per multiply-add, a train step counted as 3 forward passes; "
         "p: planned by the compiler, not measured; first: compilation and first call, not in the times"
@@ -162,33 +162,24 @@ def _rows(given: BenchArguments, settings: Settings, record: dict[str, Any], con
     return 1 if bad else 0
 
 
-def _title(settings: Settings) -> str:
-    device, size = jax.devices()[0].device_kind if settings.on_gpu else "CPU", settings.image_size
-    title = f"{device}, {settings.dtype}, batch {settings.batch_size}, images {size}x{size}, {settings.encoder}"
-    return f"{title}, medians of {settings.rounds}{' (smoke run: the times mean nothing)' * settings.smoke}"
-
-
 def _collectives(given: BenchArguments, settings: Settings, record: dict[str, Any], console: Console) -> int:
     steps, size = [], (settings.image_size, settings.image_size)
-    options: dict[str, Any] = {"encoder": settings.encoder, "width": settings.width, "dtype": settings.jax_dtype}
     counts = [count for count in _DEVICE_COUNTS if count <= len(jax.devices())]
-    for name, mode, count in itertools.product(_wanted(NETWORKS, given.only), ("pmap", "mesh"), counts):
+    for name, mode, count in itertools.product(_wanted(bench.NETWORKS, given.only), ("pmap", "mesh"), counts):
         console.print(f"{name} {mode} on {count} ...", style="dim")
-        model, devices = create_model(name, NUM_CLASSES, **options), jax.devices()[:count]
-        found = step_collectives(model, mode, devices, size, settings.batch_size * count)
-        steps.append({"network": name} | found)
+        model, devices = make_network(name, settings), jax.devices()[:count]
+        steps.append({"network": name} | step_collectives(model, mode, devices, size, settings.batch_size * count))
     console.print(collectives_table(steps))
-    _save(given, record | describe() | {"collectives": steps})
+    _save(given, record | {"collectives": steps})
     return 0
 
 
 def _pipeline(given: BenchArguments, settings: Settings, record: dict[str, Any], console: Console) -> int:
-    recipe = given.pipeline or ""
-    if recipe not in RECIPES:
-        raise unknown("recipe", recipe, RECIPES)
-    config = RECIPES[recipe].config
+    if given.pipeline not in RECIPES:
+        raise unknown("recipe", given.pipeline, RECIPES)
+    config = RECIPES[given.pipeline].config
     config = replace(config, data=replace(config.data, dir=given.data_dir))
     rates = list(pipeline_rates(config, seconds=0.2 if settings.smoke else 10.0))
-    console.print(pipeline_table(recipe, rates))
-    _save(given, record | describe() | {"pipeline": rates})
+    console.print(pipeline_table(given.pipeline, rates))
+    _save(given, record | {"pipeline": rates})
     return 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -10,13 +11,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 import jax
+import rich
 import tyro
-from rich.console import Console
 
 from fcn_jax import weights
+from fcn_jax.cli.process import make_folder
 from fcn_jax.compare.experiments import Case, against_jax, against_torch, random_batch, random_variables
-from fcn_jax.compare.parity import PARTS, Part, Report
-from fcn_jax.compare.report import parity_tables, save_figure, save_json, summary_table, writing
+from fcn_jax.compare.parity import PARTS, Part
+from fcn_jax.compare.report import parity_tables, save_figure, save_json, summary_table
 from fcn_jax.config import OptimConfig
 from fcn_jax.errors import InputError
 from fcn_jax.models import create_model
@@ -72,37 +74,28 @@ def main(arguments: Sequence[str]) -> int:
     given = tyro.cli(ParityArguments, prog="fcn-jax parity", args=list(arguments))
     _check(given)
     if given.out is not None:
-        with writing(given.out):  # before hours are spent on the results
-            given.out.mkdir(parents=True, exist_ok=True)
+        make_folder(given.out)  # before hours are spent on the results
     devices = _configure(given)
     model, variables = _make_model(given)
     images, labels = random_batch(given.image_size, model.num_classes, given.batch_size, given.seed)
     optim = OptimConfig(lr=given.lr, momentum=given.momentum, weight_decay=given.weight_decay)
     case = Case(model, variables, images, labels, given.dtype, given.steps, optim, given.max_error)
-    console = Console()
-    reports: list[Report] = []
-    if given.against == "jax":
-        reports += against_jax(case, devices)
-    else:
-        reports.append(against_torch(case, devices))
-        for table in parity_tables(reports[0]):
-            console.print(table)
+    reports = list(against_jax(case, devices)) if given.against == "jax" else [against_torch(case, devices)]
+    if given.against == "torch":
+        rich.print(*parity_tables(reports[0]))
         if reports[0].unmatched:
-            console.print("on one side only:", ", ".join(reports[0].unmatched))
-    console.print(summary_table(reports))
+            rich.print("on one side only:", ", ".join(reports[0].unmatched))
+    rich.print(summary_table(reports))
     if given.out is not None:
-        options = asdict(given) | {"out": str(given.out)}
-        versions = environment("torch") if given.against == "torch" else environment()
-        record = {"arguments": options, "versions": versions, "devices": devices}
-        save_json(given.out / "parity.json", record | {"reports": [report.to_json() for report in reports]})
+        record: dict[str, Any] = {"arguments": asdict(given) | {"out": str(given.out)}, "devices": devices}
+        record |= {"versions": environment("torch"), "reports": [report.to_json() for report in reports]}
+        save_json(given.out / "parity.json", record)
         save_figure(given.out / "parity.png", reports)
         print(f"numbers in {given.out / 'parity.json'}, picture in {given.out / 'parity.png'}")
-    errors: dict[str, float] = {}
-    for report in reports:
-        for part in given.max_error_of:
-            errors |= {f"{report.ours} | {report.theirs}: {name}": e for name, e in report.errors(part).items()}
     if given.max_error is None:
         return 0
+    parts = itertools.product(reports, given.max_error_of)
+    errors = {f"{r.ours} | {r.theirs}: {name}": e for r, part in parts for name, e in r.errors(part).items()}
     if not errors:
         raise InputError(f"nothing was compared of {', '.join(given.max_error_of)}; name other parts in --max-error-of")
     over = [f"{name} {error:.1e}" for name, error in errors.items() if not error <= given.max_error]
@@ -126,21 +119,18 @@ def _check(given: ParityArguments) -> None:
 
 def _configure(given: ParityArguments) -> int:
     """Set JAX up, where it does not run already, and return the number of devices."""
-    devices = given.devices
-    if devices is not None and devices > 1 and "device_count" not in os.environ.get("XLA_FLAGS", ""):
+    if (given.devices or 1) > 1 and "device_count" not in os.environ.get("XLA_FLAGS", ""):
         with contextlib.suppress(RuntimeError):  # JAX runs already: it has the devices it has
-            jax.config.update("jax_num_cpu_devices", devices)
+            jax.config.update("jax_num_cpu_devices", given.devices)
     if given.dtype == "float64" or given.against == "jax":
         jax.config.update("jax_enable_x64", True)
-    if devices is None:
-        devices = 2 if given.against == "jax" and len(jax.devices()) > 1 and given.batch_size % 2 == 0 else 1
-    return devices
+    default = 2 if given.against == "jax" and len(jax.devices()) > 1 and given.batch_size % 2 == 0 else 1
+    return default if given.devices is None else given.devices
 
 
 def _make_model(given: ParityArguments) -> tuple[FCN, Any]:
     """Build the network as the weights' file describes it, where it does, and as the options say; fill it."""
-    options: dict[str, Any] = {}
-    num_classes = None
+    options, num_classes = dict[str, Any](), None
     if given.weights is not None:
         options, num_classes = weights.source_options(weights.inspect(given.weights), given.model)
     chosen = {"encoder": given.encoder, "encoder_norm": given.encoder_norm, "width": given.width}

@@ -39,11 +39,7 @@ __all__ = [
 
 
 def import_torch_adapter() -> Any:
-    """Import the module ``torch_adapter``.
-
-    Raises:
-        InputError: torch is not installed.
-    """
+    """Import the module ``torch_adapter``; an InputError where torch is not installed."""
     try:
         import torch  # noqa: F401  (an error in an import of ours must not be reported as a missing torch)
     except ImportError as error:
@@ -55,18 +51,10 @@ def import_torch_adapter() -> Any:
 
 
 def make_twin(model: FCN) -> Any:
-    """Build the ``torch.nn.Module`` that computes what ``model`` computes, see ``twins.make_twin``.
-
-    Raises:
-        InputError: torch is not installed.
-    """
+    """Build the ``torch.nn.Module`` that computes what ``model`` computes, see ``twins.make_twin``."""
     return import_torch_adapter().make_twin(model)
 
 
 def make_torch_side(module: Any, *args: Any, **options: Any) -> Side:
-    """Make one side of a comparison of any ``torch.nn.Module``, see ``torch_adapter.make_torch_side``.
-
-    Raises:
-        InputError: torch is not installed.
-    """
+    """Make one side of a comparison of any ``torch.nn.Module``, see ``torch_adapter.make_torch_side``."""
     return import_torch_adapter().make_torch_side(module, *args, **options)

@@ -1,24 +1,28 @@
-"""Benchmark a row: set both sides up, check that they compute the same, and only then time them in turn."""
+"""Benchmark a row: set both sides up, check that they compute the same, time them in turn; describe the machine."""
 
 from __future__ import annotations
 
 import functools
 import gc
 import math
-import statistics
+import os
+import platform
+import re
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fcn_jax.compare.machine import meter
 from fcn_jax.compare.parity import joint_error
 from fcn_jax.config import Config
 from fcn_jax.errors import InputError, first_line
+from fcn_jax.training.run import environment
 
 NETWORKS = ("fcn8s", "fcn32s_pad100", "fcn8s_pad100", "fcn8s_ladder", "fcn8s_resize")
 """One of each family, and the largest map of scores."""
@@ -70,12 +74,9 @@ _SMOKE |= {"matmul_size": 256, "rounds": 2, "sample_seconds": 0.0, "smoke": True
 
 
 def make_settings(device: str | None, smoke: bool = False, **given: Any) -> Settings:
-    """Make the settings of a run on the devices that are present.
+    """Make the settings of a run on "cpu", "gpu", or JAX's default; fields ``given`` as None keep their default.
 
-    Args:
-        device: "cpu", "gpu", or None for JAX's default.
-        smoke: tiny sizes, few rounds; "gpu" then runs on the CPU where there is no GPU.
-        given: fields of ``Settings``; those that are None keep their default.
+    A smoke run has tiny sizes and few rounds, and "gpu" runs on the CPU where there is no GPU.
 
     Raises:
         InputError: there is no GPU, or a size is out of range.
@@ -115,8 +116,7 @@ class Row:
     name: str
     group: str
     open: Callable[[Any], tuple[Callable[[], Runner], Callable[[str], Runner]]]
-    """Draw weights and inputs; return how to set up our side, and the other one by the name of a variant. The argument
-    is the module ``torch_adapter``, or None."""
+    """(``torch_adapter`` or None) -> how to set up our side, and the other one by variant; draws weights and inputs."""
     tolerances: Mapping[str, float]
     """By quantity: the largest |x - y| / |y| at which both sides count as equal."""
     variants: tuple[str, ...]
@@ -131,10 +131,10 @@ class Row:
 
 @dataclass
 class SideResult:
-    """The measurements of one side of a row; seconds and bytes."""
+    """The measurements of one side of a row."""
 
     first_s: float
-    """Compilation and the first call."""
+    """Seconds of compilation and the first call."""
     planned_bytes: int | None = None
     """Memory that the compiled program plans to use."""
     peak_bytes: int | None = None
@@ -147,10 +147,10 @@ class SideResult:
     @property
     def median_s(self) -> float:
         """The reported time."""
-        return statistics.median(self.samples_s)
+        return float(np.median(self.samples_s))
 
     def to_json(self) -> dict[str, Any]:
-        """Return the fields, and quartiles and extremes of the samples."""
+        """Return the fields, and median, quartiles and extremes of the samples."""
         if not self.samples_s:
             return asdict(self)
         least, low, middle, high, most = np.percentile(self.samples_s, (0, 25, 50, 75, 100)).tolist()
@@ -196,12 +196,7 @@ class Result:
 
 
 def differences(ours: Numbers, theirs: Numbers) -> dict[str, float]:
-    """Return |ours - theirs| / |theirs| of each quantity, one Euclidean norm over all its arrays.
-
-    Raises:
-        InputError: two arrays differ in shape.
-        ValueError: a side lacks a quantity or an array.
-    """
+    """Return |ours - theirs| / |theirs| of each quantity; ValueError where shapes differ or a side lacks an array."""
     lacking = ours.keys() ^ theirs.keys()
     lacking |= {name for key in ours.keys() & theirs.keys() for name in ours[key].keys() ^ theirs[key].keys()}
     if lacking:
@@ -216,16 +211,10 @@ def alternate(names: Sequence[str], rounds: int) -> Iterator[str]:
 
 
 def run_row(row: Row, settings: Settings, torch: Any = None) -> Result:
-    """Set up, check, time.
+    """Set a row up, check and time it; ``torch`` is the module ``torch_adapter``, or None to measure our side alone.
 
-    Args:
-        row: what to run.
-        settings: rounds and seconds.
-        torch: the module ``torch_adapter``, or None to measure our side alone.
-
-    Returns:
-        The result; nothing was timed where ``status`` is not "ok". A side that runs out of memory or does not compile
-        makes the row a failed one; it is only a note where another variant of torch ran.
+    Nothing was timed where the result's ``status`` is not "ok". A side that runs out of memory or does not compile
+    makes the row a failed one; it is only a note where another variant of torch ran.
     """
     result = Result(row)
     try:
@@ -299,19 +288,13 @@ def _time(result: Result, runners: Mapping[str, Runner], settings: Settings) -> 
 
 
 def pipeline_rates(config: Config, workers: Sequence[int] = (0, 2), seconds: float = 10.0) -> Iterator[dict[str, Any]]:
-    """Take training batches (decoded, augmented, stacked) from a recipe's input pipeline as fast as they come.
+    """Take training batches (decoded, augmented, stacked) from a config's input pipeline as fast as they come.
 
-    Args:
-        config: its data, batch size and seed.
-        workers: numbers of worker processes to try; 0: threads of this one.
-        seconds: how long to take batches, after the first ten.
+    Each number of worker processes (0: threads of this one) runs for some ``seconds``, after the first ten batches.
 
     Yields:
         "workers", "batches", "images_per_s" and "images_per_core_s" (by the processor time of this process; None where
         worker processes do the work).
-
-    Raises:
-        InputError: the data cannot be read.
     """
     from fcn_jax.data.datasets import load  # imports grain and tfds, which the other benchmarks do not need
     from fcn_jax.data.pipeline import make_train_iterator
@@ -332,3 +315,48 @@ def pipeline_rates(config: Config, workers: Sequence[int] = (0, 2), seconds: flo
             stream.close()
         per_core = images / used if count == 0 else None
         yield {"workers": count, "batches": batches, "images_per_s": rate, "images_per_core_s": per_core}
+
+
+def describe() -> dict[str, Any]:
+    """Return hardware, versions and commit, for the record."""
+    info = Path("/proc/cpuinfo")
+    names = re.findall(r"^model name\s*: (.*)$", info.read_text() if info.exists() else "", re.MULTILINE)
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else None
+    return {
+        "hardware": {
+            "cpu": names[0] if names else platform.processor() or platform.machine(),
+            "cores": os.cpu_count(),
+            "cores_allowed": cores_allowed(),
+            "memory_bytes": memory,
+            "jax_devices": [f"{device.platform}: {device.device_kind}" for device in jax.devices()],
+        },
+        "versions": {"platform": platform.platform(), **environment()},
+        "xla_flags": os.environ.get("XLA_FLAGS", ""),
+    }
+
+
+def cores_allowed() -> int | None:
+    """Return the number of cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count()
+
+
+def load() -> list[float] | None:
+    """Return the load averages over 1, 5 and 15 minutes: a value above this process's own shows other work."""
+    return list(os.getloadavg()) if hasattr(os, "getloadavg") else None
+
+
+def meter() -> Callable[[], int | None]:
+    """Return a function that gives the peak memory of JAX's first device since now, in bytes above its present use.
+
+    It gives None on the CPU, which has no such counter, and where an earlier peak was higher: XLA's never falls.
+    """
+    device = jax.devices()[0]
+    before = device.memory_stats()
+
+    def used() -> int | None:
+        now = device.memory_stats()
+        if not before or not now or now["peak_bytes_in_use"] <= before["peak_bytes_in_use"]:
+            return None
+        return now["peak_bytes_in_use"] - before["bytes_in_use"]
+
+    return used

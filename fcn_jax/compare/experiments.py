@@ -107,14 +107,9 @@ def cancelled_biases(model: FCN) -> list[str]:
 
 
 def against_torch(case: Case, devices: int = 1) -> Report:
-    """Compare a network with its PyTorch twin. Below float64 both are also compared with the twin in float64.
+    """Compare a network with its PyTorch twin, and below float64 both with the twin in float64.
 
-    Args:
-        case: what to compare; torch computes in bfloat16 by autocast.
-        devices: over how many the JAX side splits the batch (pmap); torch has the whole of it.
-
-    Raises:
-        InputError: torch is not installed, or a side does not accept the input.
+    Our side splits the batch over ``devices`` (pmap). An InputError: torch is missing, or a side rejects the input.
     """
     torch = import_torch_adapter()
     twin = torch.load_twin(case.model.clone(param_dtype=_param_dtype(case.dtype)), case.variables)
@@ -133,21 +128,11 @@ def against_torch(case: Case, devices: int = 1) -> Report:
 
 
 def against_jax(case: Case, devices: int = 2) -> Iterator[Report]:
-    """Compare a network with itself, computed in other ways.
+    """Compare a network with itself, computed in other ways; yield one report for each pair.
 
     The ways: pmap and mesh on ``devices`` against one device; float32 against float64; the precisions "default" and
     "high" against "highest"; polyphase upsampling against the dilated convolution; rematerialised stages against kept
-    ones.
-
-    Args:
-        case: what to compare.
-        devices: over how many pmap and mesh split the batch.
-
-    Yields:
-        One report for each pair.
-
-    Raises:
-        InputError: the batch does not split over the devices, or float64 is turned off in JAX.
+    ones. An InputError: the batch does not split over the devices, or float64 is turned off in JAX.
     """
     if len(case.images) % devices:
         raise InputError(f"expected a batch that splits over {devices} devices, got {len(case.images)} images")

@@ -21,7 +21,6 @@ Part = Literal["layers", "loss", "gradients", "statistics", "steps"]
 PARTS: tuple[Part, ...] = ("layers", "loss", "gradients", "statistics", "steps")
 """The parts of a report; a limit can be set on each."""
 _BLOCK = 1 << 20
-_UNSIGNED = {2: np.uint16, 4: np.uint32, 8: np.uint64}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,7 +28,7 @@ class Gradient:
     """The loss of a batch in training mode, its gradient, and the running statistics afterwards."""
 
     loss: float | np.ndarray
-    """A number, or an array () in the dtype it was computed in."""
+    """A number, or an array () in the dtype of its computation."""
     gradients: Arrays
     """Of every parameter, in one framework's axes on both sides."""
     statistics: Arrays
@@ -159,11 +158,7 @@ def _blocks(*arrays: np.ndarray) -> Iterator[tuple[np.ndarray, ...]]:
 
 
 def square_sums(ours: np.ndarray, theirs: np.ndarray) -> tuple[float, float]:
-    """Return the sums of (x - y)^2 and of y^2 over all elements, computed in float64.
-
-    Raises:
-        InputError: the shapes differ.
-    """
+    """Return the sums of (x - y)^2 and of y^2 over all elements in float64; InputError where the shapes differ."""
     if np.shape(ours) != np.shape(theirs):
         raise InputError(f"expected arrays of one shape, got {np.shape(ours)} and {np.shape(theirs)}")
     difference = size = 0.0
@@ -175,19 +170,10 @@ def square_sums(ours: np.ndarray, theirs: np.ndarray) -> tuple[float, float]:
 
 
 def error_norm(ours: np.ndarray, theirs: np.ndarray, scale: float | None = None) -> float:
-    """Return |ours - theirs| / |theirs| in Euclidean norms, computed in float64.
+    """Return |ours - theirs| / |theirs| in Euclidean norms, computed in float64; ``scale`` replaces |theirs|.
 
-    Args:
-        ours: any shape.
-        theirs: the same shape.
-        scale: divide by this instead of |theirs|, e.g. by the norm of a whole gradient for one of its parts that is
-            zero but for rounding.
-
-    Returns:
-        0 where both are equal, infinity where only the divisor is zero, NaN where one holds NaN or infinity.
-
-    Raises:
-        InputError: the shapes differ.
+    A scale is e.g. the norm of a whole gradient, for a part of it that is zero but for rounding. The result is 0 where
+    both are equal, infinity where only the divisor is zero, NaN where one holds NaN or infinity. Shapes must agree.
     """
     return joint_error({"": ours}, {"": theirs}, [""], scale)
 
@@ -201,41 +187,30 @@ def joint_error(ours: Arrays, theirs: Arrays, names: Collection[str], scale: flo
 
 
 def ulp_distance(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """Count the steps of ``nextafter`` from each element of x to that of y.
+    """Count the steps of ``nextafter`` from each element of x to that of y, in uint64; +0 and -0 are equal.
 
-    The bits of a floating-point number without its sign count upwards from zero. The distance of two numbers is
-    therefore the difference of these integers where the signs agree, and their sum otherwise; +0 and -0 are equal.
-
-    Args:
-        x: float64, float32, float16 or bfloat16, any shape.
-        y: the same dtype and shape.
-
-    Returns:
-        uint64, the shape of x; 2^64 - 1 where exactly one of the two is NaN, 0 where both are.
-
-    Raises:
-        InputError: dtypes or shapes differ, or the dtype is not a floating one.
+    Both are float64, float32, float16 or bfloat16 of any one shape, otherwise it is an InputError. The result is
+    2^64 - 1 where exactly one of the two is NaN, 0 where both are.
     """
     x, y = np.asarray(x), np.asarray(y)
     if x.dtype != y.dtype or x.shape != y.shape or not jnp.issubdtype(x.dtype, jnp.floating):
         raise InputError(
             f"expected floats of one dtype and shape, got {x.dtype} {x.shape} and {y.dtype} {y.shape}; cast them first"
         )
-    sign = np.uint64(1 << (8 * x.dtype.itemsize - 1))
-    bits = [np.ascontiguousarray(v).view(_UNSIGNED[x.dtype.itemsize]).astype(np.uint64) for v in (x, y)]
-    a, b = (value & (sign - np.uint64(1)) for value in bits)
-    same_sign = (bits[0] & sign) == (bits[1] & sign)
-    distance = np.where(same_sign, np.maximum(a, b) - np.minimum(a, b), a + b)
+    integer = np.dtype(f"i{x.dtype.itemsize}")
+    bits = (np.ascontiguousarray(value).view(integer).astype(np.int64) for value in (x, y))
+    # Without its sign the bits of a number count upwards from zero: turned into signed integers they are in order.
+    a, b = (np.where(value < 0, np.iinfo(integer).min - value, value) for value in bits)
+    distance = np.maximum(a, b).astype(np.uint64) - np.minimum(a, b).astype(np.uint64)
     nan_x, nan_y = np.isnan(x), np.isnan(y)
     distance = np.where(nan_x | nan_y, np.iinfo(np.uint64).max, distance)
     return np.where(nan_x & nan_y, np.uint64(0), distance).reshape(x.shape)
 
 
 def measure(ours: np.ndarray, theirs: np.ndarray, scale: float | None = None, **more: Any) -> Row:
-    """Measure how far ``ours`` is from ``theirs``; see ``error_norm`` for the arguments and errors.
+    """Measure how far ``ours`` is from ``theirs``, see ``error_norm``; ULPs are those of the coarser dtype.
 
-    ULPs are counted in the coarser of the two dtypes, to which the other array is rounded first. ``more`` are further
-    fields of the row.
+    ``more`` are further fields of the row.
     """
     ours, theirs = np.asarray(ours), np.asarray(theirs)
     error = error_norm(ours, theirs, scale)
@@ -260,15 +235,8 @@ def compare_arrays(
 ) -> list[Row]:
     """Measure the arrays that both sides have, in our order.
 
-    Args:
-        ours: name -> array.
-        theirs: name -> array of the same shape.
-        reference: the exact values, if known.
-        noise: the other side's values, computed in another way.
-        cancelled: names whose true value is zero; their difference is divided by the norm of all arrays.
-
-    Raises:
-        InputError: two arrays of one name have different shapes.
+    ``reference`` has the exact values, ``noise`` the other side's, computed in another way. ``cancelled`` names arrays
+    whose true value is zero: their difference is divided by the norm of all. Shapes that differ are an InputError.
     """
     whole = math.sqrt(sum(square_sums(y, y)[1] for y in theirs.values())) if cancelled else None
     rows = []
@@ -304,7 +272,7 @@ def compare(
 
     Args:
         ours: one side.
-        theirs: the other; errors are divided by the size of its numbers.
+        theirs: the other; errors are relative to it.
         images: float (b, h, w, 3), normalised.
         labels: integers (b, h, w), 255 is ignored.
         steps: of training, at most; 0 leaves them out.
@@ -352,8 +320,5 @@ def _compare_step(start: dict[str, np.ndarray], number: int, ours: TrainedStep, 
     if not start:
         start.update((name, np.array(theirs.parameters[name])) for name in shared)
     loss_error = error_norm(np.asarray(ours.loss), np.asarray(theirs.loss))
-    error, moved = (
-        joint_error(ours.parameters, theirs.parameters, shared),
-        joint_error(theirs.parameters, start, shared),
-    )
-    return StepRow(number, ours.loss, theirs.loss, loss_error, error, moved)
+    error = joint_error(ours.parameters, theirs.parameters, shared)
+    return StepRow(number, ours.loss, theirs.loss, loss_error, error, joint_error(theirs.parameters, start, shared))

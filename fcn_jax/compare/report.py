@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -13,7 +12,6 @@ from rich.table import Table
 
 from fcn_jax.compare.bench import Result, SideResult
 from fcn_jax.compare.parity import PARTS, Report, Row, first_over
-from fcn_jax.errors import InputError
 from fcn_jax.training.run import write_whole
 
 
@@ -87,11 +85,7 @@ def summary_table(reports: Sequence[Report]) -> Table:
 
 
 def save_figure(path: Path, reports: Sequence[Report]) -> None:
-    """Draw the errors by depth (training mode) and by step of SGD; an error of 0 is not on the logarithmic axis.
-
-    Raises:
-        InputError: it cannot be written.
-    """
+    """Draw the errors by depth (training mode) and by step of SGD; an error of 0 is not on the logarithmic axis."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(14, 5.5), layout="constrained")
@@ -117,9 +111,8 @@ def save_figure(path: Path, reports: Sequence[Report]) -> None:
     for axes in (depth, step):
         axes.grid(alpha=0.3)
         axes.legend(fontsize=7)
-    with writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, dpi=110)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
 
 
 def matmul_rate(results: Sequence[Result]) -> float | None:
@@ -177,7 +170,7 @@ def bench_tables(results: Sequence[Result], title: str) -> Iterator[Table]:
 
 
 def collectives_table(steps: Sequence[Mapping[str, Any]]) -> Table:
-    """Make the table of the collective operations of training steps, see ``collectives.step_collectives``."""
+    """Make the table of the collective operations of training steps, see ``jax_adapter.step_collectives``."""
     columns = ("network", "mode", "devices", "operations", "bytes", "gradient", "the rest")
     table = _table("collectives of a training step, bytes on one device", *columns, left=2)
     for step in steps:
@@ -196,23 +189,6 @@ def pipeline_table(recipe: str, rates: Sequence[Mapping[str, Any]]) -> Table:
     return table
 
 
-@contextlib.contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """Turn an operating system's error into an ``InputError`` that names the option ``--out``."""
-    try:
-        yield
-    except OSError as error:
-        message = f"--out {path}: {error.strerror or error}; name a file or folder that can be written to"
-        raise InputError(message) from error
-
-
 def save_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Write a record whole; numbers that JSON cannot represent become their names.
-
-    Raises:
-        InputError: it cannot be written.
-    """
-    content = json.loads(json.dumps(content), parse_constant=str)
-    with writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(path, json.dumps(content, indent=2) + "\n")
+    """Write a record whole; numbers that JSON cannot represent become their names."""
+    write_whole(path, json.dumps(json.loads(json.dumps(content), parse_constant=str), indent=2) + "\n")

@@ -45,16 +45,10 @@ def _operator(
     results: Sequence[str],
     flops: int | None,
 ) -> Row:
-    """Make the row of an operator.
+    """Make the row of an operator, in torch ``torch_adapter.operator_runner``'s of that name.
 
-    Args:
-        name: of the row.
-        operator: torch's, see ``torch_adapter.operator_runner``.
-        settings: device and dtype.
-        ours: (*arguments) -> results.
-        arguments: shape, in our axes, and torch's order of these axes.
-        results: names; "dx" and "dw" are shaped like the first two arguments, any other like the last.
-        flops: of one call.
+    Each of the ``arguments`` of ``ours`` is a shape, in our axes, and torch's order of these axes. Of the named
+    ``results``, "dx" and "dw" are shaped like the first two arguments, any other like the last.
     """
     shapes, orders = zip(*arguments, strict=True)
 
@@ -143,14 +137,18 @@ def _conv_row(settings: Settings, size: int, c_in: int, c_out: int, part: str) -
     return _operator(name, part, settings, parts[part], arguments, [part], 2 * b * size * size * 9 * c_in * c_out)
 
 
+def make_network(name: str, settings: Settings, **options: Any) -> FCN:
+    """Make a network of the catalogue with the benchmark's encoder, width, dtype and classes."""
+    options |= {"encoder": settings.encoder, "width": settings.width, "dtype": settings.jax_dtype}
+    return create_model(name, NUM_CLASSES, **options)
+
+
 def network_rows(settings: Settings) -> Iterator[Row]:
     """Yield the rows of the encoder's forward pass, and of each network's inference and training step."""
-    options: dict[str, Any] = {"encoder": settings.encoder, "width": settings.width, "dtype": settings.jax_dtype}
     # The encoder of the smallest head: torch's twin has one.
-    smallest = create_model("fcn32s", NUM_CLASSES, fc_features=1, fc6_kernel=1, **options)
-    yield _network("encoder", settings.encoder, smallest, settings)
+    yield _network("encoder", settings.encoder, make_network("fcn32s", settings, fc_features=1, fc6_kernel=1), settings)
     for name in NETWORKS:
-        model = without_dropout(create_model(name, NUM_CLASSES, **options))
+        model = without_dropout(make_network(name, settings))
         yield _network("inference", name, model, settings)
         yield _network("train", name, model, settings)
 
@@ -159,11 +157,9 @@ def _network(kind: str, name: str, model: FCN, settings: Settings) -> Row:
     batch_size, size = settings.batch_size, (settings.image_size, settings.image_size)
     vgg = VGG(ENCODERS[settings.encoder], model.compute, width=settings.width)
     part = "vgg/" if kind == "encoder" else ""
-    layers = [
-        row for row in summarize(model, size, batch_size) if row.kind != "BatchNorm" and row.path.startswith(part)
-    ]
+    layers = [r for r in summarize(model, size, batch_size) if r.kind != "BatchNorm" and r.path.startswith(part)]
     # The gradients of kernels and of inputs are as many products again, each.
-    flops = sum(row.flops for row in layers) * (3 if kind == "train" else 1)
+    flops = sum(layer.flops for layer in layers) * (3 if kind == "train" else 1)
 
     def forward(variables: Any, images: jax.Array) -> Any:
         if kind == "encoder":

@@ -19,8 +19,7 @@ from torch import Tensor, nn
 from torch.nn.grad import conv2d_input, conv2d_weight
 
 from fcn_jax import weights
-from fcn_jax.compare.bench import Numbers, Runner, Settings
-from fcn_jax.compare.machine import cores_allowed
+from fcn_jax.compare.bench import Numbers, Runner, Settings, cores_allowed
 from fcn_jax.compare.parity import Arrays, Gradient, Side, TrainedStep
 from fcn_jax.compare.twins import make_twin
 from fcn_jax.config import OptimConfig
@@ -126,7 +125,7 @@ def make_torch_side(
 ) -> Side:
     """Make the side of a module: images (b, 3, h, w) -> logits (b, num_classes, h, w), or (logits, auxiliary logits).
 
-    The module itself is not touched; copies of it run on the CPU with dropout off.
+    The module itself is not touched; copies of it run on the CPU with dropout off. An unknown dtype is an InputError.
 
     Args:
         module: any segmentation network; convolutions, transposed convolutions and batch norms are its layers.
@@ -135,9 +134,6 @@ def make_torch_side(
         dtype: "float64", "float32", or "bfloat16" (autocast over float32 parameters).
         channels_last: keep images and kernels in torch's other memory format.
         names: the other side's name of a submodule, by the module's own; submodules not named keep theirs.
-
-    Raises:
-        InputError: unknown dtype.
     """
     if dtype not in _DTYPES:
         raise unknown("dtype", dtype, _DTYPES)
@@ -187,11 +183,7 @@ def make_torch_side(
 
 
 def prepare(settings: Settings) -> None:
-    """Set torch up for speed: all cores; on a GPU the convolution algorithms that are fastest when tried.
-
-    Raises:
-        InputError: torch sees no GPU where one is to be measured.
-    """
+    """Use all cores, and on a GPU the convolutions that are fastest when tried; InputError where torch sees no GPU."""
     torch.set_num_threads(cores_allowed() or torch.get_num_threads())
     if settings.on_gpu:
         if not torch.cuda.is_available():
@@ -199,18 +191,17 @@ def prepare(settings: Settings) -> None:
         torch.backends.cudnn.benchmark = True
 
 
-def describe() -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return hardware and versions as torch sees them."""
-    hardware, versions = {"torch_threads": torch.get_num_threads()}, {"torch": str(torch.__version__)}
-    if not torch.cuda.is_available():
-        return hardware, versions
-    memory = torch.cuda.get_device_properties(0).total_memory
-    gpu = {"gpu": torch.cuda.get_device_name(), "gpu_memory_bytes": memory}
-    return hardware | gpu, versions | {"torch_cuda": torch.version.cuda, "cudnn": str(torch.backends.cudnn.version())}
+def describe(record: dict[str, Any]) -> None:
+    """Add hardware and versions as torch sees them to the record of ``bench.describe``."""
+    record["hardware"]["torch_threads"], record["versions"]["torch"] = torch.get_num_threads(), str(torch.__version__)
+    if torch.cuda.is_available():
+        memory, cudnn = torch.cuda.get_device_properties(0).total_memory, str(torch.backends.cudnn.version())
+        record["hardware"] |= {"gpu": torch.cuda.get_device_name(), "gpu_memory_bytes": memory}
+        record["versions"] |= {"torch_cuda": torch.version.cuda, "cudnn": cudnn}
 
 
 def meter() -> Callable[[], int | None]:
-    """Start to measure memory, see ``machine.meter``."""
+    """Start to measure memory, see ``bench.meter``."""
     if not torch.cuda.is_available():
         return lambda: None
     torch.cuda.synchronize()
@@ -249,14 +240,10 @@ _ALONE: dict[str, Function] = {
 
 
 def operator_runner(operator: str, arguments: Sequence[np.ndarray], names: Sequence[str], way: Way) -> Runner:
-    """Make the runner of one operator.
+    """Make the runner of one operator: its output, then the gradient of each argument, under these ``names``.
 
-    Args:
-        operator: "matmul"; "forward", "dx" or "dw" (one part of a 3x3 convolution alone); "upsample" or "pool" (2x2),
-            with their gradients.
-        arguments: in torch's axes; the last of "upsample" and "pool" is the cotangent.
-        names: of the results: the output, then the gradient of each argument.
-        way: device, memory format, and whether it is compiled.
+    Operators are "matmul"; "forward", "dx" and "dw" (one part of a 3x3 convolution alone); "upsample" and "pool" (2x2)
+    with their gradients, whose last argument is the cotangent. Arguments are in torch's axes.
     """
     tensors = tuple(way.tensor(x) for x in arguments)
     function = way.compiled((_ALONE | _WITH_GRADIENTS)[operator])

@@ -7,6 +7,8 @@ Comments marked "Ours:" are what the sources do not have, so that sizes they can
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax.numpy as jnp
 import torch
 import torch.nn.functional as F
@@ -14,38 +16,23 @@ from torch import Tensor, nn
 
 from fcn_jax.models.fcn import FCN, LadderFCN, Pad100FCN, ResizeFCN, SameFCN, ScoreFCN
 
-# torchvision's models/vgg.py, `cfgs` A, B, D, E; gaussian37's notes have the same lists under the networks' names.
-_CFG: dict[str, list[int | str]] = {
-    "vgg11": [64, "M", 128, "M", 256, 256, "M", 512, 512, "M", 512, 512, "M"],
-    "vgg13": [64, 64, "M", 128, 128, "M", 256, 256, "M", 512, 512, "M", 512, 512, "M"],
-    "vgg16": [64, 64, "M", 128, 128, "M", 256, 256, 256, "M", 512, 512, 512, "M", 512, 512, 512, "M"],
-    "vgg19": [64, 64, "M", 128, 128, "M", *[256] * 4, "M", *[512] * 4, "M", *[512] * 4, "M"],
-}
+# torchvision's models/vgg.py, `cfgs` A, B, D, E: the convolutions before each pooling; they have _CHANNELS outputs.
+_CFG = {"vgg11": (1, 1, 2, 2, 2), "vgg13": (2, 2, 2, 2, 2), "vgg16": (2, 2, 3, 3, 3), "vgg19": (2, 2, 4, 4, 4)}
+_CHANNELS = (64, 128, 256, 512, 512)
 
 
 def make_twin(model: FCN) -> nn.Module:
     """Build the PyTorch network of ``model``'s family and options, in training mode, as torch initialises it.
 
-    Its parameters have the dtype of ``model.param_dtype``; ``fcn_jax.weights.to_torch(model, variables)`` makes the
-    arrays of the state dict that ``load_state_dict(strict=True)`` takes.
-
-    Args:
-        model: any network of the catalogue. ``remat``, ``precision`` and ``axis_name`` have no counterpart.
-
-    Returns:
-        A module: images (b, 3, h, w) -> logits (b, num_classes, h, w); with ``aux_head`` in training (logits, auxiliary
-        logits).
+    It maps images (b, 3, h, w) to logits (b, num_classes, h, w), with ``aux_head`` in training to (logits, auxiliary
+    logits), and loads ``fcn_jax.weights.to_torch(model, variables)``. Its parameters have ``model.param_dtype``;
+    ``remat``, ``precision`` and ``axis_name`` have no counterpart.
     """
-    twins: dict[type[FCN], type[nn.Module]] = {
-        SameFCN: _SameTwin,
-        Pad100FCN: _Pad100Twin,
-        LadderFCN: _LadderTwin,
-        ResizeFCN: _ResizeTwin,
-    }
-    if type(model) not in twins:
+    twins = {SameFCN: _SameTwin, Pad100FCN: _Pad100Twin, LadderFCN: _LadderTwin, ResizeFCN: _ResizeTwin}
+    twin: Any = twins.get(type(model))
+    if twin is None:
         raise ValueError(f"expected a network of the catalogue, got {type(model).__name__}; use fcn_jax.create_model")
-    dtype = {"float64": torch.float64, "float32": torch.float32}[jnp.dtype(model.param_dtype).name]
-    return twins[type(model)](model).to(dtype)
+    return twin(model).to({"float64": torch.float64, "float32": torch.float32}[jnp.dtype(model.param_dtype).name])
 
 
 def _channels(count: int, width: float) -> int:
@@ -61,38 +48,28 @@ class _VGG(nn.Module):
 
     def __init__(self, model: FCN, ceil_mode: bool, margin: int = 1) -> None:
         super().__init__()
-        self.plan: list[list[str]] = [[]]
-        stage, layer, in_channels = 1, 1, 3
-        for v in _CFG[model.encoder]:
-            if isinstance(v, str):
-                self.plan.append([])
-                stage, layer = stage + 1, 1
-                continue
-            out_channels = _channels(v, model.width)
-            padding = margin if (stage, layer) == (1, 1) else 1
-            name = f"{stage}_{layer}"
-            self.add_module(f"conv{name}", nn.Conv2d(in_channels, out_channels, kernel_size=3, padding=padding))
-            self.plan[-1].append(f"conv{name}")
-            if model.encoder_norm == "batch":
-                self.add_module(f"bn{name}", nn.BatchNorm2d(out_channels))
-                self.plan[-1].append(f"bn{name}")
-            in_channels, layer = out_channels, layer + 1
-        self.plan.pop()
+        self.stages: list[list[str]] = []
+        self.norm, self.frozen, in_channels = model.encoder_norm == "batch", model.freeze_encoder, 3
+        for stage, (count, channels) in enumerate(zip(_CFG[model.encoder], _CHANNELS, strict=True), start=1):
+            self.stages.append([f"{stage}_{layer}" for layer in range(1, count + 1)])
+            for name in self.stages[-1]:
+                out_channels, padding = _channels(channels, model.width), margin if name == "1_1" else 1
+                self.add_module(f"conv{name}", nn.Conv2d(in_channels, out_channels, kernel_size=3, padding=padding))
+                if self.norm:
+                    self.add_module(f"bn{name}", nn.BatchNorm2d(out_channels))
+                in_channels = out_channels
         self.out_channels = in_channels
         self.pool = nn.MaxPool2d(kernel_size=2, stride=2, ceil_mode=ceil_mode)
-        self.frozen = model.freeze_encoder
 
     def train(self, mode: bool = True) -> _VGG:
         return super().train(mode and not self.frozen)
 
     def forward(self, x: Tensor) -> list[Tensor]:
         pools = []
-        for names in self.plan:
-            for index, name in enumerate(names):
-                x = self.get_submodule(name)(x)
-                # conv, ReLU or conv, BN, ReLU
-                if index + 1 == len(names) or names[index + 1].startswith("conv"):
-                    x = F.relu(x)
+        for names in self.stages:
+            for name in names:
+                x = self.get_submodule(f"conv{name}")(x)
+                x = F.relu(self.get_submodule(f"bn{name}")(x) if self.norm else x)
             x = self.pool(x)
             pools.append(x)
         return [pool.detach() for pool in pools] if self.frozen else pools
@@ -113,90 +90,74 @@ class _VGGHead(nn.Module):
         return self.drop7(F.relu(self.fc7(x)))
 
 
-class _SameTwin(nn.Module):
+class _ScoreTwin(nn.Module):
+    """The layers that `same` and `pad100` share; only ``margin`` and the padding differ."""
+
+    def __init__(self, model: ScoreFCN, margin: int, padding: str) -> None:
+        super().__init__()
+        n, self.stride, self.scales = model.num_classes, model.stride, model.skip_scales
+        self.vgg = _VGG(model, ceil_mode=model.pool == "ceil", margin=margin)
+        self.head = _VGGHead(model, self.vgg.out_channels, padding)
+        self.score_fr = nn.Conv2d(model.fc_features, n, kernel_size=1)
+
+        def up(factor: int) -> nn.Module:
+            cut = factor // 2 if padding == "same" else 0
+            # Ours: a bias on the transposed convolutions of `pad100`, by option.
+            return nn.ConvTranspose2d(n, n, 2 * factor, stride=factor, padding=cut, bias=model.upsample_bias)
+
+        if self.stride <= 16:
+            self.score_pool4 = nn.Conv2d(_channels(512, model.width), n, kernel_size=1, bias=model.skip_bias)
+            self.upscore2 = up(2)
+        if self.stride <= 8:
+            self.score_pool3 = nn.Conv2d(_channels(256, model.width), n, kernel_size=1, bias=model.skip_bias)
+            self.upscore_pool4 = up(2)
+        self.add_module(f"upscore{self.stride}", up(self.stride))
+
+    def upscore(self, x: Tensor) -> Tensor:
+        return self.get_submodule(f"upscore{self.stride}")(x)
+
+
+class _SameTwin(_ScoreTwin):
     """The Boostcamp notes. Their fc6 is 1x1; Ours: a k x k fc6 padded to keep the size."""
 
     def __init__(self, model: SameFCN) -> None:
-        super().__init__()
-        n, self.stride, self.scales = model.num_classes, model.stride, model.skip_scales
-        self.vgg = _VGG(model, ceil_mode=model.pool == "ceil")
-        self.head = _VGGHead(model, self.vgg.out_channels, "same")
-        self.score_fr = nn.Conv2d(model.fc_features, n, kernel_size=1)
-        bias = model.upsample_bias
-        if self.stride <= 16:
-            self.score_pool4 = nn.Conv2d(_channels(512, model.width), n, kernel_size=1, bias=model.skip_bias)
-            self.upscore2 = nn.ConvTranspose2d(n, n, kernel_size=4, stride=2, padding=1, bias=bias)
-        if self.stride <= 8:
-            self.score_pool3 = nn.Conv2d(_channels(256, model.width), n, kernel_size=1, bias=model.skip_bias)
-            self.upscore_pool4 = nn.ConvTranspose2d(n, n, kernel_size=4, stride=2, padding=1, bias=bias)
-        if self.stride == 32:
-            self.upscore32 = nn.ConvTranspose2d(n, n, kernel_size=64, stride=32, padding=16, bias=bias)
-        elif self.stride == 16:
-            self.upscore16 = nn.ConvTranspose2d(n, n, kernel_size=32, stride=16, padding=8, bias=bias)
-        else:
-            self.upscore8 = nn.ConvTranspose2d(n, n, kernel_size=16, stride=8, padding=4, bias=bias)
+        super().__init__(model, margin=1, padding="same")
 
     def forward(self, x: Tensor) -> Tensor:
         _, _, pool3, pool4, h = self.vgg(x)
         h = self.score_fr(self.head(h))
         # The source adds without cropping and returns the last map as it is, which runs, and gives the input's size,
         # where the shapes match. Ours: the slices, and the factors on pool4 and pool3.
-        if self.stride == 32:
-            h = self.upscore32(h)
-        else:
+        if self.stride <= 16:
             skip = self.score_pool4(self.scales[0] * pool4)
             h = self.upscore2(h)[:, :, : skip.size(2), : skip.size(3)] + skip
-            if self.stride == 16:
-                h = self.upscore16(h)
-            else:
-                skip = self.score_pool3(self.scales[1] * pool3)
-                h = self.upscore_pool4(h)[:, :, : skip.size(2), : skip.size(3)] + skip
-                h = self.upscore8(h)
-        return h[:, :, : x.size(2), : x.size(3)]
+        if self.stride <= 8:
+            skip = self.score_pool3(self.scales[1] * pool3)
+            h = self.upscore_pool4(h)[:, :, : skip.size(2), : skip.size(3)] + skip
+        return self.upscore(h)[:, :, : x.size(2), : x.size(3)]
 
 
-class _Pad100Twin(nn.Module):
+class _Pad100Twin(_ScoreTwin):
     """Fanrencli (floor pooling) and pytorch-fcn (ceil pooling, factors 'at once'): their layers and their slices."""
 
     def __init__(self, model: Pad100FCN) -> None:
-        super().__init__()
-        n, self.stride, self.scales, self.crop = model.num_classes, model.stride, model.skip_scales, model.crop
-        self.vgg = _VGG(model, ceil_mode=model.pool == "ceil", margin=100)
-        self.head = _VGGHead(model, self.vgg.out_channels, "valid")
-        self.score_fr = nn.Conv2d(model.fc_features, n, 1)
-        # Ours: a bias on the transposed convolutions, by option.
-        bias = model.upsample_bias
-        if self.stride == 32:
-            self.upscore32 = nn.ConvTranspose2d(n, n, 64, stride=32, bias=bias)
-        if self.stride <= 16:
-            self.score_pool4 = nn.Conv2d(_channels(512, model.width), n, 1, bias=model.skip_bias)
-            self.upscore2 = nn.ConvTranspose2d(n, n, 4, stride=2, bias=bias)
-        if self.stride == 16:
-            self.upscore16 = nn.ConvTranspose2d(n, n, 32, stride=16, bias=bias)
-        if self.stride == 8:
-            self.score_pool3 = nn.Conv2d(_channels(256, model.width), n, 1, bias=model.skip_bias)
-            self.upscore_pool4 = nn.ConvTranspose2d(n, n, 4, stride=2, bias=bias)
-            self.upscore8 = nn.ConvTranspose2d(n, n, 16, stride=8, bias=bias)
+        super().__init__(model, margin=100, padding="valid")
+        self.crop = model.crop  # 5, 9 and 19 / 27 / 31; Fanrencli's 32s: 6
 
     def forward(self, x: Tensor) -> Tensor:
         h = x
         _, _, pool3, pool4, x = self.vgg(x)
         x = self.score_fr(self.head(x))
-        a, b, c = self.crop  # 5, 9 and 19 / 27 / 31; Fanrencli's 32s: c = 6
-        if self.stride == 32:
-            x = self.upscore32(x)
+        a, b, c = self.crop
         if self.stride <= 16:
             x = self.upscore2(x)
             pool4 = self.score_pool4(pool4 * self.scales[0])
             x = x + pool4[:, :, a : a + x.size(2), a : a + x.size(3)]
-        if self.stride == 16:
-            x = self.upscore16(x)
-        if self.stride == 8:
+        if self.stride <= 8:
             x = self.upscore_pool4(x)
             pool3 = self.score_pool3(pool3 * self.scales[1])
             x = x + pool3[:, :, b : b + x.size(2), b : b + x.size(3)]
-            x = self.upscore8(x)
-        return x[:, :, c : c + h.size(2), c : c + h.size(3)].contiguous()
+        return self.upscore(x)[:, :, c : c + h.size(2), c : c + h.size(3)].contiguous()
 
 
 class _LadderTwin(nn.Module):
@@ -209,45 +170,24 @@ class _LadderTwin(nn.Module):
         in_channels = self.vgg.out_channels
         for rung, channels in enumerate((512, 256, 128, 64, 32), start=1):
             features = _channels(channels, model.width)
-            deconv = nn.ConvTranspose2d(
-                in_channels, features, kernel_size=3, stride=2, padding=1, dilation=1, output_padding=1
-            )
+            deconv = nn.ConvTranspose2d(in_channels, features, 3, stride=2, padding=1, output_padding=1)
             self.add_module(f"deconv{rung}", deconv)
             self.add_module(f"bn{rung}", nn.BatchNorm2d(features))
             in_channels = features
         self.classifier = nn.Conv2d(in_channels, model.num_classes, kernel_size=1)
 
-    def _up(self, rung: int, x: Tensor) -> Tensor:
-        return F.relu(self.get_submodule(f"deconv{rung}")(x))
-
-    def _bn(self, rung: int, x: Tensor) -> Tensor:
-        return self.get_submodule(f"bn{rung}")(x)
-
     def forward(self, x: Tensor) -> Tensor:
         h, w = x.shape[2:]
         # Ours: the padding to multiples of 32, at which the sources run, and the cut at the end.
-        x1, x2, x3, x4, x5 = self.vgg(F.pad(x, (0, -w % 32, 0, -h % 32)))
-        if self.fcns:
-            score = self._bn(1, self._up(1, x5)) + x4
-            score = self._bn(2, self._up(2, score)) + x3
-            score = self._bn(3, self._up(3, score)) + x2
-            score = self._bn(4, self._up(4, score)) + x1
-        elif self.stride == 8:
-            score = self._bn(1, self._up(1, x5) + x4)
-            score = self._bn(2, self._up(2, score) + x3)
-            score = self._bn(3, self._up(3, score))
-            score = self._bn(4, self._up(4, score))
-        elif self.stride == 16:
-            score = self._bn(1, self._up(1, x5) + x4)
-            score = self._bn(2, self._up(2, score))
-            score = self._bn(3, self._up(3, score))
-            score = self._bn(4, self._up(4, score))
-        else:
-            score = self._bn(1, self._up(1, x5))
-            score = self._bn(2, self._up(2, score))
-            score = self._bn(3, self._up(3, score))
-            score = self._bn(4, self._up(4, score))
-        score = self._bn(5, self._up(5, score))
+        x1, x2, x3, x4, score = self.vgg(F.pad(x, (0, -w % 32, 0, -h % 32)))
+        skips: list[Tensor] = {32: [], 16: [x4], 8: [x4, x3], 2: [x4, x3, x2, x1]}[self.stride]
+        for rung in range(1, 6):
+            score = F.relu(self.get_submodule(f"deconv{rung}")(score))
+            if skips and not self.fcns:
+                score = score + skips.pop(0)
+            score = self.get_submodule(f"bn{rung}")(score)
+            if skips and self.fcns:
+                score = score + skips.pop(0)
         return self.classifier(score)[:, :, :h, :w]
 
 

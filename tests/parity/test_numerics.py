@@ -292,7 +292,7 @@ def test_folder_that_cannot_be_written_is_reported_before_anything_is_computed(t
     monkeypatch.setattr(cli_parity, "against_torch", lambda *_: pytest.fail("it was computed"))
     (tmp_path / "file").write_text("")
     assert parity(*COMMAND, "--out", tmp_path / "file/out") == 2
-    assert "name a file or folder that can be written to" in capsys.readouterr().err
+    assert "name a folder that can be written to" in capsys.readouterr().err
 
 
 def test_example_of_the_docs_runs():
