@@ -44,10 +44,9 @@ def read_classes(path: Path) -> tuple[str, ...]:
 def _folders(root: Path, split: str) -> tuple[Path, Path]:
     if split == "all":
         return root / "images", root / "masks"
-    if (root / "images" / split).is_dir():
-        return root / "images" / split, root / "masks" / split
-    if (root / split / "images").is_dir():
-        return root / split / "images", root / split / "masks"
+    for images, masks in ((f"images/{split}", f"masks/{split}"), (f"{split}/images", f"{split}/masks")):
+        if (root / images).is_dir():
+            return root / images, root / masks
     raise InputError(
         f"{root}: holds neither {split}/images nor images/{split}; put images there and masks in {split}/masks or "
         f"masks/{split}, or use folder/all for a folder with images/ and masks/ alone"

@@ -26,8 +26,7 @@ def transposed_conv(
 
     out[o] = sum over i of x[i] kernel[o + padding - i stride], per axis: a product of the shifted inputs with the
     kernel cut into stride x stride phases. An odd kernel, whose phases differ in their taps, is convolved phase by
-    phase at stride 2. Equal to ``torch.nn.functional.conv_transpose2d`` with the kernel's axes in the order
-    k, k, in, out.
+    phase at stride 2. Equal to ``torch.nn.functional.conv_transpose2d`` but for the order of the kernel's axes.
 
     Args:
         x: (b, h, w, c_in).
@@ -64,26 +63,15 @@ def _doubled(x: jax.Array, kernel: jax.Array, padding: int, size: tuple[int, int
     with the taps r, r + 2, ... in reverse. The four phases have k k taps between them, where one product for all has
     (k + 1)(k + 1).
 
-    Args:
-        x: (b, h, w, c_in).
-        kernel: (k, k, c_in, c_out) with an odd k.
-        padding: at most k - 2.
-        size: h' and w' of the result.
-        precision: of the products.
-
-    Returns:
-        (b, h', w', c_out).
+    ``size`` is h', w'; padding is at most k - 2.
     """
     cells = [-(-n // 2) for n in size]
 
     def phase(row: int, column: int) -> jax.Array:
         (down, r), (right, s) = divmod(row + padding, 2), divmod(column + padding, 2)
         taps = kernel[r::2, s::2][::-1, ::-1]
-        rows, columns, _, _ = taps.shape
-        margins = (
-            (rows - 1 - down, cells[0] - x.shape[1] + down),
-            (columns - 1 - right, cells[1] - x.shape[2] + right),
-        )
+        sides = zip(taps.shape, (down, right), cells, x.shape[1:], strict=False)
+        margins = [(side - 1 - shift, new - n + shift) for side, shift, new, n in sides]
         return conv2d(x, taps, (1, 1), margins, precision=precision)
 
     full = jnp.stack([jnp.stack([phase(row, 0), phase(row, 1)], axis=3) for row in (0, 1)], axis=2)
@@ -94,7 +82,7 @@ def _doubled(x: jax.Array, kernel: jax.Array, padding: int, size: tuple[int, int
 def bilinear_kernel(k: int) -> np.ndarray:
     """Return the (k, k) float64 kernel with which a transposed convolution interpolates bilinearly.
 
-    Source: the bilinear filler of Caffe (``include/caffe/filler.hpp``), and ``surgery.py`` of the FCN reference.
+    Source: Caffe's bilinear filler (``include/caffe/filler.hpp``).
     """
     factor = (k + 1) // 2
     centre = factor - 1 if k % 2 else factor - 0.5
@@ -127,14 +115,8 @@ class TransposedConv(nn.Module):
         compute, k = self.compute, self.kernel_size
         init = bilinear_init if self.bilinear else nn.initializers.he_normal()
         kernel = self.param("kernel", init, (k, k, x.shape[-1], self.features), compute.param_dtype)
-        y = transposed_conv(
-            x.astype(compute.dtype),
-            kernel.astype(compute.dtype),
-            self.stride,
-            self.padding,
-            self.output_padding,
-            compute.precision,
-        )
+        x, kernel = x.astype(compute.dtype), kernel.astype(compute.dtype)
+        y = transposed_conv(x, kernel, self.stride, self.padding, self.output_padding, compute.precision)
         if self.use_bias:
             bias = self.param("bias", nn.initializers.zeros_init(), (self.features,), compute.param_dtype)
             y = y + bias.astype(compute.dtype)
@@ -152,18 +134,10 @@ def _interpolation(size: int, new_size: int) -> np.ndarray:
     return matrix
 
 
-def resize_bilinear(x: jax.Array, size: tuple[int, int], precision: Any = None) -> jax.Array:
-    """Resize bilinearly with corners aligned, as two matrix products.
+def resize_bilinear(x: jax.Array, size: tuple[int, ...], precision: Any = None) -> jax.Array:
+    """Resize x (b, h, w, c) bilinearly to ``size`` (height, width), corners aligned, as two matrix products.
 
-    Equal to ``torch.nn.functional.interpolate(mode="bilinear", align_corners=True)``, at any size.
-
-    Args:
-        x: (b, h, w, c).
-        size: the new height and width.
-        precision: of the products.
-
-    Returns:
-        (b, height, width, c).
+    Equal to ``torch.nn.functional.interpolate(mode="bilinear", align_corners=True)``.
     """
     rows = jnp.asarray(_interpolation(x.shape[1], size[0]), x.dtype)
     columns = jnp.asarray(_interpolation(x.shape[2], size[1]), x.dtype)
