@@ -21,12 +21,11 @@ _MOST_GROWTH = 50  # VOC's archives are not compressed, SBD's grows less than tw
 
 @dataclass(frozen=True)
 class Archive:
-    """A tar file on the network and what it unpacks to."""
+    """A tar file on the network, and the folder in it that holds the data set."""
 
     url: str
     md5: str
     content: str
-    """The folder in it that holds the data set."""
 
     @property
     def name(self) -> str:
@@ -78,11 +77,10 @@ def _get(archive: Archive, target: Path) -> None:
 def fetch(archive: Archive, folder: Path, download: bool) -> Path:
     """Return ``folder``/``archive.content``; download and unpack the archive first, to appear whole or not at all.
 
-    A file of the archive's name in ``folder`` is used instead of the network, and kept.
+    An archive that lies in ``folder`` is used instead of the network.
 
     Raises:
-        InputError: ``download`` is False, no network, a wrong checksum, a broken archive, or a folder that cannot be
-            written to.
+        InputError: ``download`` is False, or the archive cannot be fetched, checked or unpacked.
     """
     if not download:
         raise InputError(

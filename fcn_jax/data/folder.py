@@ -3,7 +3,6 @@
 Expected under ``--data.dir`` (either of the two, or neither level for a single set called ``all``)::
 
     DIR/train/images/a.jpg   DIR/train/masks/a.png        DIR/images/train/a.jpg   DIR/masks/train/a.png
-    DIR/val/images/b.jpg     DIR/val/masks/b.png          DIR/images/val/b.jpg     DIR/masks/val/b.png
     DIR/classes.txt          one class name per line; the first line is class 0
 
 Masks hold class ids in one 8-bit channel (or as palette indices); 255 marks pixels to ignore.

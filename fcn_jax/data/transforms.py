@@ -46,10 +46,7 @@ def resize(example: Example, size: tuple[int, int]) -> dict[str, Any]:
 def scale(
     example: Example, rng: np.random.Generator, bounds: tuple[float, float], base_size: int | None = None
 ) -> dict[str, Any]:
-    """Resize an example by one factor drawn uniformly from ``bounds``; its sides stay at least one pixel.
-
-    With ``base_size`` the shorter side becomes the factor times that many pixels, instead of times its own length.
-    """
+    """Resize an example by a factor drawn uniformly from ``bounds``, of its shorter side or else of ``base_size``."""
     factor = rng.uniform(*bounds) if bounds[0] != bounds[1] else bounds[0]
     height, width = example["label"].shape
     if base_size is not None:

@@ -28,10 +28,8 @@ _SETS = Path("ImageSets/Segmentation")
 
 
 def palette(num_classes: int) -> tuple[tuple[int, int, int], ...]:
-    """Return the colour map of PASCAL VOC (VOClabelcolormap.m), (r, g, b) in [0, 255] of each class.
-
-    The bits of the class id are dealt in turn to the top bits of R, G and B.
-    """
+    """Return the colour map of PASCAL VOC (VOClabelcolormap.m), (r, g, b) in [0, 255] of each class."""
+    # The bits of the class id are dealt in turn to the top bits of R, G and B.
     ids = np.arange(num_classes)
     bits = np.arange(8)
     channels = [((ids[:, None] >> (3 * bits + c) & 1) << (7 - bits)).sum(1).tolist() for c in range(3)]

@@ -29,7 +29,6 @@ class Views:
     """The variants of an image over which the softmax is averaged."""
 
     scales: tuple[float, ...] = (1.0,)
-    """Factors on height and width."""
     flip: bool = False
     """Each scale as it is and mirrored left-right."""
 
@@ -138,14 +137,9 @@ def evaluate(
     num_classes: int,
     samples_at: Container[int] = (),
 ) -> Evaluation:
-    """Score a split.
+    """Score a split in batches of ``data.pipeline.make_eval_batches``, with a predictor of ``make_predictor``.
 
-    Args:
-        predict: from ``make_predictor``.
-        variables: the model's.
-        batches: from ``data.pipeline.make_eval_batches``.
-        num_classes: number of classes.
-        samples_at: positions, in the order of the batches, of the images to return.
+    ``samples_at`` are positions, in the order of the batches, of the images to return.
     """
     confusion = np.zeros((num_classes, num_classes), np.int64)
     samples: list[Sample] = []

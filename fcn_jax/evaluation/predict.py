@@ -1,7 +1,4 @@
-"""Class maps of single images of any size: whole where they fit, otherwise tile by tile with the same logits.
-
-A program is compiled for every new shape of array, so images and tiles are padded to few shapes; see ``padding``.
-"""
+"""Class maps of single images of any size, padded to few shapes: whole, or tile by tile with the same logits."""
 
 from __future__ import annotations
 

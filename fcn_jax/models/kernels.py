@@ -37,10 +37,8 @@ def _with_cpu_kernels(
 ) -> Callable[..., jax.Array]:
     """Return an operation that is ``plain``, with other kernels where the program is compiled for the CPU.
 
-    Args:
-        plain: (x, kernel, geometry, precision) -> y; the last two are hashable.
-        forward: the same for the CPU.
-        gradients: (x, kernel, dy, geometry, precision) -> (dx, dkernel) for the CPU.
+    ``plain`` and ``forward``: (x, kernel, geometry, precision) -> y, the last two hashable; ``gradients``:
+    (x, kernel, dy, geometry, precision) -> (dx, dkernel).
     """
 
     @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
@@ -207,10 +205,9 @@ _conv = _with_cpu_kernels(_conv_plain, _conv_cpu, _conv_gradients_cpu)
 
 
 class Window(NamedTuple):
-    """The part of all cells' pixels that is the output."""
+    """The output as a part of all cells' pixels, after ``padding`` rows and columns."""
 
     padding: int
-    """Rows and columns before it."""
     height: int
     width: int
 

@@ -153,10 +153,7 @@ class Dropout(nn.Module):
 
 
 class FullyConvolutionalHead(nn.Module):
-    """fc6 and fc7, the fully connected layers of VGG read as convolutions, each with ReLU and dropout.
-
-    Source: Long, Shelhamer & Darrell 2015, section 3.1; ``voc-fcn32s/net.py`` of the reference.
-    """
+    """fc6 and fc7 of VGG as convolutions, with ReLU and dropout: Long, Shelhamer & Darrell 2015, section 3.1."""
 
     features: int
     kernel_size: int
@@ -175,10 +172,7 @@ class FullyConvolutionalHead(nn.Module):
 
 
 class SmallHead(nn.Module):
-    """3x3 convolution without bias, BN, ReLU, dropout, and a 1x1 score layer.
-
-    Source: ``_FCNHead`` of awesome-semantic-segmentation-pytorch (``core/models/fcn.py``).
-    """
+    """3x3 convolution, BN, ReLU, dropout, 1x1 score layer: ``_FCNHead`` of awesome-semantic-segmentation-pytorch."""
 
     features: int
     num_classes: int

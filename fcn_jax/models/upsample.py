@@ -1,9 +1,8 @@
 """Upsampling: transposed convolution by phases with its bilinear start, and bilinear interpolation.
 
-Dimensions are b h w c; the side of a transposed convolution's kernel is k, its stride s. Output pixels that share
-their *phase*, the remainder of their padded position by the stride, meet the same ceil(k / s) taps per axis. A *cell*
-is the s x s block of output pixels, one of each phase, that meet the same input pixels. So there are no inserted zeros
-to multiply, and both directions are dense products.
+Output pixels that share their *phase*, the remainder of their padded position by the stride s, meet the same
+ceil(k / s) taps of a kernel of side k per axis. A *cell* is the s x s block of output pixels, one of each phase, that
+meet the same input pixels. So both directions are dense products, without inserted zeros.
 """
 
 from __future__ import annotations
@@ -22,11 +21,9 @@ from fcn_jax.models.layers import Compute
 def transposed_conv(
     x: jax.Array, kernel: jax.Array, stride: int, padding: int = 0, output_padding: int = 0, precision: Any = None
 ) -> jax.Array:
-    """Convolve with the stride on the output side.
+    """Convolve with the stride on the output side, as ``torch.nn.functional.conv_transpose2d``.
 
-    out[o] = sum over i of x[i] kernel[o + padding - i stride], per axis: a product of the shifted inputs with the
-    kernel cut into stride x stride phases. An odd kernel, whose phases differ in their taps, is convolved phase by
-    phase at stride 2. Equal to ``torch.nn.functional.conv_transpose2d`` but for the order of the kernel's axes.
+    out[o] = sum over i of x[i] kernel[o + padding - i stride], per axis.
 
     Args:
         x: (b, h, w, c_in).
@@ -43,7 +40,7 @@ def transposed_conv(
     k, c_out = kernel.shape[0], kernel.shape[3]
     out_h, out_w = ((n - 1) * stride - 2 * padding + k + output_padding for n in (h, w))
     if stride == 2 and k % 2 and padding <= k - 2:
-        return _doubled(x, kernel, padding, (out_h, out_w), precision)
+        return _doubled(x, kernel, padding, (out_h, out_w), precision)  # its phases differ in their taps
     taps = -(-k // stride)
     short = taps * stride - k
     kernel = jnp.pad(kernel, ((0, short), (0, short), (0, 0), (0, 0)))
@@ -60,10 +57,7 @@ def _doubled(x: jax.Array, kernel: jax.Array, padding: int, size: tuple[int, int
     """Convolve with stride 2 on the output side and an odd kernel, each phase by itself.
 
     out[2 n + q] = sum over t of x[n + d - t] kernel[2 t + r] with q + padding = 2 d + r, per axis: a convolution of x
-    with the taps r, r + 2, ... in reverse. The four phases have k k taps between them, where one product for all has
-    (k + 1)(k + 1).
-
-    ``size`` is h', w'; padding is at most k - 2.
+    with the taps r, r + 2, ... in reverse. ``size`` is h', w'; padding is at most k - 2.
     """
     cells = [-(-n // 2) for n in size]
 

@@ -28,16 +28,13 @@ _SUFFIXES = (".safetensors", ".pth", ".pt")
 
 
 def to_torch(model: Network, variables: Mapping[str, Any], layout: str | None = None) -> dict[str, np.ndarray]:
-    """Return the variables under torch's names and axes, in the layout's order.
+    """Return name -> array of a state dict in torch's axes and the layout's order, duplicates and counters included.
 
     Args:
         model: the network that the variables belong to.
         variables: {"params": ...[, "batch_stats": ...]}.
         layout: a key of ``LAYOUTS``; by default our own, the names of ``compare.twins``. An encoder's layout
             holds only what ``left_out`` does not list; any other takes only networks that compute what its source does.
-
-    Returns:
-        Name -> array, with duplicates where the layout has them and each batch norm's ``num_batches_tracked``, at 0.
 
     Raises:
         InputError: unknown layout, or one that the network does not fit.
