@@ -14,15 +14,13 @@ from fcn_jax.data.io import Listing, path_of
 from fcn_jax.errors import InputError, UnreadableError, first_line
 
 SUMMARY = "summary.json"
-UNFINISHED = ".unfinished-"
-"""Prefix of a copy that is being written, or was when its process ended."""
-_FORMAT = 1
-"""Raise it when prepared copies of an older kind must not be used any more."""
+UNFINISHED = ".unfinished-"  # prefix of a copy that is being written, or was when its process ended
+_FORMAT = 1  # raise it when prepared copies of an older kind must not be used any more
 
 
 @dataclass(frozen=True)
 class Summary:
-    """What is known of a prepared copy."""
+    """The contents of a prepared copy."""
 
     examples: int
     image_size: tuple[int, int] | None
@@ -61,25 +59,19 @@ def read_summary(folder: Path) -> Summary:
     try:
         content: Any = json.loads((folder / SUMMARY).read_text())
         size = content["image_size"]
-        return Summary(
-            examples=int(content["examples"]),
-            image_size=None if size is None else (int(size[0]), int(size[1])),
-            skipped=tuple(str(reason) for reason in content.get("skipped", ())),
-            source=content.get("source"),
-            unreadable=content.get("unreadable", "error"),
-        )
+        image_size = None if size is None else (int(size[0]), int(size[1]))
+        skipped = tuple(map(str, content.get("skipped", ())))
+        source, unreadable = content.get("source"), content.get("unreadable", "error")
+        return Summary(int(content["examples"]), image_size, skipped, source, unreadable)
     except Exception as error:  # what a damaged file holds may fail anywhere
         raise damaged(folder, error) from error
 
 
 def fingerprint(listing: Listing) -> str:
-    """Return 16 hex digits that change with the split's files (path, size, time of change), its classes or its version.
-
-    A copy that may leave entries out has another fingerprint than one that may not, so that neither is used for the
-    other. A missing file that may be left out is hashed without size and time.
+    """Return 16 hex digits of a split's files (path, size, time of change), classes, version, and treatment of errors.
 
     Raises:
-        UnreadableError: a listed file is missing, and that is an error.
+        UnreadableError: a listed file is missing, and may not be left out.
     """
     parts = [_FORMAT, listing.dataset, listing.split, listing.version, listing.class_names]
     skips = listing.unreadable == "skip"
@@ -109,7 +101,7 @@ def _cached(name: str, count: int, *paths: Path) -> Cached:
 
 
 def cached(cache_dir: str) -> list[Cached]:
-    """List what is in a cache folder: each prepared copy, what interrupted preparations left, the compiled programs."""
+    """List a cache folder: each prepared copy, what interrupted preparations left, the compiled programs."""
     root = path_of(cache_dir, "--cache-dir")
     rows = []
     for copy in sorted(root.glob("*/*-" + 16 * "[0-9a-f]")):

@@ -15,8 +15,7 @@ from fcn_jax.data.prepared import Examples, Record, prepare
 from fcn_jax.errors import InputError, unknown
 
 _log = logging.getLogger(__name__)
-_SHOWN = 3
-"""Files that were left out, named in a note."""
+_SHOWN = 3  # files that were left out, named in a note
 
 DATASETS: dict[str, tuple[tuple[str, ...], Callable[[str, DataConfig], Listing]]] = {
     "shapes": (shapes.SPLITS, shapes.listing),
@@ -68,12 +67,7 @@ def decode(record: Record) -> dict[str, Any]:
 
 
 def load(spec: str, config: DataConfig) -> Split:
-    """Open a split, preparing its copy in ``config.cache_dir`` if need be; log how many images were left out, if any.
-
-    Args:
-        spec: DATASET/SPLIT, as in ``camvid/train``.
-        config: where the data lie; ``dir``, ``classes``, ``download``, ``unreadable``, ``cache_dir`` and the
-            ``shapes_*`` fields are read.
+    """Open DATASET/SPLIT, preparing its copy in ``config.cache_dir`` if need be; log how many images are left out.
 
     Raises:
         InputError: an unknown data set or split, a missing folder or file, or files that are not what they should be.

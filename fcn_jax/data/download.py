@@ -16,18 +16,16 @@ from pathlib import Path
 from fcn_jax.errors import InputError, first_line
 
 _log = logging.getLogger(__name__)
-_MOST_GROWTH = 50
-"""VOC's archives are not packed, SBD's grows less than twofold; headers are a small part of them all."""
+_MOST_GROWTH = 50  # VOC's archives are not compressed, SBD's grows less than twofold
 
 
 @dataclass(frozen=True)
 class Archive:
-    """A tar file on the network and what it unpacks to."""
+    """A tar file on the network, and the folder in it that holds the data set."""
 
     url: str
     md5: str
     content: str
-    """The folder in it that holds the data set."""
 
     @property
     def name(self) -> str:
@@ -39,19 +37,13 @@ _VOC = "http://host.robots.ox.ac.uk/pascal/VOC"
 _BERKELEY = "https://www2.eecs.berkeley.edu/Research/Projects/CS/vision/grouping"
 ARCHIVES = {
     "voc2012": Archive(
-        f"{_VOC}/voc2012/VOCtrainval_11-May-2012.tar",
-        "6cd6e144f989b92b3379bac3b3de84fd",
-        "VOCdevkit/VOC2012",
+        f"{_VOC}/voc2012/VOCtrainval_11-May-2012.tar", "6cd6e144f989b92b3379bac3b3de84fd", "VOCdevkit/VOC2012"
     ),
     "voc2011": Archive(
-        f"{_VOC}/voc2011/VOCtrainval_25-May-2011.tar",
-        "6c3384ef61512963050cb5d687e5bf1e",
-        "TrainVal/VOCdevkit/VOC2011",
+        f"{_VOC}/voc2011/VOCtrainval_25-May-2011.tar", "6c3384ef61512963050cb5d687e5bf1e", "TrainVal/VOCdevkit/VOC2011"
     ),
     "sbd": Archive(
-        f"{_BERKELEY}/semantic_contours/benchmark.tgz",
-        "82b4d87ceb2ed10f6038a1cba92111cb",
-        "benchmark_RELEASE",
+        f"{_BERKELEY}/semantic_contours/benchmark.tgz", "82b4d87ceb2ed10f6038a1cba92111cb", "benchmark_RELEASE"
     ),
 }
 """Addresses and checksums, as torchvision's datasets/voc.py and datasets/sbd.py give them."""
@@ -83,14 +75,12 @@ def _get(archive: Archive, target: Path) -> None:
 
 
 def fetch(archive: Archive, folder: Path, download: bool) -> Path:
-    """Return ``folder``/``archive.content``; download and unpack the archive first where it is not there.
+    """Return ``folder``/``archive.content``; download and unpack the archive first, to appear whole or not at all.
 
-    A file of the archive's name in ``folder`` is used instead of the network, and kept. What is unpacked is moved to
-    its place whole, so that an interrupted unpacking is not taken for a data set.
+    An archive that lies in ``folder`` is used instead of the network.
 
     Raises:
-        InputError: ``download`` is False, no network, a wrong checksum, a broken archive, or a folder that cannot be
-            written to.
+        InputError: ``download`` is False, or the archive cannot be fetched, checked or unpacked.
     """
     if not download:
         raise InputError(
@@ -109,9 +99,8 @@ def fetch(archive: Archive, folder: Path, download: bool) -> Path:
         else:
             _check(target, archive, target, "remove it and fetch it again")
         _log.info("unpacking %s", target)
-        work = Path(tempfile.mkdtemp(prefix=".unfinished-", dir=folder))
-        try:
-            left = _MOST_GROWTH * target.stat().st_size
+        left = _MOST_GROWTH * target.stat().st_size
+        with tempfile.TemporaryDirectory(prefix=".unfinished-", dir=folder, ignore_cleanup_errors=True) as work:
             with tarfile.open(target) as tar:
                 for member in tar:
                     left -= member.size
@@ -120,9 +109,7 @@ def fetch(archive: Archive, folder: Path, download: bool) -> Path:
                     tar.extract(member, work, filter="data")
             place.parent.mkdir(parents=True, exist_ok=True)
             if not place.is_dir():
-                os.replace(work / archive.content, place)
-        finally:
-            shutil.rmtree(work, ignore_errors=True)
+                os.replace(Path(work, archive.content), place)
     except InputError:
         raise
     except (tarfile.TarError, zlib.error, EOFError, ValueError, OverflowError) as error:  # what a damaged file raises

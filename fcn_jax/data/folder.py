@@ -3,7 +3,6 @@
 Expected under ``--data.dir`` (either of the two, or neither level for a single set called ``all``)::
 
     DIR/train/images/a.jpg   DIR/train/masks/a.png        DIR/images/train/a.jpg   DIR/masks/train/a.png
-    DIR/val/images/b.jpg     DIR/val/masks/b.png          DIR/images/val/b.jpg     DIR/masks/val/b.png
     DIR/classes.txt          one class name per line; the first line is class 0
 
 Masks hold class ids in one 8-bit channel (or as palette indices); 255 marks pixels to ignore.
@@ -44,10 +43,9 @@ def read_classes(path: Path) -> tuple[str, ...]:
 def _folders(root: Path, split: str) -> tuple[Path, Path]:
     if split == "all":
         return root / "images", root / "masks"
-    if (root / "images" / split).is_dir():
-        return root / "images" / split, root / "masks" / split
-    if (root / split / "images").is_dir():
-        return root / split / "images", root / split / "masks"
+    for images, masks in ((f"images/{split}", f"masks/{split}"), (f"{split}/images", f"{split}/masks")):
+        if (root / images).is_dir():
+            return root / images, root / masks
     raise InputError(
         f"{root}: holds neither {split}/images nor images/{split}; put images there and masks in {split}/masks or "
         f"masks/{split}, or use folder/all for a folder with images/ and masks/ alone"

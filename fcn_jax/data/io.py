@@ -110,8 +110,7 @@ def pairs_by_name(
     """Pair the files of two folders by their names without suffix, in the order of the names.
 
     Raises:
-        InputError: a folder is missing or holds no images, two files share a name, or an image and a mask have no
-            partner.
+        InputError: a folder is missing or empty, two files share a name, or one has no partner.
     """
     image_of, label_of = _by_stem(images, image_suffixes), _by_stem(masks, mask_suffixes)
     for one, other, here, there in (
@@ -170,19 +169,16 @@ def _decode(data: bytes, flags: int, name: str, kind: str) -> np.ndarray:
 
 
 def decode_image(data: bytes, name: str, verify: bool = True) -> np.ndarray:
-    """Decode an image file to RGB.
+    """Decode a JPEG, PNG, BMP, GIF, PNM, TIFF or WebP file to RGB, uint8 (h, w, 3).
 
     Grey images are repeated over the channels, an alpha channel is dropped, 16-bit samples keep their upper eight
     bits, and an EXIF orientation is applied.
 
     Args:
-        data: a whole JPEG, PNG, BMP, GIF, PNM, TIFF or WebP file.
-        name: what an error calls the file.
+        data: the whole file.
+        name: what an error calls it.
         verify: decode the file with Pillow first, since OpenCV may return part of an image that is cut short, or take
             any amount of memory. Images in a prepared copy have been verified.
-
-    Returns:
-        uint8 (h, w, 3), RGB in [0, 255].
 
     Raises:
         UnreadableError: not a whole image, or larger than Pillow allows (``Image.MAX_IMAGE_PIXELS``).
@@ -193,17 +189,12 @@ def decode_image(data: bytes, name: str, verify: bool = True) -> np.ndarray:
 
 
 def decode_label(data: bytes, name: str, verify: bool = True) -> np.ndarray:
-    """Decode a mask file to class ids: the samples of a grey image, the indices of a palette image.
-
-    Grey images of 1, 2, 4 or 8 bits (and of 16 bits with values below 256) and palette images are read.
+    """Decode a PNG, GIF, BMP or TIFF mask to class ids, uint8 (h, w): grey samples or palette indices.
 
     Args:
-        data: a whole PNG, GIF, BMP or TIFF file.
-        name: what an error calls the file.
+        data: the whole file; grey images of 1, 2, 4 or 8 bits, or of 16 bits with values below 256.
+        name: what an error calls it.
         verify: False for what ``encode_label`` wrote, which OpenCV alone decodes faster.
-
-    Returns:
-        uint8 (h, w), class ids; the ids are not checked.
 
     Raises:
         InputError: an RGB or JPEG mask.

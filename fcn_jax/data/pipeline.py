@@ -23,10 +23,8 @@ from fcn_jax.errors import InputError, first_line
 from fcn_jax.losses import IGNORE
 from fcn_jax.preprocessing import MEAN_COLOURS
 
-_THREADS = 2
-"""Threads that decode in one process; OpenCV releases the interpreter lock meanwhile."""
-_WAITING = 4
-"""Evaluation holds back at most so many batches' worth of images to fill batches of one size."""
+_THREADS = 2  # that decode in one process; OpenCV releases the interpreter lock meanwhile
+_WAITING = 4  # batches' worth of images that evaluation holds back to fill batches of one size
 
 
 class TrainBatch(TypedDict):
@@ -37,12 +35,9 @@ class TrainBatch(TypedDict):
     name: tuple[str, ...]
 
 
-class EvalBatch(TypedDict):
-    """Images of one size, uint8 (b, h, w, 3), and labels (b, H, W) at their own; rows with ``valid`` False fill up."""
+class EvalBatch(TrainBatch):
+    """Images uint8 (b, h, w, 3), labels (b, H, W) at their own size; rows with ``valid`` False are fillers."""
 
-    image: np.ndarray
-    label: np.ndarray
-    name: tuple[str, ...]
     valid: np.ndarray
     extent: NotRequired[np.ndarray]
     """int32 (b, 2), height and width of each image, where it is padded at the bottom and right."""
@@ -79,17 +74,15 @@ def _iterate(dataset: Any, buffer: int, workers: int = 0) -> Any:
     if workers:
         if not flags.FLAGS.is_parsed():
             flags.FLAGS.mark_as_parsed()  # grain reads its own flags to start workers, and nobody parses them here
-        stream = stream.mp_prefetch(
-            grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=buffer), _start_worker
-        )
+        processes = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=buffer)
+        stream = stream.mp_prefetch(processes, _start_worker)
     return iter(stream)
 
 
 class TrainIterator(Iterator[TrainBatch]):
-    """An endless iterator over training batches whose position is the number of batches taken.
+    """An endless iterator over training batches, each a function of the seed and its number alone.
 
-    Every batch depends on the seed and its number alone, so that a state saved with any number of workers is taken up
-    by any other. A state is JSON, as bytes.
+    A state is JSON, as bytes, and independent of the number of workers.
     """
 
     def __init__(self, batches: Any, identity: dict[str, int], workers: int, step: int):
@@ -148,15 +141,13 @@ def make_train_iterator(
 ) -> TrainIterator:
     """Return an endless iterator over shuffled, augmented batches.
 
-    Each epoch has its own order; batches run across its end, so that nothing is dropped. Seed and position decide
-    everything: the batches are the same for any number of workers, and the rows of all processes, one after the
-    other, are the rows of one.
+    Each epoch has its own order; batches run across its end, so that nothing is dropped. The rows of all processes, one
+    after the other, are the rows of one.
 
     Args:
         split: what to train on.
         config: the augmentation and the number of workers.
-        batch_size: rows over all processes; a process yields ``batch_size // process_count``, its part of the global
-            batch.
+        batch_size: rows over all processes, of which each yields its part.
         seed: of order and augmentation.
         process_index: which process this is.
         process_count: number of processes; it divides ``batch_size``.
@@ -175,13 +166,8 @@ def make_train_iterator(
             "images of different sizes cannot share a batch: set --data.crop-size HEIGHT WIDTH (or --data.input-size), "
             "or --train.batch-size 1"
         )
-    examples = (
-        grain.MapDataset.source(split.source)
-        .seed(seed)
-        .shuffle()
-        .repeat()
-        .random_map(partial(_augmented, config=config))
-    )
+    records = grain.MapDataset.source(split.source).seed(seed).shuffle().repeat()
+    examples = records.random_map(partial(_augmented, config=config))
     # Global batch k is parts k x process_count ... (k + 1) x process_count - 1. An endless stream leaves no remainder,
     # but without drop_remainder grain takes its length through a float, which overflows.
     parts = examples.batch(batch_size // process_count, drop_remainder=True, batch_fn=_stack)
@@ -190,10 +176,7 @@ def make_train_iterator(
 
 
 def _eval_example(record: Any, config: DataConfig, many_sizes: bool) -> dict[str, Any]:
-    """Decode an example, and resize it to ``input_size`` or, where sizes differ, pad it to ``eval_multiple``.
-
-    A label that is resized with its image would change the scores, so it keeps its size; padding is ignored.
-    """
+    """Decode an example, and resize its image to ``input_size`` or, where sizes differ, pad it to ``eval_multiple``."""
     out = decode(record)
     if config.input_size is not None:
         out["image"] = resize_image(out["image"], config.input_size)
@@ -216,11 +199,10 @@ def _fill(examples: Sequence[Mapping[str, Any]], batch_size: int) -> EvalBatch:
 def make_eval_batches(
     split: Split, config: DataConfig, batch_size: int, *, process_index: int = 0, process_count: int = 1
 ) -> Iterator[EvalBatch]:
-    """Yield every example once, in batches of equal size; labels keep their own size.
+    """Yield every example once, in batches of one size of images and one of labels; labels keep their own size.
 
-    The images and the labels of a batch have one size each. Examples are taken in order; one whose size is rare
-    waits, for a bounded while, until others of its size fill its batch. A batch that comes out short is filled with
-    copies of its last row, with ``valid`` False and the label all ``IGNORE``, so that each size is compiled for once.
+    Examples of rare sizes wait, for a bounded while, for others to fill their batch. A short batch is filled with
+    copies of its last row, ``valid`` False and the label all ``IGNORE``, so that each size is compiled for once.
 
     Args:
         split: what to evaluate on.
@@ -233,9 +215,8 @@ def make_eval_batches(
     if process_index >= len(split):
         return
     waiting: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
-    dataset = grain.MapDataset.source(split.source).map(
-        partial(_eval_example, config=config, many_sizes=split.image_size is None)
-    )
+    decoding = partial(_eval_example, config=config, many_sizes=split.image_size is None)
+    dataset = grain.MapDataset.source(split.source).map(decoding)
     for example in _iterate(dataset[process_index::process_count], 2 * batch_size):
         size = (*example["image"].shape, *example["label"].shape)
         waiting.setdefault(size, []).append(example)
@@ -248,15 +229,10 @@ def make_eval_batches(
 
 
 def class_frequencies(split: Split) -> np.ndarray:
-    """Count a split's pixels per class, for median-frequency balancing.
+    """Count a split's pixels for median-frequency balancing (Eigen and Fergus 2015, section 6.3.2): int64 (2, classes).
 
-    Row 0 counts the pixels of each class c over all labels, row 1 the valid pixels of the images in which c occurs; the
-    frequency of c is row 0 / row 1, its weight the median frequency over its own.
-
-    Returns:
-        int64 (2, num_classes).
-
-    Source: Eigen and Fergus 2015, section 6.3.2; the ignored pixels do not count.
+    Row 0 has the pixels of each class over all labels, row 1 the valid pixels of the images in which it occurs; their
+    quotient is the frequency of the class, and its weight the median frequency over its own.
     """
     counts = np.zeros((2, split.num_classes), np.int64)
     for index in range(len(split)):

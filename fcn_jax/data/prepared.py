@@ -7,7 +7,6 @@ import io
 import json
 import logging
 import os
-import shutil
 import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -58,11 +57,7 @@ class _Info(tfds.core.DatasetInfo):
 
 
 class Pairs(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type: ignore[call-arg]
-    """A TFDS builder of image and label pairs, given by a listing.
-
-    It yields encoded bytes, which TFDS stores as they are; for a NumPy array it would import TensorFlow to encode
-    it.
-    """
+    """A TFDS builder of a listing's pairs, as encoded bytes: to encode an array, TFDS would import TensorFlow."""
 
     VERSION = tfds.core.Version("1.0.0")
 
@@ -75,17 +70,10 @@ class Pairs(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type: i
         super().__init__(data_dir=data_dir, file_format="array_record")
 
     def _info(self) -> tfds.core.DatasetInfo:
-        features = {
-            "image": tfds.features.Image(),
-            "label": tfds.features.Image(shape=(None, None, 1), encoding_format="png"),
-            "name": tfds.features.Text(),
-        }
-        return _Info(
-            builder=self,
-            description=f"{self._listing.spec}, prepared by fcn_jax",
-            features=tfds.features.FeaturesDict(features),
-            disable_shuffling=True,
-        )
+        label = tfds.features.Image(shape=(None, None, 1), encoding_format="png")
+        parts = {"image": tfds.features.Image(), "label": label, "name": tfds.features.Text()}
+        text, features = f"{self._listing.spec}, prepared by fcn_jax", tfds.features.FeaturesDict(parts)
+        return _Info(builder=self, description=text, features=features, disable_shuffling=True)
 
     def _split_generators(self, dl_manager: Any) -> dict[str, Any]:
         return {_SPLIT: self._generate_examples()}
@@ -111,7 +99,7 @@ class Pairs(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type: i
             )
 
     def summary(self) -> Summary:
-        """Return what is known of the set once prepared; an InputError where its labels can teach nothing."""
+        """Return the summary once prepared; an InputError where all labels are ignored."""
         if IGNORE in self._ids <= {0, IGNORE}:
             found = " and ".join(map(str, sorted(self._ids)))
             raise InputError(
@@ -120,13 +108,10 @@ class Pairs(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type: i
             )
         first = self._listing.entries[0]
         files = [path.absolute() for path in (first.image, first.label) if path is not None]
-        return Summary(
-            examples=len(self._listing.entries) - len(self._skipped),
-            image_size=next(iter(self._sizes)) if len(self._sizes) == 1 else None,
-            skipped=tuple(self._skipped),
-            source=os.path.commonpath(files) if files else None,
-            unreadable=self._listing.unreadable,
-        )
+        count = len(self._listing.entries) - len(self._skipped)
+        image_size = next(iter(self._sizes)) if len(self._sizes) == 1 else None
+        source = os.path.commonpath(files) if files else None
+        return Summary(count, image_size, tuple(self._skipped), source, self._listing.unreadable)
 
 
 class Examples:
@@ -146,7 +131,7 @@ class Examples:
         return len(self._source)
 
     def __getitem__(self, index: int) -> Record:
-        """Return example ``index``, in the order of the listing; an InputError where the copy is damaged or gone."""
+        """Return an example, in the order of the listing; an InputError where the copy is damaged or gone."""
         try:
             record = self._source[index]
             return {"image": record["image"], "label": record["label"], "name": record["name"].decode()}
@@ -159,15 +144,10 @@ class Examples:
 
 
 def prepare(listing: Listing, cache_dir: str) -> Path:
-    """Return the folder of a split's prepared copy; check and write it first where it is not there yet.
+    """Return ``cache_dir``/DATASET/SPLIT-FINGERPRINT, a split's prepared copy; check and write it first if need be.
 
-    It is written to a temporary folder and then moved to its place, so that neither an interrupted preparation nor a
-    second process leaves half a copy. A changed source has another fingerprint and so another folder; the copy of the
-    same folder as it was before is removed.
-
-    Args:
-        listing: what to prepare.
-        cache_dir: copies go to ``cache_dir``/DATASET/SPLIT-FINGERPRINT.
+    It is written to a temporary folder and then moved, so that neither an interruption nor a second process leaves half
+    a copy. A changed source has another fingerprint; the copy of what it was before is removed.
 
     Raises:
         InputError: a missing or unreadable file (unless the listing leaves those out), a wrong label, or a
@@ -180,14 +160,14 @@ def prepare(listing: Listing, cache_dir: str) -> Path:
     _log.info("preparing %s, %d images, in %s", listing.spec, len(listing.entries), final)
     try:
         parent.mkdir(parents=True, exist_ok=True)
-        work = Path(tempfile.mkdtemp(prefix=UNFINISHED, dir=parent))
+        work = tempfile.TemporaryDirectory(prefix=UNFINISHED, dir=parent, ignore_cleanup_errors=True)
     except OSError as error:
         raise InputError(
             f"--data.cache-dir {cache_dir}: cannot be written to ({error.strerror}); choose another"
         ) from error
-    try:
+    with work:
         tfds.disable_progress_bar()
-        builder = Pairs(listing, os.fspath(work))
+        builder = Pairs(listing, work.name)
         with contextlib.redirect_stdout(io.StringIO()):  # TFDS prints "Downloading ..." of data that lie here already
             builder.download_and_prepare()
         summary = builder.summary()
@@ -202,7 +182,5 @@ def prepare(listing: Listing, cache_dir: str) -> Path:
                 before = read_summary(copy)
                 same = before.source == summary.source is not None and before.unreadable == summary.unreadable
                 if same and copy != final:
-                    os.replace(copy, work / copy.name)  # in one step: nobody finds half of it
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
+                    os.replace(copy, Path(work.name, copy.name))  # in one step: nobody finds half of it
     return final

@@ -2,8 +2,7 @@
 
 Expected under ``--data.dir``: ``benchmark_RELEASE/dataset`` with ``img/NAME.jpg``, ``cls/NAME.mat``, ``train.txt``
 (8498 names) and ``val.txt`` (2857); ``--data.dir`` may also be one of these two folders, or one beside them. The
-masks are GTcls.Segmentation as it is: unlike VOC's they have no ignored border (GTcls.Boundaries is not used).
-Source: benchmark_RELEASE/dataset/README of the release.
+masks are GTcls.Segmentation as it is: unlike VOC's they have no ignored border.
 """
 
 from __future__ import annotations

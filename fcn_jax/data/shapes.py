@@ -1,9 +1,7 @@
-"""`shapes`: generated pictures of overlapping objects that only their outline tells apart.
+"""`shapes`: generated pictures of two to five overlapping objects that only their outline tells apart.
 
-Each picture has two to five objects of five kinds on a background. Colours and textures of objects and background
-come from one distribution, so that a colour says nothing of the class and a network has to look at form. A border of
-ignored pixels runs along every outline, as in PASCAL VOC. The picture of an index depends on the split and the index
-alone.
+Colours and textures of objects and background come from one distribution, so that a network has to look at form. A
+border of ignored pixels runs along every outline, as in PASCAL VOC.
 """
 
 from __future__ import annotations
@@ -22,12 +20,8 @@ VERSION = "1"
 
 CLASSES = ("background", "disc", "square", "triangle", "star", "ring")
 SPLITS = ("train", "val", "test")
-_HELD_OUT = 256
-"""Pictures in val and in test."""
-_SMALLEST = 32
-_SUBPIXEL = 4
-"""OpenCV's fixed-point coordinates: 1/16 pixel."""
-
+_HELD_OUT = 256  # pictures in val and in test
+_SUBPIXEL = 4  # OpenCV's fixed-point coordinates: 1/16 pixel
 _CROSS = np.array([[0, 1, 0], [1, 1, 1], [0, 1, 0]], np.uint8)
 
 
@@ -54,10 +48,7 @@ _OUTLINES: tuple[tuple[np.ndarray, ...], ...] = (
 
 
 def _colours(rng: np.random.Generator, count: int) -> np.ndarray:
-    """Return ``count`` RGB colours in [0, 255], far apart from one another, in random order.
-
-    The order matters: it makes the colours exchangeable, so that background and objects have the same distribution.
-    """
+    """Return ``count`` RGB colours far apart, in random order, so that background and objects are distributed alike."""
     chosen = rng.uniform(30, 225, (1, 3))
     while len(chosen) < count:
         candidates = rng.uniform(30, 225, (8, 3))
@@ -103,12 +94,7 @@ def _places(rng: np.random.Generator, height: int, width: int) -> list[tuple[flo
 
 
 def generate(split: str, index: int, size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
-    """Draw picture ``index`` of a split.
-
-    Args:
-        split: train, val or test; their random streams are disjoint.
-        index: which picture; it does not depend on the ones before.
-        size: height and width in pixels, at least 32.
+    """Draw picture ``index`` of a split, which depends on these two and ``size`` (height, width) alone.
 
     Returns:
         The image, uint8 (h, w, 3) RGB, and the label, uint8 (h, w): 0 background, 1..5 the object, 255 along outlines.
@@ -123,12 +109,10 @@ def generate(split: str, index: int, size: tuple[int, int]) -> tuple[np.ndarray,
         kind = int(rng.integers(1, len(CLASSES)))
         angle = rng.uniform(0, 2 * np.pi)
         turn = np.array([[np.cos(angle), np.sin(angle)], [-np.sin(angle), np.cos(angle)]])
-        outlines = [
-            np.round((outline @ turn * radius + (x, y)) * 2**_SUBPIXEL).astype(np.int32)
-            for outline in _OUTLINES[kind - 1]
-        ]
+        outlines = [(outline @ turn * radius + (x, y)) * 2**_SUBPIXEL for outline in _OUTLINES[kind - 1]]
         cover = np.zeros((height, width), np.uint8)
-        cv2.fillPoly(cover, outlines, 255, lineType=cv2.LINE_AA, shift=_SUBPIXEL)
+        corners = [np.round(outline).astype(np.int32) for outline in outlines]
+        cv2.fillPoly(cover, corners, 255, lineType=cv2.LINE_AA, shift=_SUBPIXEL)
         alpha = (cover.astype(np.float32) / 255)[..., None]
         image += alpha * (colour + _texture(rng, height, width)[..., None] - image)
         inside = (cover >= 128).astype(np.uint8)
@@ -142,7 +126,7 @@ def generate(split: str, index: int, size: tuple[int, int]) -> tuple[np.ndarray,
 def listing(split: str, config: DataConfig) -> Listing:
     """List a split of ``shapes``: ``config.shapes_count`` pictures in train, 256 in val and in test."""
     size, count = config.shapes_size, config.shapes_count
-    if min(size) < _SMALLEST or count < 1:
+    if min(size) < 32 or count < 1:
         raise InputError(
             f"shapes needs --data.shapes-size of at least 32 32 and a count of at least 1, got {size} and {count}"
         )

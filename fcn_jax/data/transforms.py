@@ -1,7 +1,6 @@
 """Augmentation in NumPy and OpenCV: pure functions of an example, a generator and the config.
 
-An example is ``{"image": uint8 (h, w, 3) RGB in [0, 255], "label": uint8 (h, w)}``. Normalisation is not done here
-but on the device, so that images travel as bytes.
+An example is ``{"image": uint8 (h, w, 3) RGB, "label": uint8 (h, w)}``; normalisation is done on the device.
 """
 
 from __future__ import annotations
@@ -47,10 +46,7 @@ def resize(example: Example, size: tuple[int, int]) -> dict[str, Any]:
 def scale(
     example: Example, rng: np.random.Generator, bounds: tuple[float, float], base_size: int | None = None
 ) -> dict[str, Any]:
-    """Resize an example by one factor drawn uniformly from ``bounds``; its sides stay at least one pixel.
-
-    With ``base_size`` the shorter side becomes the factor times that many pixels, instead of times its own length.
-    """
+    """Resize an example by a factor drawn uniformly from ``bounds``, of its shorter side or else of ``base_size``."""
     factor = rng.uniform(*bounds) if bounds[0] != bounds[1] else bounds[0]
     height, width = example["label"].shape
     if base_size is not None:
@@ -86,9 +82,8 @@ def crop(
 def jitter(image: np.ndarray, rng: np.random.Generator, strength: float) -> np.ndarray:
     """Change brightness, then contrast, then saturation, each by a factor drawn from [1 - strength, 1 + strength].
 
-    Brightness scales the image (h, w, 3) in [0, 255], contrast scales its distance to its mean grey, saturation the
-    distance of each pixel to its own grey; the result is clipped once, at the end, and rounded. (torchvision's
-    ColorJitter clips after each and shuffles their order: differs from it in that.)
+    Brightness scales the image (h, w, 3), contrast its distance to its mean grey, saturation each pixel's distance to
+    its own grey. Differs from torchvision's ColorJitter, which clips after each and shuffles their order.
     """
     brightness, contrast, saturation = 1 + strength * rng.uniform(-1, 1, 3)
     # All three are linear in the pixel: out = M @ pixel + offset, one pass over the image.
@@ -104,18 +99,10 @@ def output_size(config: DataConfig) -> tuple[int, int] | None:
 
 
 def augment(example: Example, rng: np.random.Generator, config: DataConfig) -> dict[str, np.ndarray]:
-    """Return a training example: resized, colour-jittered, scaled, cropped and mirrored as configured.
+    """Return a training example, contiguous: resized, colour-jittered, scaled, cropped and mirrored as configured.
 
-    The window is ``crop_size``; without one it is ``input_size``, so that a random scale keeps the size; without
-    either the whole image is kept.
-
-    Args:
-        example: image uint8 (h, w, 3) RGB and label uint8 (h, w).
-        rng: the only source of randomness.
-        config: which of the steps to take; a step that is off draws no numbers.
-
-    Returns:
-        ``{"image": uint8 (h', w', 3), "label": uint8 (h', w')}``, contiguous.
+    The window is ``crop_size`` or else ``input_size``; without either the whole image is kept. A step that is off draws
+    no numbers from ``rng``.
     """
     out: dict[str, Any] = {"image": example["image"], "label": example["label"]}
     if config.input_size is not None:
@@ -124,8 +111,7 @@ def augment(example: Example, rng: np.random.Generator, config: DataConfig) -> d
         out["image"] = jitter(out["image"], rng, config.jitter)
     if config.scale != (1.0, 1.0) or config.base_size is not None:
         out = scale(out, rng, config.scale, config.base_size)
-    window = output_size(config)
-    if window is not None:
+    if window := output_size(config):
         out = crop(out, rng, window, MEAN_COLOURS[config.preprocessing])
     if config.flip and rng.random() < 0.5:
         out = {"image": out["image"][:, ::-1], "label": out["label"][:, ::-1]}

@@ -1,10 +1,9 @@
 """PASCAL VOC segmentation: 21 classes, the 2012 splits and seg11valid, the one the FCN paper reports on.
 
-Expected under ``--data.dir``: ``VOCdevkit/VOC2012`` with ``JPEGImages/NAME.jpg``, ``SegmentationClass/NAME.png``
-(class ids as palette indices, 255 along the outlines) and ``ImageSets/Segmentation/{train,val,trainval}.txt``;
-``--data.dir`` may also be ``VOCdevkit`` or ``VOC2012`` itself. ``seg11valid`` is the 736 images of VOC2011's val that
-SBD's train has not: read from ``ImageSets/Segmentation/seg11valid.txt`` where there is one, else made from VOC2011
-and an SBD in the same folder.
+Expected under ``--data.dir``: ``VOCdevkit/VOC2012`` with ``JPEGImages``, ``SegmentationClass`` and
+``ImageSets/Segmentation``; ``--data.dir`` may also be ``VOCdevkit`` or ``VOC2012`` itself. ``seg11valid`` is the 736
+images of VOC2011's val that SBD's train has not: read from ``ImageSets/Segmentation/seg11valid.txt`` where there is
+one, else made from VOC2011 and an SBD in the same folder.
 """
 
 from __future__ import annotations
@@ -29,13 +28,8 @@ _SETS = Path("ImageSets/Segmentation")
 
 
 def palette(num_classes: int) -> tuple[tuple[int, int, int], ...]:
-    """Return the colour map of PASCAL VOC: the bits of the class id, dealt in turn to the top bits of R, G and B.
-
-    Returns:
-        (r, g, b) in [0, 255] of each class; the first is black, the second (128, 0, 0).
-
-    Source: VOClabelcolormap.m of the VOC development kit.
-    """
+    """Return the colour map of PASCAL VOC (VOClabelcolormap.m), (r, g, b) in [0, 255] of each class."""
+    # The bits of the class id are dealt in turn to the top bits of R, G and B.
     ids = np.arange(num_classes)
     bits = np.arange(8)
     channels = [((ids[:, None] >> (3 * bits + c) & 1) << (7 - bits)).sum(1).tolist() for c in range(3)]

@@ -29,7 +29,6 @@ class Views:
     """The variants of an image over which the softmax is averaged."""
 
     scales: tuple[float, ...] = (1.0,)
-    """Factors on height and width."""
     flip: bool = False
     """Each scale as it is and mirrored left-right."""
 
@@ -38,7 +37,7 @@ class Views:
             raise InputError(f"expected --scales in 0.1 ... 8, got {self.scales}; 1 is the image's own size")
 
     def __str__(self) -> str:
-        """Say it in a few words, as in "2 views: flip"; "plain" for the image alone."""
+        """Return "plain" or, for example, "2 views: flip"."""
         if self == PLAIN:
             return "plain"
         scales = [] if self.scales == (1.0,) else [f"scales {' '.join(f'{scale:g}' for scale in self.scales)}"]
@@ -75,7 +74,7 @@ class Evaluation:
 
 
 def spread(total: int, count: int = 6) -> frozenset[int]:
-    """Return ``count`` positions spread evenly over ``total`` images; neighbours in a video would all look alike."""
+    """Return ``count`` positions spread evenly over ``total`` images; neighbours in a video look alike."""
     return frozenset(np.linspace(0, total - 1, min(count, total), dtype=int).tolist())
 
 
@@ -84,17 +83,13 @@ def _resized(x: jax.Array, size: tuple[int, int]) -> jax.Array:
 
 
 def make_predictor(model: FCN, preprocessing: str, mesh: Mesh | None = None, views: Views = PLAIN) -> Predictor:
-    """Make the function from images to class maps.
-
-    Where the labels have another size than the image that the network sees (``data.input_size``), the logits are
-    interpolated to it before the class is chosen.
+    """Make the function from images to class maps; logits are interpolated to the labels' size first.
 
     Args:
         model: the network.
         preprocessing: what its weights expect.
         mesh: devices to spread a batch over, where its size is a multiple of theirs; by default one.
-        views: with more than the image itself, the class of the largest mean softmax over them is chosen, each
-            brought to the labels' size first. Only for images without ``extents``.
+        views: if not ``PLAIN``, the class of the largest mean softmax is chosen. Only for images without ``extents``.
     """
 
     def logits_of(
@@ -119,8 +114,7 @@ def make_predictor(model: FCN, preprocessing: str, mesh: Mesh | None = None, vie
                 scaled = _resized(images, (max(1, round(height * scale)), max(1, round(width * scale))))
                 scores += jax.nn.softmax(logits_of(variables, scaled, size))
                 if views.flip:
-                    mirrored = logits_of(variables, scaled[:, :, ::-1], size)[:, :, ::-1]
-                    scores += jax.nn.softmax(mirrored)
+                    scores += jax.nn.softmax(logits_of(variables, scaled[:, :, ::-1], size)[:, :, ::-1])
         return jnp.argmax(scores, axis=-1).astype(jnp.uint8)
 
     compiled = jax.jit(forward, static_argnums=2)
@@ -143,14 +137,9 @@ def evaluate(
     num_classes: int,
     samples_at: Container[int] = (),
 ) -> Evaluation:
-    """Score a split.
+    """Score a split in batches of ``data.pipeline.make_eval_batches``, with a predictor of ``make_predictor``.
 
-    Args:
-        predict: from ``make_predictor``.
-        variables: the model's.
-        batches: ``{"image", "label", "name", "valid"[, "extent"]}``, see ``data.pipeline.make_eval_batches``.
-        num_classes: number of classes.
-        samples_at: positions, in the order of the batches, of the images to keep for a picture.
+    ``samples_at`` are positions, in the order of the batches, of the images to return.
     """
     confusion = np.zeros((num_classes, num_classes), np.int64)
     samples: list[Sample] = []

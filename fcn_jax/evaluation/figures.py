@@ -1,7 +1,4 @@
-"""The figures of a run: curves, confusion matrix, panels, label maps.
-
-Drawing libraries are imported by the functions that use them.
-"""
+"""The figures of a run: curves, confusion matrix, panels, label maps. Drawing libraries are imported when used."""
 
 from __future__ import annotations
 
@@ -33,10 +30,7 @@ def colour_labels(labels: np.ndarray, palette: Palette) -> np.ndarray:
 def overlay(
     image: np.ndarray, labels: np.ndarray, palette: Palette, class_names: Sequence[str], name: str = ""
 ) -> np.ndarray:
-    """Blend an RGB image (h, w, 3) half and half with the colours of its labels (h, w).
-
-    Pixels of a class called "background" stay as they are. ``name`` is written in the lower left corner.
-    """
+    """Blend an RGB image (h, w, 3) half and half with its labels' colours, "background" excepted; write its name."""
     from matplotlib import get_data_path
     from PIL import Image, ImageDraw, ImageFont
 
@@ -96,9 +90,7 @@ def save_curves(path: Path, rows: Iterable[dict[str, Any]]) -> None:
         left.set_yscale("log")
     for name in ("pixel_accuracy", "mean_accuracy", "mean_iu", "frequency_weighted_iu"):
         points = [(row["step"], row["scores"][name]) for row in val if row["scores"][name] is not None]
-        right.plot(
-            *zip(*points, strict=True) if points else ((), ()), marker="o", markersize=3, label=name.replace("_", " ")
-        )
+        right.plot(*np.reshape(points, (-1, 2)).T, marker="o", markersize=3, label=name.replace("_", " "))
     right.set(xlabel="step", ylabel="validation score", ylim=(0, 1))
     right.legend(fontsize=8)
     for axes in (left, right):
@@ -129,16 +121,13 @@ def save_panel(path: Path, samples: Sequence[Sample], palette: Palette, class_na
     """Draw a column for each sample: image, truth and prediction, below its name; the classes shown are the legend."""
     if not samples:
         return
-    columns = [
-        (sample.image, *(colour_labels(labels, palette) for labels in (sample.label, sample.prediction)))
-        for sample in samples
-    ]
     seen = {int(i) for sample in samples for labels in (sample.label, sample.prediction) for i in np.unique(labels)}
     figure, grid = _grid([sample.label.shape for sample in samples], ("image", "truth", "prediction"))
-    for axes_of, column, sample in zip(grid.T, columns, samples, strict=True):
-        _title(axes_of[0], sample.name)
+    for column, sample in zip(grid.T, samples, strict=True):
+        _title(column[0], sample.name)
         h, w = sample.label.shape
-        for axes, picture in zip(axes_of, column, strict=True):
+        maps = (colour_labels(labels, palette) for labels in (sample.label, sample.prediction))
+        for axes, picture in zip(column, (sample.image, *maps), strict=True):
             # The network may have seen the image at another size than its label's.
             axes.imshow(picture, interpolation="nearest", extent=(0, w, h, 0))
     _legend(figure, seen, palette, class_names)
@@ -146,7 +135,7 @@ def save_panel(path: Path, samples: Sequence[Sample], palette: Palette, class_na
 
 
 def save_predictions(path: Path, samples: Sequence[Sample], palette: Palette, class_names: Sequence[str]) -> None:
-    """Draw the predictions alone, in two rows: for sets whose images may not be passed on."""
+    """Draw the predictions alone, in two rows, for data sets whose images must not be published."""
     if not samples:
         return
     seen = {int(i) for sample in samples for i in np.unique(sample.prediction)}
@@ -161,10 +150,7 @@ def save_predictions(path: Path, samples: Sequence[Sample], palette: Palette, cl
 
 
 def _grid(shapes: Sequence[tuple[int, ...]], rows: Sequence[str], gap: float = 0.03) -> tuple[Any, np.ndarray]:
-    """Make a figure with a column for each shape (h, w), as wide as the shape asks for, and titled rows.
-
-    ``gap`` is the distance of rows in inches.
-    """
+    """Make a figure with a column for each shape (h, w) and titled rows, ``gap`` inches apart."""
     ratios = [min(4.0, max(0.25, w / h)) for h, w in shapes]
     height = min(4.0, 12 / max(3.0, sum(ratios)))
     figure = _figure((height * sum(ratios), len(rows) * height))
@@ -189,12 +175,9 @@ def _legend(figure: Any, seen: Iterable[int], palette: Palette, class_names: Seq
     from matplotlib.patches import Patch
 
     table = _table(palette) / 255
-    patches = [
-        Patch(facecolor=tuple(table[i]), edgecolor="grey", label=class_names[i] if i < len(class_names) else "void")
-        for i in sorted(seen)
-    ]
-    legend = figure.legend(
-        handles=patches, loc="upper center", ncol=min(12, len(patches)), fontsize=8, bbox_to_anchor=(0.5, -0.01)
-    )
+    names = {**dict.fromkeys(seen, "void"), **dict(enumerate(class_names))}
+    patches = [Patch(facecolor=tuple(table[i]), edgecolor="grey", label=names[i]) for i in sorted(seen)]
+    place = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.01)}
+    legend = figure.legend(handles=patches, ncol=min(12, len(patches)), fontsize=8, **place)
     for text in legend.get_texts():
         text.set_parse_math(False)

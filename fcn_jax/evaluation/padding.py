@@ -1,8 +1,7 @@
-"""Images of many sizes in arrays of few, with the logits that each has alone.
+"""Images of many sizes in arrays of few, with the logits that each has alone, since every new shape is compiled anew.
 
-Every new shape is compiled anew, and a set may have hundreds. Here an image lies in the top left of a larger array, and
-what a layer computes beyond the image's own edge is set to zero before the next one reads it, which is what its padding
-would have been.
+An image lies in the top left of a larger array. What a layer computes beyond the image's own edge is set to zero before
+the next one reads it, which is what its padding would have been.
 """
 
 from __future__ import annotations
@@ -26,16 +25,13 @@ _Edges = dict[int, jax.Array]
 
 
 def padded_logits(model: FCN, variables: Mapping[str, Any], images: jax.Array, extents: jax.Array) -> jax.Array:
-    """Return logits that equal, within each image, those of the image alone, up to rounding.
+    """Return logits (b, h, w, num_classes) that equal, within each image, those of the image alone, up to rounding.
 
     Args:
         model: any network; eval mode.
         variables: its variables.
         images: normalised (b, h, w, 3), h and w multiples of ``MULTIPLE``; what lies outside of an image is not read.
-        extents: int32 (b, 2), height and width of each image, which starts at the top left.
-
-    Returns:
-        (b, h, w, num_classes); without meaning outside of the images.
+        extents: int32 (b, 2), height and width of each image.
     """
     if isinstance(model, ResizeFCN):
         return merge_padded_maps(model, padded_maps(model, variables, images, extents), extents)
@@ -45,7 +41,7 @@ def padded_logits(model: FCN, variables: Mapping[str, Any], images: jax.Array, e
 def padded_maps(
     model: ResizeFCN, variables: Mapping[str, Any], images: jax.Array, extents: jax.Array
 ) -> list[jax.Array]:
-    """Return the score maps at strides 32, 16 and 8, as far as there are; see ``padded_logits`` for the arguments."""
+    """Return the score maps at strides 32, 16 and 8, down to the model's; arguments as of ``padded_logits``."""
     return _apply(model, variables, images, extents, merge=False)
 
 

@@ -1,7 +1,4 @@
-"""Class maps of single images of any size: whole where they fit, otherwise tile by tile with the same logits.
-
-A program is compiled for every new shape of array, so images and tiles are padded to few shapes; see ``padding``.
-"""
+"""Class maps of single images of any size, padded to few shapes: whole, or tile by tile with the same logits."""
 
 from __future__ import annotations
 
@@ -30,7 +27,7 @@ ImagePredictor = Callable[[Mapping[str, Any], np.ndarray], np.ndarray]
 
 
 class _Window(NamedTuple):
-    """A tile on one axis: where the network's input starts, first and last + 1 of the pixels that are kept."""
+    """A tile on one axis: start of the network's input, first and last + 1 of the pixels that are used."""
 
     start: int
     first: int
@@ -43,11 +40,9 @@ class _Window(NamedTuple):
 
 
 def context(model: FCN) -> int:
-    """Return how many pixels around a tile can change its logits, rounded up to a multiple of 32.
-
-    A 3x3 convolution at stride s reaches s pixels further, a pooling as well, fc6 half its kernel at stride 32, and
-    the way back up at most two cells of stride 32 on either side.
-    """
+    """Return how many pixels around a tile can change its logits, rounded up to a multiple of 32."""
+    # A 3x3 convolution at stride s reaches s pixels further, a pooling as well, fc6 half its kernel at stride 32, and
+    # the way back up at most two cells of stride 32 on either side.
     reach = sum((convs + 1) * 2**stage for stage, convs in enumerate(ENCODERS[model.encoder]))
     if isinstance(model, ScoreFCN):
         reach += model.fc6_kernel // 2 * 32
@@ -61,8 +56,7 @@ def _round_up(size: int, multiple: int = MULTIPLE) -> int:
 def _windows(size: int, tile: int, margin: int) -> tuple[int, list[_Window]]:
     """Cut an axis into tiles with margins, which start at multiples of 32; return the side of all arrays, and where.
 
-    Where a margin would stick out of the image the window moves inwards, and the last one ends at most 31 pixels
-    behind the image.
+    Windows stay within the image, but for at most 31 pixels of the last one.
     """
     side = tile + 2 * margin
     if size <= side:
@@ -83,12 +77,11 @@ def make_image_predictor(
     Args:
         model: the network.
         preprocessing: what its weights expect.
-        whole_pixels: larger images go by tiles.
+        whole_pixels: larger images are cut into tiles.
         tile: side of a tile in pixels, a multiple of 32.
 
     Returns:
-        (variables, RGB image uint8 (h, w, 3)) -> classes uint8 (h, w). It raises InputError for a size that the
-        network does not serve.
+        (variables, RGB image uint8 (h, w, 3)) -> classes uint8 (h, w); an InputError for a size that is not served.
     """
     network: Any = model
     predictor = make_predictor(model, preprocessing)

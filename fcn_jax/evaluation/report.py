@@ -33,15 +33,9 @@ def score_table(scores: Scores, class_names: Sequence[str], title: str) -> Table
 
 
 def evaluation_name(split: str, views: Views, validation_split: str) -> str:
-    """Return the stem of the files of an evaluation, which differs for each split and way of averaging.
+    """Return the stem of an evaluation's files: "eval" for the plain one of the run's validation split.
 
-    "eval" is the plain evaluation of the run's validation split; others are called like "eval_camvid-test" or
-    "eval_camvid-test_flip_scales-0.75-1-1.25".
-
-    Args:
-        split: DATASET/SPLIT.
-        views: of the predictor.
-        validation_split: that of the run.
+    Others are called like "eval_camvid-test" or "eval_camvid-test_flip_scales-0.75-1-1.25". Splits are DATASET/SPLIT.
     """
     if split == validation_split and views == PLAIN:
         return "eval"

@@ -11,19 +11,16 @@ import jax.numpy as jnp
 
 from fcn_jax.config import ModelConfig
 from fcn_jax.errors import InputError, unknown
-from fcn_jax.models.classifier import VGGClassifier
 from fcn_jax.models.fcn import FCN, LadderFCN, Pad100FCN, ResizeFCN, SameFCN
 from fcn_jax.models.layers import scaled
-from fcn_jax.models.vgg import ENCODERS, STAGE_CHANNELS
+from fcn_jax.models.vgg import ENCODERS, STAGE_CHANNELS, VGGClassifier
 
 _SCORE_OPTIONS = frozenset(
     {"fc_features", "fc6_kernel", "pool", "dropout", "dropout_rate", "skip_scales", "skip_bias", "upsample_bias"}
 )
-_COMMON_OPTIONS = frozenset(
-    {"encoder", "encoder_norm", "width", "freeze_encoder", "remat", "dtype", "param_dtype", "precision", "axis_name"}
-)
-# These leave shapes and values of the network as they are.
+# How a network is computed, which leaves its shapes and values as they are.
 _COMPUTE_OPTIONS = frozenset({"freeze_encoder", "remat", "dtype", "param_dtype", "precision", "axis_name"})
+_COMMON_OPTIONS = _COMPUTE_OPTIONS | {"encoder", "encoder_norm", "width"}
 _OPTIONS: dict[type[FCN], frozenset[str]] = {
     SameFCN: _COMMON_OPTIONS | _SCORE_OPTIONS,
     Pad100FCN: _COMMON_OPTIONS | _SCORE_OPTIONS - {"fc6_kernel"} | {"crop"},
@@ -38,10 +35,7 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
     "precision": (None, "default", "high", "highest", *jax.lax.Precision),
 }
 # A file or a flag may ask for any size. These exceed every memory, and their shapes can still be computed.
-_WIDEST = 64
-_LARGEST = 2**20
-_LARGEST_KERNEL = 64
-_DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+_WIDEST, _LARGEST, _LARGEST_KERNEL = 64, 2**20, 64
 
 
 @dataclass(frozen=True)
@@ -56,18 +50,22 @@ class ModelSpec:
 
 # The crops at the output are those of the reference: voc-fcn32s, 16s and 8s net.py. The scales of pool4 and pool3 are
 # those of voc-fcn8s-atonce/net.py.
-MODELS: dict[str, ModelSpec] = {
-    **{f"fcn{s}s": ModelSpec(SameFCN, s, "SAME padding, any size") for s in (32, 16, 8)},
-    **{
-        f"fcn{s}s_pad100": ModelSpec(Pad100FCN, s, "the Caffe reference", {"crop": (5, 9, crop)})
-        for s, crop in ((32, 19), (16, 27), (8, 31))
-    },
-    "fcn8s_pad100_atonce": ModelSpec(
-        Pad100FCN, 8, "the reference trained in one go", {"crop": (5, 9, 31), "skip_scales": (0.01, 0.0001)}
-    ),
-    **{f"fcn{s}s_ladder": ModelSpec(LadderFCN, s, "five learned rungs") for s in (32, 16, 8)},
+_AT_ONCE = {"crop": (5, 9, 31), "skip_scales": (0.01, 0.0001)}
+MODELS = {
+    "fcn32s": ModelSpec(SameFCN, 32, "SAME padding, any size"),
+    "fcn16s": ModelSpec(SameFCN, 16, "SAME padding, any size"),
+    "fcn8s": ModelSpec(SameFCN, 8, "SAME padding, any size"),
+    "fcn32s_pad100": ModelSpec(Pad100FCN, 32, "the Caffe reference", {"crop": (5, 9, 19)}),
+    "fcn16s_pad100": ModelSpec(Pad100FCN, 16, "the Caffe reference", {"crop": (5, 9, 27)}),
+    "fcn8s_pad100": ModelSpec(Pad100FCN, 8, "the Caffe reference", {"crop": (5, 9, 31)}),
+    "fcn8s_pad100_atonce": ModelSpec(Pad100FCN, 8, "the reference trained in one go", _AT_ONCE),
+    "fcn32s_ladder": ModelSpec(LadderFCN, 32, "five learned rungs"),
+    "fcn16s_ladder": ModelSpec(LadderFCN, 16, "five learned rungs"),
+    "fcn8s_ladder": ModelSpec(LadderFCN, 8, "five learned rungs"),
     "fcns_ladder": ModelSpec(LadderFCN, 2, "five rungs, skips from pool4 to pool1", {"skip_after_norm": True}),
-    **{f"fcn{s}s_resize": ModelSpec(ResizeFCN, s, "small head, bilinear interpolation") for s in (32, 16, 8)},
+    "fcn32s_resize": ModelSpec(ResizeFCN, 32, "small head, bilinear interpolation"),
+    "fcn16s_resize": ModelSpec(ResizeFCN, 16, "small head, bilinear interpolation"),
+    "fcn8s_resize": ModelSpec(ResizeFCN, 8, "small head, bilinear interpolation"),
 }
 
 
@@ -76,10 +74,10 @@ def create_model(name: str, num_classes: int, **options: Any) -> FCN:
 
     Args:
         name: a key of ``MODELS``: ``fcn8s``, ``fcn8s_pad100``, ``fcn8s_ladder``, ``fcn8s_resize`` ...
-        num_classes: classes to tell apart, at least 1.
+        num_classes: 1 to 255.
         options: of the family, e.g. ``encoder="vgg19"``, ``encoder_norm="batch"``, ``width=0.25``,
-            ``dtype=jnp.bfloat16``. Channel counts that are not given follow the width: ``fc_features`` is 4096 x
-            width, ``head_features`` a quarter of pool5's channels.
+            ``dtype=jnp.bfloat16``. By default ``fc_features`` is 4096 x width, ``head_features`` a quarter of pool5's
+            channels.
 
     Returns:
         A ``flax.linen`` module: images (b, h, w, 3) -> logits (b, h, w, num_classes).
@@ -97,9 +95,8 @@ def create_model(name: str, num_classes: int, **options: Any) -> FCN:
         if option in _CHOICES and value not in _CHOICES[option]:
             raise unknown(option, value, map(str, _CHOICES[option]))
     if not _is_count(num_classes) or num_classes > 255:
-        raise InputError(
-            f"expected num_classes in 1 ... 255, got {num_classes!r}; give the number of classes without the void label"
-        )
+        hint = "give the number of classes without the void label"
+        raise InputError(f"expected num_classes in 1 ... 255, got {num_classes!r}; {hint}")
     settings: dict[str, Any] = {**spec.fixed, **options}
     _check_numbers(settings)
     width = settings.get("width", 1.0)
@@ -111,28 +108,24 @@ def create_model(name: str, num_classes: int, **options: Any) -> FCN:
 
 
 def describe_model(model: FCN) -> tuple[str, dict[str, Any]]:
-    """Return the name and the options that ``create_model`` makes this network of: numbers, strings, None and tuples.
+    """Return the name and the options that ``create_model`` makes this network of.
 
     Options of how it is computed (dtypes, precision, rematerialisation) are left out.
     """
     specs = {name: spec for name, spec in MODELS.items() if type(model) is spec.family and model.stride == spec.stride}
     as_named = [name for name, spec in specs.items() if all(getattr(model, k) == v for k, v in spec.fixed.items())]
-    # The most telling name; with options that no name stands for, any of this stride.
+    # The most specific name; with options that no name stands for, any of this stride.
     name = max(as_named or specs, key=lambda name: len(specs[name].fixed))
     options = sorted(_OPTIONS[type(model)] - _COMPUTE_OPTIONS)
     return name, {option: getattr(model, option) for option in options}
 
 
 def model_from_config(config: ModelConfig, num_classes: int, remat: bool = False) -> FCN:
-    """Build the network that a run's config describes; fields left at None take the family's default.
-
-    Raises:
-        InputError: as ``create_model``.
-    """
+    """Build the network of a run's config, see ``create_model``; fields left at None take the family's default."""
     options = {item.name: getattr(config, item.name) for item in fields(config)}
     name, dtype = options.pop("name"), options.pop("dtype")
     given = {option: value for option, value in options.items() if value is not None}
-    return create_model(name, num_classes, dtype=_DTYPES[dtype], remat=remat, **given)
+    return create_model(name, num_classes, dtype=getattr(jnp, dtype), remat=remat, **given)
 
 
 def _is_count(value: Any, least: int = 1) -> bool:
@@ -166,7 +159,6 @@ def init_variables(
     """Make a network's variables: {"params": ...} and, where it has batch norm, {"batch_stats": ...}.
 
     Convolutions start from He's normal distribution, score layers at zero, transposed convolutions of k = 2s
-    bilinear. No shape depends on ``image_size`` (height, width); it must only be a size that the model serves.
+    bilinear. ``image_size`` (height, width) is any that the model serves; no shape depends on it.
     """
-    images = jnp.zeros((1, *image_size, 3), model.dtype)
-    return dict(jax.jit(model.init)(key, images))
+    return dict(jax.jit(model.init)(key, jnp.zeros((1, *image_size, 3), model.dtype)))

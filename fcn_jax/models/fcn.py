@@ -1,13 +1,11 @@
 """The four families of fully convolutional networks, from images to logits of the images' own size.
 
-All take normalised float images (b, h, w, 3) and return logits (b, h, w, num_classes). They share the VGG encoder and
-differ in padding, in the head on pool5, and in how coarse scores are upsampled and fused with finer ones.
+They differ in padding, in the head on pool5, and in how coarse scores are upsampled and fused with finer ones.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
 from typing import Any, Literal
 
 import flax.linen as nn
@@ -23,13 +21,9 @@ from fcn_jax.models.vgg import ENCODERS, VGG
 class FCN(nn.Module):
     """What all families have: the encoder and how to compute.
 
-    Every family is called with
-
-        images: normalised (b, h, w, 3).
-        train: batch statistics and dropout, which needs a "dropout" key.
-        example_ids: (b,) positions in the global batch, for dropout; by default 0 ... b - 1.
-
-    and returns logits (b, h, w, num_classes). It raises InputError where its options do not serve the images' size.
+    Every family maps normalised images (b, h, w, 3) to logits (b, h, w, num_classes). With ``train`` batch norm takes
+    the batch's statistics, and dropout a "dropout" key and ``example_ids`` (b,), positions in the global batch, by
+    default 0 ... b - 1. An InputError where its options do not serve the images' size.
     """
 
     num_classes: int
@@ -61,10 +55,7 @@ class FCN(nn.Module):
 
 
 class ScoreFCN(FCN):
-    """The networks of the paper: 1x1 score layers on fc7, pool4 and pool3, transposed convolutions of k = 2s.
-
-    The two families, ``SameFCN`` and ``Pad100FCN``, differ in the margin around the image and therefore in the crops.
-    """
+    """The networks of the paper: 1x1 score layers on fc7, pool4 and pool3, transposed convolutions of k = 2s."""
 
     fc_features: int = 4096
     fc6_kernel: int = 7
@@ -93,8 +84,7 @@ class ScoreFCN(FCN):
 class SameFCN(ScoreFCN):
     """Family `same`: nothing is padded beyond SAME, so upsampled maps are at least as large as what they are added to.
 
-    Sources: the paper without the reference's pad-100 margin; with ``fc6_kernel=1`` the torch networks of the
-    Boostcamp notes, which run where the shapes happen to match.
+    Sources: the paper without the reference's margin of 100; with ``fc6_kernel=1`` the Boostcamp notes.
     """
 
     @nn.compact
@@ -120,8 +110,7 @@ class SameFCN(ScoreFCN):
 class Pad100FCN(ScoreFCN):
     """Family `pad100`: the Caffe reference. conv1_1 pads by 100, the rest is VALID, and crops line the maps up again.
 
-    Sources: ``voc-fcn8s/net.py`` of the reference (ceil pooling) and pytorch-fcn; with ``pool="floor"`` the torch
-    networks of Fanrencli's "FCN (2015)", whose 32s crops at 6.
+    Sources: ``voc-fcn8s/net.py`` of the reference and pytorch-fcn; with ``pool="floor"`` Fanrencli's "FCN (2015)".
     """
 
     crop: tuple[int, int, int] = (5, 9, 31)
@@ -155,7 +144,7 @@ class LadderFCN(FCN):
 
     In 32s, 16s and 8s a skip is added between ReLU and BN of its rung; in FCNs (stride 2: pool4 ... pool1) after the
     BN. Images are zero-padded at the bottom and right to multiples of 32 and the logits cut back.
-    Sources: the torch networks of pochih's FCN-pytorch and of the FCN1 notes, which run at multiples of 32.
+    Sources: pochih's FCN-pytorch and the FCN1 notes, which run at multiples of 32.
     """
 
     skip_after_norm: bool = False
@@ -216,21 +205,15 @@ class ResizeFCN(FCN):
             maps.append(score(name="score_pool3")(pool3))
         if not merge:
             return maps
-        logits = _merge_maps(maps, size, self.precision)[:, :h, :w]
+        x = maps[0]
+        for skip in maps[1:]:
+            x = resize_bilinear(x, skip.shape[1:3], self.precision) + skip
+        logits = resize_bilinear(x, size, self.precision)[:, :h, :w]
         if self.aux_head and (train or self.is_initializing()):
             aux = head(name="aux")(pool5, train, example_ids)
             aux = resize_bilinear(aux, size, self.precision)[:, :h, :w]
             return (logits, aux) if train else logits
         return logits
-
-
-def _merge_maps(maps: Sequence[jax.Array], size: tuple[int, int], precision: Any = None) -> jax.Array:
-    """Interpolate each score map (b, h, w, c) to the size of the next, add, and interpolate the sum to ``size``."""
-    x = maps[0]
-    for skip in maps[1:]:
-        _, h, w, _ = skip.shape
-        x = resize_bilinear(x, (h, w), precision) + skip
-    return resize_bilinear(x, size, precision)
 
 
 def _pad_to(images: jax.Array, height: int, width: int) -> jax.Array:
@@ -239,12 +222,12 @@ def _pad_to(images: jax.Array, height: int, width: int) -> jax.Array:
 
 
 def _crop(x: jax.Array, offset: int, size: tuple[int, ...]) -> jax.Array:
-    """Cut x (b, h, w, c) to ``size`` from the same offset in both directions."""
+    """Cut x (b, h, w, c) to ``size`` from one offset in both directions."""
     return x[:, offset : offset + size[0], offset : offset + size[1]]
 
 
 def map_sides(model: FCN, n: Any) -> tuple[list[Any], list[Any]]:
-    """List one side of a network's maps for images of side n, an int or an array of them, finest first.
+    """List the sides of the maps, finest first, for images of side n (int or array).
 
     Returns:
         What convolutions read and write, and what transposed convolutions read.

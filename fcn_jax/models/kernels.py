@@ -1,10 +1,8 @@
 """Kernels that are faster than XLA's own on the CPU, and the one switch between them and plain JAX.
 
-Three operations have them: the stride-1 convolution (large kernels on small maps as one matrix product, the kernel's
-gradient by blocks of rows), the products of a transposed convolution (one row phase at a time), and the gradient of
-2x2 max pooling (one selection). They compute the same sums in another order. Within ``plain_kernels`` nothing here has
-a custom derivative; programs for other platforms contain the plain convolutions and products in any case. Dimensions
-are b h w c; a kernel's height and width are k and k'.
+They compute the same sums in another order. Within ``plain_kernels`` nothing here has a custom derivative; programs for
+other platforms contain the plain convolutions and products in any case. Dimensions are b h w c; a kernel's height and
+width are k and k'.
 """
 
 from __future__ import annotations
@@ -39,10 +37,8 @@ def _with_cpu_kernels(
 ) -> Callable[..., jax.Array]:
     """Return an operation that is ``plain``, with other kernels where the program is compiled for the CPU.
 
-    Args:
-        plain: (x, kernel, geometry, precision) -> y; the last two are hashable.
-        forward: the same for the CPU.
-        gradients: (x, kernel, dy, geometry, precision) -> (dx, dkernel) for the CPU.
+    ``plain`` and ``forward``: (x, kernel, geometry, precision) -> y, the last two hashable; ``gradients``:
+    (x, kernel, dy, geometry, precision) -> (dx, dkernel).
     """
 
     @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
@@ -93,10 +89,10 @@ def conv2d(
         strides: 1, 1.
         padding: "SAME", "VALID", or ((top, bottom), (left, right)).
         precision: of the products, see ``jax.lax.Precision``.
-        fixed: dilations and groups of ``flax.linen.Conv``, all of them 1, and its order of dimensions.
+        fixed: what else Flax passes: dilations and groups of 1, the order of dimensions.
 
     Returns:
-        (b, h', w', c_out) with h' = h + top + bottom - k + 1, and w' likewise with k'.
+        (b, h + top + bottom - k + 1, w + left + right - k' + 1, c_out).
     """
     del fixed
     if isinstance(padding, str):
@@ -161,15 +157,7 @@ def _gradient_kernel_by_rows(
     (b q), whose batch is c_in and whose output channels are c_out: its k outputs are the taps i. The taps j are
     copies, shifted by a column each, of x or of dy, whichever has fewer channels.
 
-    Args:
-        x: (b, h, w, c_in).
-        dy: (b, h', w', c_out).
-        sides: height k and width k' of the kernel.
-        padding: of the convolution.
-        precision: of the products.
-
-    Returns:
-        (k, k', c_in, c_out), in float32 or better.
+    ``sides`` are k and k'. The result (k, k', c_in, c_out) is in float32 or better.
     """
     b, h, w, c_out = dy.shape
     (k, taps), c_in = sides, x.shape[-1]
@@ -212,16 +200,14 @@ def _gradient_kernel_by_rows(
 _conv = _with_cpu_kernels(_conv_plain, _conv_cpu, _conv_gradients_cpu)
 
 
-# The products of a transposed convolution. All cells at once are as large as the output, and go through memory twice
-# more to be put in their places. One row phase at a time stays in the cache, and comes out of the product as rows of
-# the output.
+# The products of a transposed convolution. All cells at once are as large as the output; one row phase at a time stays
+# in the cache, and comes out of the product as rows of the output.
 
 
 class Window(NamedTuple):
-    """The part of all cells' pixels that is the output."""
+    """The output as a part of all cells' pixels, after ``padding`` rows and columns."""
 
     padding: int
-    """Rows and columns before it."""
     height: int
     width: int
 
@@ -232,11 +218,8 @@ def multiply_phases(patches: jax.Array, kernel: jax.Array, window: Window, preci
     Args:
         patches: (b, rows, columns, n), of every cell the input pixels that it meets.
         kernel: (s, n, s c), of every row phase the taps for all column phases.
-        window: of the pixels of all cells, which is the output.
+        window: the output's, which is (b, height, width, c).
         precision: of the products.
-
-    Returns:
-        (b, height, width, c).
     """
     return _phases(patches, kernel, window, precision)
 
@@ -294,7 +277,6 @@ def _phases_by_row(patches: jax.Array, kernel: jax.Array, window: Window, precis
 def _phases_gradients_by_row(
     patches: jax.Array, kernel: jax.Array, dy: jax.Array, window: Window, precision: Any
 ) -> tuple[jax.Array, jax.Array]:
-    """Return the gradients of patches and kernel."""
     if not _has_whole_cells(patches, kernel, window):
         return jax.vjp(_bind(_phases_plain, window, precision), patches, kernel)[1](dy)
     b, _, columns, n = patches.shape
@@ -356,10 +338,9 @@ def _max_pool_forward(x: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Arr
 
 
 def _max_pool_backward(saved: tuple[jax.Array, jax.Array], dy: jax.Array) -> tuple[jax.Array]:
-    """Give each window's gradient to its first corner that equals the maximum.
+    """Give each window's gradient to its first corner that equals the maximum, by one selection over the whole map.
 
-    Written as one selection over the whole map, where XLA's own gradient of a pooling, select-and-scatter, is several
-    times slower on the CPU, and that of the slices writes four maps and adds them up.
+    On the CPU, XLA's own gradient of a pooling, select-and-scatter, is several times slower.
     """
     x, y = saved
     a, b, c, _ = _corners(x)

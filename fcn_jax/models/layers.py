@@ -1,7 +1,6 @@
 """The layers that the families are built from: convolution, max pooling, batch norm, dropout, and the heads on pool5.
 
-Each matches PyTorch's rule where frameworks differ (ties in pooling, the running variance), because published FCN
-weights were trained there. Dimensions are b h w c throughout.
+Where frameworks differ (ties in pooling, the running variance) they follow PyTorch. Dimensions are b h w c.
 """
 
 from __future__ import annotations
@@ -20,10 +19,10 @@ from fcn_jax.models.kernels import conv2d, max_pool_even
 
 @dataclass(frozen=True)
 class Compute:
-    """How layers compute: the dtype of activations, the dtype of parameters, the matmul precision, the device axis.
+    """How layers compute: the dtypes of activations and of parameters, and the matmul precision.
 
-    ``axis_name`` names the ``jax.pmap`` axis that batch-norm statistics are averaged over; under ``jit`` on a mesh
-    the batch is global already and it stays None.
+    ``axis_name`` is the ``jax.pmap`` axis that batch-norm statistics are averaged over; None under ``jit`` on a mesh,
+    where the batch is global already.
     """
 
     dtype: Any = jnp.float32
@@ -47,16 +46,10 @@ def conv(
     zero: bool = False,
     name: str | None = None,
 ) -> nn.Conv:
-    """Make a stride-1 convolution of a square kernel.
+    """Make a stride-1 convolution of a kernel x kernel window.
 
-    Args:
-        features: output channels.
-        kernel: side of the kernel.
-        compute: dtypes and precision.
-        padding: pixels added on every side, or "SAME" / "VALID".
-        bias: whether it has one (it starts at zero).
-        zero: start the kernel at zero, as the paper does for score layers; otherwise He's normal initialisation.
-        name: the submodule's name, inside a compact method.
+    ``padding`` is pixels added on every side, "SAME" or "VALID". The kernel starts from He's normal distribution or at
+    ``zero``, as the paper has it for score layers; the bias starts at zero.
     """
     return nn.Conv(
         features,
@@ -76,14 +69,8 @@ def max_pool(x: jax.Array, mode: Literal["ceil", "floor"]) -> jax.Array:
     """Take the maximum of 2x2 windows at stride 2.
 
     Of equal maxima the first in row-major order takes the gradient, as in PyTorch
-    (``aten/native/cpu/MaxPoolKernel.cpp``); ``jnp.maximum`` would split it.
-
-    Args:
-        x: (b, h, w, c).
-        mode: what becomes of an odd last row or column: a window of its own ("ceil", Caffe) or dropped ("floor").
-
-    Returns:
-        (b, ceil(h / 2), ceil(w / 2), c) or (b, floor(h / 2), floor(w / 2), c).
+    (``aten/native/cpu/MaxPoolKernel.cpp``); ``jnp.maximum`` would split it. An odd last row or column has a window of
+    its own ("ceil", Caffe) or is dropped ("floor").
     """
     _, h, w, _ = x.shape
     if mode == "ceil":
@@ -97,9 +84,8 @@ class BatchNorm(nn.Module):
     """Batch normalisation over b, h, w, synchronised over all devices.
 
     In training: y = (x - mean) / sqrt(var + 1e-5) * scale + bias with the mean and biased variance of the *global*
-    batch, and running <- 0.9 running + 0.1 batch, where the batch variance is the unbiased one (differs from
-    ``flax.linen.BatchNorm``, equals ``torch.nn.BatchNorm2d``). Otherwise the running statistics are used. Statistics
-    are kept in float32 or better.
+    batch, and running <- 0.9 running + 0.1 batch, of the unbiased variance (differs from ``flax.linen.BatchNorm``,
+    equals ``torch.nn.BatchNorm2d``). Otherwise the running statistics are used. They are in float32 or better.
     """
 
     compute: Compute
@@ -107,13 +93,12 @@ class BatchNorm(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
         """Normalise x (b, h, w, c) over all axes but the last."""
-        compute = self.compute
-        channels = x.shape[-1]
+        compute, channels = self.compute, x.shape[-1:]
         stat_dtype = jnp.promote_types(compute.param_dtype, jnp.float32)
-        scale = self.param("scale", nn.initializers.ones_init(), (channels,), compute.param_dtype)
-        bias = self.param("bias", nn.initializers.zeros_init(), (channels,), compute.param_dtype)
-        running_mean = self.variable("batch_stats", "mean", jnp.zeros, (channels,), stat_dtype)
-        running_var = self.variable("batch_stats", "var", jnp.ones, (channels,), stat_dtype)
+        scale = self.param("scale", nn.initializers.ones_init(), channels, compute.param_dtype)
+        bias = self.param("bias", nn.initializers.zeros_init(), channels, compute.param_dtype)
+        running_mean = self.variable("batch_stats", "mean", jnp.zeros, channels, stat_dtype)
+        running_var = self.variable("batch_stats", "var", jnp.ones, channels, stat_dtype)
         x = x.astype(stat_dtype)
         if train:
             mean, var, unbiased = self._statistics(x)
@@ -147,9 +132,8 @@ class BatchNorm(nn.Module):
 class Dropout(nn.Module):
     """Zero activations with probability ``rate`` and scale the rest by 1 / (1 - rate).
 
-    The mask of an example depends on the "dropout" key and the example's id alone, so that splitting a batch over
-    devices, or into accumulated parts, changes nothing. ``unit`` is what is dropped: an "element" (Caffe) or a whole
-    "channel" of an example (``torch.nn.Dropout2d``).
+    Masks are keyed per example, by the "dropout" key and the example's id, so that splitting a batch over devices or
+    into parts changes nothing. ``unit``: an "element" (Caffe) or a whole "channel" (``torch.nn.Dropout2d``) is dropped.
     """
 
     rate: float
@@ -157,10 +141,7 @@ class Dropout(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool, example_ids: jax.Array | None = None) -> jax.Array:
-        """Drop from x (b, h, w, c).
-
-        ``example_ids`` (b,) are the examples' positions in the global batch; without them x is the whole batch.
-        """
+        """Drop from x (b, h, w, c); ``example_ids`` (b,), by default 0 ... b - 1, are positions in the global batch."""
         if not train or self.rate == 0.0:
             return x
         b, h, w, c = x.shape
@@ -172,10 +153,7 @@ class Dropout(nn.Module):
 
 
 class FullyConvolutionalHead(nn.Module):
-    """fc6 and fc7, the fully connected layers of VGG read as convolutions, each with ReLU and dropout.
-
-    Source: Long, Shelhamer & Darrell 2015, section 3.1; ``voc-fcn32s/net.py`` of the reference.
-    """
+    """fc6 and fc7 of VGG as convolutions, with ReLU and dropout: Long, Shelhamer & Darrell 2015, section 3.1."""
 
     features: int
     kernel_size: int
@@ -194,10 +172,7 @@ class FullyConvolutionalHead(nn.Module):
 
 
 class SmallHead(nn.Module):
-    """3x3 convolution without bias, BN, ReLU, dropout, and a 1x1 score layer.
-
-    Source: ``_FCNHead`` of awesome-semantic-segmentation-pytorch (``core/models/fcn.py``).
-    """
+    """3x3 convolution, BN, ReLU, dropout, 1x1 score layer: ``_FCNHead`` of awesome-semantic-segmentation-pytorch."""
 
     features: int
     num_classes: int

@@ -1,4 +1,4 @@
-"""The layer table of a network: output shapes, parameters, FLOPs; nothing is computed, shapes alone are traced."""
+"""The layer table of a network: output shapes, parameters, FLOPs, from a trace of shapes."""
 
 from __future__ import annotations
 
@@ -27,15 +27,10 @@ class LayerRow:
 
 
 def summarize(model: FCN, image_size: tuple[int, int], batch: int = 1) -> list[LayerRow]:
-    """List the layers with parameters in the order in which they run.
+    """List the layers with parameters in the order in which they run, for images of ``image_size`` (height, width).
 
     A multiplication and an addition count as two FLOPs. A transposed convolution counts the products of its definition
     (every input pixel meets the whole kernel once); pooling, ReLU and interpolation are left out.
-
-    Args:
-        model: any network of the catalogue.
-        image_size: height and width in pixels.
-        batch: images in the batch.
 
     Raises:
         InputError: the model does not serve this size.
@@ -46,8 +41,7 @@ def summarize(model: FCN, image_size: tuple[int, int], batch: int = 1) -> list[L
         out = next_call(*args, **kwargs)
         module = context.module
         if context.method_name == "__call__" and isinstance(module, nn.Conv | TransposedConv | BatchNorm):
-            parameters = module.variables.get("params", {})
-            shapes = {name: value.shape for name, value in parameters.items()}
+            shapes = {name: value.shape for name, value in module.variables.get("params", {}).items()}
             count = sum(math.prod(shape) for shape in shapes.values())
             flops = _flops(module, args[0].shape, out.shape, shapes)
             rows.append(LayerRow("/".join(module.path), type(module).__name__, out.shape, count, flops))

@@ -1,9 +1,8 @@
 """Upsampling: transposed convolution by phases with its bilinear start, and bilinear interpolation.
 
-Dimensions are b h w c; the side of a transposed convolution's kernel is k, its stride s. Output pixels that share
-their *phase*, the remainder of their padded position by the stride, meet the same ceil(k / s) taps per axis. A *cell*
-is the s x s block of output pixels, one of each phase, that meet the same input pixels. So there are no inserted zeros
-to multiply, and both directions are dense products.
+Output pixels that share their *phase*, the remainder of their padded position by the stride s, meet the same
+ceil(k / s) taps of a kernel of side k per axis. A *cell* is the s x s block of output pixels, one of each phase, that
+meet the same input pixels. So both directions are dense products, without inserted zeros.
 """
 
 from __future__ import annotations
@@ -22,12 +21,9 @@ from fcn_jax.models.layers import Compute
 def transposed_conv(
     x: jax.Array, kernel: jax.Array, stride: int, padding: int = 0, output_padding: int = 0, precision: Any = None
 ) -> jax.Array:
-    """Convolve with the stride on the output side.
+    """Convolve with the stride on the output side, as ``torch.nn.functional.conv_transpose2d``.
 
-    out[o] = sum over i of x[i] kernel[o + padding - i stride], per axis: a product of the shifted inputs with the
-    kernel cut into stride x stride phases. An odd kernel, whose phases differ in their taps, is convolved phase by
-    phase at stride 2. Equal to ``torch.nn.functional.conv_transpose2d`` with the kernel's axes in the order
-    k, k, in, out.
+    out[o] = sum over i of x[i] kernel[o + padding - i stride], per axis.
 
     Args:
         x: (b, h, w, c_in).
@@ -44,7 +40,7 @@ def transposed_conv(
     k, c_out = kernel.shape[0], kernel.shape[3]
     out_h, out_w = ((n - 1) * stride - 2 * padding + k + output_padding for n in (h, w))
     if stride == 2 and k % 2 and padding <= k - 2:
-        return _doubled(x, kernel, padding, (out_h, out_w), precision)
+        return _doubled(x, kernel, padding, (out_h, out_w), precision)  # its phases differ in their taps
     taps = -(-k // stride)
     short = taps * stride - k
     kernel = jnp.pad(kernel, ((0, short), (0, short), (0, 0), (0, 0)))
@@ -61,29 +57,15 @@ def _doubled(x: jax.Array, kernel: jax.Array, padding: int, size: tuple[int, int
     """Convolve with stride 2 on the output side and an odd kernel, each phase by itself.
 
     out[2 n + q] = sum over t of x[n + d - t] kernel[2 t + r] with q + padding = 2 d + r, per axis: a convolution of x
-    with the taps r, r + 2, ... in reverse. The four phases have k k taps between them, where one product for all has
-    (k + 1)(k + 1).
-
-    Args:
-        x: (b, h, w, c_in).
-        kernel: (k, k, c_in, c_out) with an odd k.
-        padding: at most k - 2.
-        size: h' and w' of the result.
-        precision: of the products.
-
-    Returns:
-        (b, h', w', c_out).
+    with the taps r, r + 2, ... in reverse. ``size`` is h', w'; padding is at most k - 2.
     """
     cells = [-(-n // 2) for n in size]
 
     def phase(row: int, column: int) -> jax.Array:
         (down, r), (right, s) = divmod(row + padding, 2), divmod(column + padding, 2)
         taps = kernel[r::2, s::2][::-1, ::-1]
-        rows, columns, _, _ = taps.shape
-        margins = (
-            (rows - 1 - down, cells[0] - x.shape[1] + down),
-            (columns - 1 - right, cells[1] - x.shape[2] + right),
-        )
+        sides = zip(taps.shape, (down, right), cells, x.shape[1:], strict=False)
+        margins = [(side - 1 - shift, new - n + shift) for side, shift, new, n in sides]
         return conv2d(x, taps, (1, 1), margins, precision=precision)
 
     full = jnp.stack([jnp.stack([phase(row, 0), phase(row, 1)], axis=3) for row in (0, 1)], axis=2)
@@ -94,7 +76,7 @@ def _doubled(x: jax.Array, kernel: jax.Array, padding: int, size: tuple[int, int
 def bilinear_kernel(k: int) -> np.ndarray:
     """Return the (k, k) float64 kernel with which a transposed convolution interpolates bilinearly.
 
-    Source: the bilinear filler of Caffe (``include/caffe/filler.hpp``), and ``surgery.py`` of the FCN reference.
+    Source: Caffe's bilinear filler (``include/caffe/filler.hpp``).
     """
     factor = (k + 1) // 2
     centre = factor - 1 if k % 2 else factor - 0.5
@@ -127,14 +109,8 @@ class TransposedConv(nn.Module):
         compute, k = self.compute, self.kernel_size
         init = bilinear_init if self.bilinear else nn.initializers.he_normal()
         kernel = self.param("kernel", init, (k, k, x.shape[-1], self.features), compute.param_dtype)
-        y = transposed_conv(
-            x.astype(compute.dtype),
-            kernel.astype(compute.dtype),
-            self.stride,
-            self.padding,
-            self.output_padding,
-            compute.precision,
-        )
+        x, kernel = x.astype(compute.dtype), kernel.astype(compute.dtype)
+        y = transposed_conv(x, kernel, self.stride, self.padding, self.output_padding, compute.precision)
         if self.use_bias:
             bias = self.param("bias", nn.initializers.zeros_init(), (self.features,), compute.param_dtype)
             y = y + bias.astype(compute.dtype)
@@ -152,18 +128,10 @@ def _interpolation(size: int, new_size: int) -> np.ndarray:
     return matrix
 
 
-def resize_bilinear(x: jax.Array, size: tuple[int, int], precision: Any = None) -> jax.Array:
-    """Resize bilinearly with corners aligned, as two matrix products.
+def resize_bilinear(x: jax.Array, size: tuple[int, ...], precision: Any = None) -> jax.Array:
+    """Resize x (b, h, w, c) bilinearly to ``size`` (height, width), corners aligned, as two matrix products.
 
-    Equal to ``torch.nn.functional.interpolate(mode="bilinear", align_corners=True)``, at any size.
-
-    Args:
-        x: (b, h, w, c).
-        size: the new height and width.
-        precision: of the products.
-
-    Returns:
-        (b, height, width, c).
+    Equal to ``torch.nn.functional.interpolate(mode="bilinear", align_corners=True)``.
     """
     rows = jnp.asarray(_interpolation(x.shape[1], size[0]), x.dtype)
     columns = jnp.asarray(_interpolation(x.shape[2], size[1]), x.dtype)

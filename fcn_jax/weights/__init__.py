@@ -2,9 +2,8 @@
 
 from fcn_jax.weights.layouts import LAYOUTS
 from fcn_jax.weights.load import Info, Report, inspect, load, load_with_report, source_options
-from fcn_jax.weights.pretrained import PRETRAINED, fetch
 from fcn_jax.weights.save import check_suffix, left_out, save, to_torch
-from fcn_jax.weights.sources import Source, TensorInfo, Tensors, open_source
+from fcn_jax.weights.sources import PRETRAINED, Source, TensorInfo, Tensors, fetch, open_source
 
 __all__ = [
     "LAYOUTS",

@@ -36,7 +36,7 @@ class Info:
     fit: Fit | None = None
     """The network that the weights belong to; None: an encoder, or unknown."""
     unwrapped: tuple[str, ...] = ()
-    """Wrappers and prefixes removed from around the tensors: ``model_state_dict``, ``module.`` ..."""
+    """See ``Tensors``."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Report:
     converted: dict[str, str] = field(default_factory=dict)
     """Parameter that was filled -> how its array was turned."""
     unwrapped: tuple[str, ...] = ()
-    """Wrappers and prefixes removed from around the tensors: ``model_state_dict``, ``module.`` ..."""
+    """See ``Tensors``."""
 
 
 def inspect(source: Source) -> Info:
@@ -66,10 +66,8 @@ def inspect(source: Source) -> Info:
     tensors = open_source(source)
     name, stated = recognise(tensors.shapes), tensors.metadata.get("preprocessing")
     if stated is not None and stated not in PREPROCESSINGS:
-        expected = " or ".join(PREPROCESSINGS)
-        raise InputError(
-            f"{tensors.origin}: its metadata says preprocessing {stated!r}, expected {expected}; write the file again"
-        )
+        wrong = f"preprocessing {stated!r}, expected {' or '.join(PREPROCESSINGS)}"
+        raise InputError(f"{tensors.origin}: its metadata says {wrong}; write the file again")
     if name is None:
         return Info(None, None, stated, tensors.infos, unwrapped=tensors.unwrapped)
     layout, shapes = LAYOUTS[name], tensors.shapes
@@ -80,29 +78,25 @@ def inspect(source: Source) -> Info:
 
 
 def _saved_fit(tensors: Tensors) -> Fit | None:
-    """Return the network that ``save`` wrote into a file's metadata; None: another layout's, or another writer's."""
+    """Return the network that ``save`` recorded in a file's metadata, if any."""
     if tensors.metadata.get("layout") != "fcn_jax" or "model" not in tensors.metadata:
         return None
     try:
         saved = json.loads(tensors.metadata["model"])
         options = {key: tuple(v) if isinstance(v, list) else v for key, v in saved["options"].items()}
         known = describe_model(create_model(saved["name"], saved["num_classes"], **options))[1]
-        for option in options.keys() - known.keys():  # such as dtype: how to compute is no matter of the weights
+        for option in options.keys() - known.keys():  # such as dtype, which no file records
             raise unknown(f"option of {saved['name']}", option, known)
         return Fit((saved["name"],), saved["num_classes"], options)
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
-        raise InputError(
-            f"{tensors.origin}: its metadata describes no network that this version knows ({error}); "
-            "write the file again"
-        ) from error
+        wrong = f"its metadata describes no network that this version knows ({error})"
+        raise InputError(f"{tensors.origin}: {wrong}; write the file again") from error
 
 
 def source_options(info: Info, name: str) -> tuple[dict[str, Any], int | None]:
     """Return the options of ``create_model`` for a source's own network, as far as they are known, and its classes.
 
-    Args:
-        info: of the source.
-        name: the network to create; no options where the source's weights belong to another.
+    ``name`` is the network to create; there are no options where the source's weights belong to another.
     """
     if info.fit is None:
         return encoder_options(info.variant or "vgg16"), None
@@ -129,30 +123,30 @@ def load_with_report(
 ) -> tuple[dict[str, Any], Report]:
     """Fill a network's variables from a source and account for every parameter and tensor.
 
+    A source that holds an encoder and nothing else leaves all other layers of an FCN at their values.
+
     Args:
-        source: a path (.safetensors, .pth, .pt), a key of ``PRETRAINED``, a dict of arrays, or what ``open_source``
-            returns; any of ``LAYOUTS``.
+        source: see ``open_source``; in any of ``LAYOUTS``.
         model: the network that the variables belong to.
         variables: {"params": ...[, "batch_stats": ...]}, from ``init_variables``.
         allow_missing: glob patterns of parameters (``score_*``, ``head.fc6.weight``) that may keep their values.
-        allow_unexpected: glob patterns of the source's tensors that may go unused. A tensor whose shape does not fit is
-            passed over where its parameter may be missing and the tensor itself unexpected.
+        allow_unexpected: glob patterns of the source's tensors that may go unused. A tensor of another shape is passed
+            over where both allow it.
 
     Returns:
         New variables in the dtypes of the given ones, and the report.
 
     Raises:
-        InputError: the source cannot be opened, its layout is unknown, it is of another network or encoder, or a tensor
-            is missing, unexpected, of the wrong shape, not finite, or differs from its own copy.
-
-    A file that holds an encoder and nothing else leaves all other layers of an FCN at their values.
+        InputError: the source cannot be opened, its layout is unknown, it does not match the model, or a tensor is
+            missing, unexpected, of the wrong shape, not finite, or differs from its own copy.
     """
     tensors = open_source(source)
     info = inspect(tensors)
     if info.layout is None:
         sample = ", ".join(list(tensors.infos)[:3])
         raise InputError(f"{tensors.origin}: no known layout has names like {sample}; known: {', '.join(LAYOUTS)}")
-    may_miss, may_stay = _patterns(allow_missing), _patterns(allow_unexpected)
+    # A single pattern given as a string would otherwise be read letter by letter.
+    may_miss, may_stay = ([p] if isinstance(p, str) else list(p) for p in (allow_missing, allow_unexpected))
     _check_network(tensors.origin, info, model, partial=bool(may_miss or may_stay))
     report = Report(info.layout, info.preprocessing, unwrapped=tensors.unwrapped)
     loading = _Loading(tensors, LAYOUTS[info.layout], model, may_miss, may_stay, info.fit is not None, report)
@@ -161,7 +155,6 @@ def load_with_report(
 
 
 def _check_network(origin: str, info: Info, model: Network, partial: bool) -> None:
-    """Refuse a source of another network, or of another encoder."""
     # Under our own names, what the caller allows to differ may come from any network that shares the rest.
     if info.fit is not None and not (partial and info.layout == "fcn_jax"):
         return check_fit(f"{origin} ({info.layout})", info.fit, model, partial)
@@ -173,7 +166,7 @@ def _check_network(origin: str, info: Info, model: Network, partial: bool) -> No
 
 @dataclass
 class _Loading:
-    """One loading: takes tensors by the layout's names and accounts for everything in ``report``."""
+    """Takes tensors by the layout's names and accounts for everything in ``report``."""
 
     tensors: Tensors
     layout: Layout
@@ -219,7 +212,7 @@ class _Loading:
         value = from_torch(parameter, raw)
         if value is None:
             misfit = f"{theirs} is {_times(raw.shape)}, {name} needs {_times(parameter.torch_shape)}"
-            if raw.size == np.prod(parameter.shape):  # as many numbers, so it is no other network's
+            if raw.size == np.prod(parameter.shape):
                 misfit, optional = f"{misfit} (transposed?)", False
             if not optional and not (_any(name, self.may_miss) and _any(theirs, self.may_stay)):
                 return misfit
@@ -303,11 +296,6 @@ class _Loading:
     def _error(self, what: str, names: list[str], hint: str) -> InputError:
         more = f" and {len(names) - 8} more" if len(names) > 8 else ""
         return InputError(f"{self.tensors.origin}: {len(names)} tensor(s) {what}: {', '.join(names[:8])}{more}; {hint}")
-
-
-def _patterns(given: Iterable[str]) -> list[str]:
-    # A single pattern given as a string would otherwise be read letter by letter.
-    return [given] if isinstance(given, str) else list(given)
 
 
 def _any(name: str, patterns: Iterable[str]) -> bool:

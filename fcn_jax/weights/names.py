@@ -14,7 +14,7 @@ COUNTER = "num_batches_tracked"
 LEAVES = ("weight", "bias", "running_mean", "running_var")
 """A module's tensors in the order of its state dict."""
 _TORCH_LEAF = {"kernel": "weight", "scale": "weight", "bias": "bias", "mean": "running_mean", "var": "running_var"}
-# The transposed convolutions of the families; every other kernel is a convolution's.
+# Names of the transposed convolutions; every other kernel is a convolution's.
 _TRANSPOSED = ("upscore", "deconv")
 
 
@@ -23,7 +23,7 @@ class Parameter:
     """One array of a network's variables."""
 
     path: tuple[str, ...]
-    """Where it is: collection, modules, leaf; ``("params", "vgg", "conv1_1", "kernel")``."""
+    """Collection, modules, leaf: ``("params", "vgg", "conv1_1", "kernel")``."""
     shape: tuple[int, ...]
     dtype: Any
 
@@ -65,13 +65,9 @@ def list_parameters(variables: Mapping[str, Any]) -> list[Parameter]:
 def to_torch_axes(parameter: Parameter, value: np.ndarray, linear: bool = False) -> np.ndarray:
     """Turn a Flax array to torch's axes.
 
-    Args:
-        parameter: which one.
-        value: convolution (k, k, in, out), transposed convolution (k, k, in, out), or a vector.
-        linear: give a convolution as the weight of ``torch.nn.Linear``, see ``from_torch``.
-
     Returns:
-        (out, in, k, k), (in, out, k, k), the vector itself, or with ``linear`` (out, in k k).
+        Convolution (k, k, in, out) to (out, in, k, k) or, with ``linear``, to (out, in k k) of ``torch.nn.Linear``;
+        transposed convolution (k, k, in, out) to (in, out, k, k); a vector as it is.
     """
     if value.ndim == 4:
         value = value.transpose((2, 3, 0, 1) if parameter.transposed else (3, 2, 0, 1))
@@ -81,23 +77,16 @@ def to_torch_axes(parameter: Parameter, value: np.ndarray, linear: bool = False)
 
 
 def from_torch(parameter: Parameter, value: np.ndarray) -> np.ndarray | None:
-    """Turn an array of torch's axes to Flax's; the inverse of ``to_torch_axes``.
+    """Turn an array of torch's axes to Flax's, the inverse of ``to_torch_axes``; None where the shape does not fit.
 
-    The weight (out, n) of a linear layer fits a convolution's kernel (k, k, in, out) where n = in k k: torch flattens
-    maps (in, k, k) in the order channel, row, column (``torch.flatten`` in torchvision's ``models/vgg.py``).
-
-    Returns:
-        The turned array, or None where the shape does not fit.
+    torch flattens the maps before a linear layer in the order channel, row, column (torchvision's ``models/vgg.py``).
     """
-    if value.ndim == 2 and len(parameter.shape) == 4 and not parameter.transposed:
-        o, i, h, w = parameter.torch_shape
-        if value.shape != (o, i * h * w):
-            return None
-        value = value.reshape(o, i, h, w)
-    if value.shape != parameter.torch_shape:
+    shape = parameter.torch_shape
+    if len(shape) == 4 and not parameter.transposed and value.shape == (shape[0], np.prod(shape[1:])):
+        value = value.reshape(shape)
+    if value.shape != shape:
         return None
     if value.ndim == 4:
-        # (in, out, k, k) and (out, in, k, k) to (k, k, in, out)
         value = value.transpose((2, 3, 0, 1) if parameter.transposed else (2, 3, 1, 0))
     return np.ascontiguousarray(value)
 

@@ -15,30 +15,26 @@ from flax import traverse_util
 
 from fcn_jax.errors import InputError, first_line, unknown
 from fcn_jax.models.catalog import describe_model
-from fcn_jax.models.classifier import VGGClassifier
 from fcn_jax.models.fcn import FCN
 from fcn_jax.models.layers import scaled
+from fcn_jax.models.vgg import VGGClassifier
 from fcn_jax.preprocessing import PREPROCESSINGS
 from fcn_jax.weights.layouts import LAYOUTS
 from fcn_jax.weights.layouts.layout import Layout, Network, check_fit, pair_up
 from fcn_jax.weights.names import COUNTER, Parameter, list_parameters, to_torch_axes
-from fcn_jax.weights.pretrained import import_torch
+from fcn_jax.weights.sources import import_torch
 
 _SUFFIXES = (".safetensors", ".pth", ".pt")
 
 
 def to_torch(model: Network, variables: Mapping[str, Any], layout: str | None = None) -> dict[str, np.ndarray]:
-    """Return the variables under torch's names and axes, in the layout's order.
+    """Return name -> array of a state dict in torch's axes and the layout's order, duplicates and counters included.
 
     Args:
         model: the network that the variables belong to.
         variables: {"params": ...[, "batch_stats": ...]}.
         layout: a key of ``LAYOUTS``; by default our own, the names of ``compare.twins``. An encoder's layout
             holds only what ``left_out`` does not list; any other takes only networks that compute what its source does.
-
-    Returns:
-        Name -> array, with duplicates where the layout has them and the counter ``num_batches_tracked`` (0: torch
-        needs it only where momentum is None) of every batch norm.
 
     Raises:
         InputError: unknown layout, or one that the network does not fit.
@@ -96,14 +92,13 @@ def save(
     preprocessing: str | None,
     layout: str = "fcn_jax",
 ) -> None:
-    """Write the variables to a .safetensors file, readable by torch users as it is, or to a state dict of torch's.
+    """Write the variables to a .safetensors file or a state dict of torch's, whole or not at all.
 
     Args:
-        path: ends in .safetensors, or in .pth or .pt (torch is needed); it appears whole or not at all.
-        model: the network that the variables belong to. A .safetensors file holds its name and options too.
+        path: ends in .safetensors, or in .pth or .pt (torch is needed).
+        model: the network that the variables belong to; a .safetensors file records its name and options.
         variables: {"params": ...[, "batch_stats": ...]}.
-        preprocessing: what images the weights were trained on, "imagenet" or "caffe"; None: not known. Only a
-            .safetensors file says it on.
+        preprocessing: "imagenet", "caffe" or, not known, None; recorded in a .safetensors file alone.
         layout: a key of ``LAYOUTS``, see ``to_torch``.
 
     Raises:
@@ -118,9 +113,13 @@ def save(
     arrays = to_torch(model, variables, layout)
     if not arrays:
         raise InputError(f"{path}: layout {layout!r} has names for nothing in these variables; give all of them")
+    metadata = {"format": "pt", "layout": layout} | ({"preprocessing": preprocessing} if preprocessing else {})
+    if isinstance(model, FCN):
+        name, options = describe_model(model)
+        metadata["model"] = json.dumps({"name": name, "num_classes": model.num_classes, "options": options})
     part = path.with_name(f".{os.getpid()}.{path.name}")
     try:
-        _write(part, arrays, _metadata(model, preprocessing, layout))
+        _write(part, arrays, metadata)
         os.replace(part, path)
     except (OSError, RuntimeError) as error:  # RuntimeError: torch could not write
         raise InputError(f"{path}: cannot be written: {first_line(error)}") from error
@@ -129,29 +128,18 @@ def save(
             part.unlink(missing_ok=True)
 
 
-def _metadata(model: Network, preprocessing: str | None, layout: str) -> dict[str, str]:
-    metadata = {"format": "pt", "layout": layout}
-    if isinstance(model, FCN):
-        name, options = describe_model(model)
-        metadata["model"] = json.dumps({"name": name, "num_classes": model.num_classes, "options": options})
-    if preprocessing is not None:
-        metadata["preprocessing"] = preprocessing
-    return metadata
-
-
 def _write(path: Path, arrays: dict[str, np.ndarray], metadata: dict[str, str]) -> None:
     if path.suffix == ".safetensors":
         import safetensors.numpy
 
         try:
-            safetensors.numpy.save_file(arrays, path, metadata)
+            return safetensors.numpy.save_file(arrays, path, metadata)
         except safetensors.SafetensorError as error:
             raise OSError(str(error)) from error
-        return
-    import torch
+    torch = import_torch(path)
 
     def tensor(value: np.ndarray) -> Any:
-        if value.dtype == jnp.bfloat16:  # NumPy has none, so it goes by its bits
+        if value.dtype == jnp.bfloat16:  # torch takes no such array, but its bits
             return torch.from_numpy(value.view(np.int16)).view(torch.bfloat16)
         return torch.from_numpy(value)
 

@@ -1,8 +1,10 @@
-"""Opening what weights come from: a .safetensors or torch file, or a dict of arrays; a bad one is one line of error."""
+"""Opening what weights come from: a .safetensors or torch file, a pretrained encoder by name, or a dict of arrays."""
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import http.client
 import mmap
 import os
 import pickle
@@ -17,24 +19,38 @@ from typing import Any
 import numpy as np
 
 from fcn_jax.errors import InputError, first_line, unknown
-from fcn_jax.weights.pretrained import PRETRAINED, fetch, import_torch
 
 # The last: what pytorch-fcn's trainer writes.
 _TORCH_SUFFIXES = (".pth", ".pt", ".pth.tar")
 # Keys under which a checkpoint keeps the state dict, and prefixes that DataParallel and torch.compile add to all names.
 _WRAPPERS = ("state_dict", "model_state_dict", "model")
 _PREFIXES = ("module.", "_orig_mod.")
-# Only a dict that contains itself is nested as deep.
-_MOST_WRAPPERS = 8
 # The codes of safetensors' header.
 _DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64", "I32": "int32"}
 _PAGE = (b"<!doctype", b"<html", b"<head", b"<?xml")
 _ZIP = b"PK\x03\x04"
 
+_TORCHVISION = "https://download.pytorch.org/models"
+_JOHNSON = "https://web.eecs.umich.edu/~justincj/models"
+PRETRAINED = {
+    "vgg11-imagenet": f"{_TORCHVISION}/vgg11-8a719046.pth",
+    "vgg11_bn-imagenet": f"{_TORCHVISION}/vgg11_bn-6002323d.pth",
+    "vgg13-imagenet": f"{_TORCHVISION}/vgg13-19584684.pth",
+    "vgg13_bn-imagenet": f"{_TORCHVISION}/vgg13_bn-abd245e5.pth",
+    "vgg16-imagenet": f"{_TORCHVISION}/vgg16-397923af.pth",
+    "vgg16_bn-imagenet": f"{_TORCHVISION}/vgg16_bn-6c64b313.pth",
+    "vgg19-imagenet": f"{_TORCHVISION}/vgg19-dcbb9e9d.pth",
+    "vgg19_bn-imagenet": f"{_TORCHVISION}/vgg19_bn-c79401a0.pth",
+    "vgg16-caffe": f"{_JOHNSON}/vgg16-00b39a1b.pth",
+    "vgg19-caffe": f"{_JOHNSON}/vgg19-d01eb7cb.pth",
+}
+"""Encoders trained on ImageNet: torchvision's IMAGENET1K_V1 (``models/vgg.py``), and the VGG authors' Caffe weights as
+jcjohnson's pytorch-vgg converted them. A file's name ends in the first eight hexadecimal digits of its SHA-256."""
+
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """What is known of a tensor without reading it."""
+    """Shape and dtype of a tensor."""
 
     shape: tuple[int, ...]
     dtype: str
@@ -49,7 +65,7 @@ class Tensors:
     read: Callable[[str], np.ndarray]
     metadata: dict[str, str] = field(default_factory=dict)
     unwrapped: tuple[str, ...] = ()
-    """Wrappers and prefixes removed around the state dict, outermost first: ``model_state_dict``, ``module.`` ..."""
+    """Wrappers and prefixes removed from around the tensors: ``model_state_dict``, ``module.`` ..."""
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -84,8 +100,7 @@ def open_source(source: Source) -> Tensors:
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror}") from error
     is_safetensors = path.suffix.lower() == ".safetensors"
-    mistaken = _mistaken_for(head, is_safetensors)
-    if mistaken:
+    if mistaken := _mistaken_for(head, is_safetensors):
         raise InputError(f"{path}: {mistaken}")
     return _from_safetensors(path) if is_safetensors else _from_mapping(_read_torch(path, head), str(path))
 
@@ -104,16 +119,14 @@ def _read_head(path: Path) -> bytes:
 
 
 def _mistaken_for(head: bytes, is_safetensors: bool) -> str | None:
-    """Identify a file by its first bytes; None where they fit its suffix.
-
-    A .safetensors file begins with eight bytes that may be any number, then a brace.
-    """
+    """Identify a file by its first bytes; None where they fit its suffix."""
     if not head:
         return "the file is empty; fetch it again"
     if head.removeprefix(b"\xef\xbb\xbf").lstrip().lower().startswith(_PAGE):
         return "this is a web page, not weights; fetch the file itself"
     if head.startswith(b"version https://git-lfs"):
         return "a pointer of git-lfs, not the file that it stands for; fetch that with git lfs pull"
+    # A .safetensors file begins with eight bytes that may be any number, then a brace.
     if not is_safetensors and head[8:10] == b'{"':
         return "a safetensors file; give it the suffix .safetensors"
     if is_safetensors and head[8:9] != b"{" and head.startswith((_ZIP, b"\x80")):
@@ -150,7 +163,7 @@ def _from_mapping(source: Any, origin: str) -> Tensors:
         key = next((key for key in _WRAPPERS if isinstance(source.get(key), Mapping)), None)
         if key is None:
             break
-        if len(wrappers) == _MOST_WRAPPERS:
+        if len(wrappers) == 8:  # only a dict that contains itself is nested as deep
             raise InputError(f"{origin}: contains itself under {key!r}; store model.state_dict()")
         source, wrappers = source[key], (*wrappers, key)
     if not isinstance(source, Mapping):
@@ -165,12 +178,12 @@ def _from_mapping(source: Any, origin: str) -> Tensors:
             kind = "a nested tensor" if getattr(value, "is_nested", False) else type(value).__name__
             raise InputError(f"{origin}: expected arrays by name, got {kind} under {name!r}")
     stored, prefixes = _strip(infos)
-    return Tensors(
-        origin,
-        {name: infos[key] for name, key in stored.items()},
-        lambda name: _to_numpy(source[stored[name]], origin, name),
-        unwrapped=(*wrappers, *prefixes),
-    )
+    infos = {name: infos[key] for name, key in stored.items()}
+
+    def read(name: str) -> np.ndarray:
+        return _to_numpy(source[stored[name]], origin, name)
+
+    return Tensors(origin, infos, read, unwrapped=(*wrappers, *prefixes))
 
 
 def _strip(names: Mapping[str, Any]) -> tuple[dict[str, str], tuple[str, ...]]:
@@ -202,7 +215,7 @@ def _not_for_numpy(origin: str, name: str, kind: str) -> InputError:
 
 
 def _read_torch(path: Path, head: bytes) -> Any:
-    """Read a file of torch.save, of the zip format (torch >= 1.6) or the older one, without running what is in it."""
+    """Read a file of torch.save, in the zip format (torch >= 1.6) or the older one, without running what is in it."""
     torch = import_torch(path)
     zipped = head.startswith(_ZIP)  # the test that torch itself makes
     _check_content(path, zipped)
@@ -221,7 +234,6 @@ def _read_torch(path: Path, head: bytes) -> Any:
 
 
 def _why_refused(error: Exception) -> str:
-    """Describe why torch did not read a file, and the way out."""
     text = str(error)
     if not isinstance(error, pickle.UnpicklingError):
         return f"not a whole torch file ({first_line(error)}); fetch it again"
@@ -247,10 +259,45 @@ def _check_content(path: Path, zipped: bool) -> None:
             with zipfile.ZipFile(path) as archive:
                 entries = archive.filelist
     if any(entry.filename.endswith("/constants.pkl") for entry in entries):
-        raise InputError(
-            f"{path}: a TorchScript archive; if you trust it, load it with torch.jit.load and save its state_dict()"
-        )
+        way_out = "if you trust it, load it with torch.jit.load and save its state_dict()"
+        raise InputError(f"{path}: a TorchScript archive; {way_out}")
     if any(entry.compress_type or entry.file_size > size for entry in entries):
-        raise InputError(
-            f"{path}: a compressed archive, which torch.save does not write; extract it and store it uncompressed"
-        )
+        way_out = "extract it and store it uncompressed"
+        raise InputError(f"{path}: a compressed archive, which torch.save does not write; {way_out}")
+
+
+def fetch(name: str) -> Path:
+    """Return the file of a key of ``PRETRAINED``, downloaded once into torch.hub's cache, which torchvision uses too.
+
+    Raises:
+        InputError: torch is missing, there is no network, or the file is not the one that was published.
+    """
+    url = PRETRAINED[name]
+    filename = url.rpartition("/")[2]
+    expected = filename.removesuffix(".pth").rpartition("-")[2]
+    hub = import_torch(name).hub
+    path = Path(hub.get_dir()) / "checkpoints" / filename
+    try:
+        if not path.is_file():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            hub.download_url_to_file(url, str(path), hash_prefix=expected)
+            return path
+        with path.open("rb") as file:
+            found = hashlib.file_digest(file, "sha256").hexdigest()
+    except (OSError, http.client.HTTPException, RuntimeError) as error:  # RuntimeError: another SHA-256
+        reason = getattr(error, "reason", None) or error
+        way_out = f"fetch it elsewhere and put it at {path}, or give its path"
+        raise InputError(f"{name}: {url} cannot be fetched ({reason}); {way_out}") from error
+    if not found.startswith(expected):
+        raise InputError(f"{path}: its SHA-256 is {found[:8]}..., expected {expected}...; remove it, to fetch it again")
+    return path
+
+
+def import_torch(what: object) -> Any:
+    """Return torch; the error where it is not installed begins with ``what``."""
+    try:
+        import torch
+    except ImportError as error:
+        way_out = "pip install fcn_jax[torch], or use a .safetensors file"
+        raise InputError(f"{what}: torch files need torch: {way_out}") from error
+    return torch

@@ -12,8 +12,7 @@ from small_networks import assert_same, build, zeros
 
 from fcn_jax import weights
 from fcn_jax.errors import InputError
-from fcn_jax.models.classifier import adaptive_average_pool
-from fcn_jax.models.vgg import ENCODERS
+from fcn_jax.models.vgg import ENCODERS, adaptive_average_pool
 
 
 @pytest.mark.parametrize(

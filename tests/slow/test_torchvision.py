@@ -12,7 +12,7 @@ from torch_sources import randomise
 from torchvision_import import torchvision
 
 from fcn_jax import weights
-from fcn_jax.models.classifier import VGGClassifier
+from fcn_jax.models.vgg import VGGClassifier
 
 # Sums in another order, 19 layers deep: tens of roundings in float64; in float32 more, by torch's fast convolutions.
 LIMITS = {"float32": 1e-5, "float64": 1e-11}

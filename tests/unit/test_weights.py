@@ -13,7 +13,7 @@ from small_networks import WIDTH, assert_same, build, zeros
 from fcn_jax import weights
 from fcn_jax.compare import make_twin
 from fcn_jax.errors import InputError
-from fcn_jax.models.classifier import VGGClassifier
+from fcn_jax.models.vgg import VGGClassifier
 
 
 def torchvision_state(norm=None):

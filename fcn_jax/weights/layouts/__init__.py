@@ -1,31 +1,24 @@
-"""The layouts that weights are published in, each from its source's module definitions.
-
-A layout is added by a file with one function, network -> ``Rows`` in the order of its state dict, and a ``Layout``.
-"""
+"""The layouts that weights are published in; a new one is a file with a ``Layout`` and its functions."""
 
 from __future__ import annotations
 
 import re
 
-from fcn_jax.weights.layouts.layout import Layout, Rows, Shapes, encoder_of, encoder_stages
+from fcn_jax.weights.layouts.layout import Layout, Shapes, encoder_of, encoder_stages
 from fcn_jax.weights.layouts.notes import BOOSTCAMP, FANRENCLI, FCN1
 from fcn_jax.weights.layouts.pochih import POCHIH
 from fcn_jax.weights.layouts.pytorch_fcn import PYTORCH_FCN
 from fcn_jax.weights.layouts.torchvision import JOHNSON, TIMM, TORCHVISION
 from fcn_jax.weights.layouts.tramac import TRAMAC
 
-__all__ = ["LAYOUTS", "recognise"]
 
-
-def _ours(encoder: str, norm: str | None) -> Rows:
-    return [(ours, ours) for stage in encoder_stages(encoder, norm) for ours in stage]
+def _encoder(shapes: Shapes) -> str | None:
+    return encoder_of(shapes, "vgg.", lambda *encoder: [(name, name) for name in sum(encoder_stages(*encoder), [])])
 
 
 # The order matters where names overlap: torchvision's are part of timm's and Johnson's.
 LAYOUTS: dict[str, Layout] = {
-    "fcn_jax": Layout(
-        pattern=r"vgg\.(conv|bn)\d_\d\..*", modules=None, encoder=lambda shapes: encoder_of(shapes, "vgg.", _ours)
-    ),
+    "fcn_jax": Layout(pattern=r"vgg\.(conv|bn)\d_\d\..*", modules=None, encoder=_encoder),
     "timm-vgg": TIMM,
     "johnson-vgg": JOHNSON,
     "torchvision-vgg": TORCHVISION,

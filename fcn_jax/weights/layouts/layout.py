@@ -10,9 +10,8 @@ from typing import Any
 
 from fcn_jax.errors import InputError
 from fcn_jax.models.catalog import create_model
-from fcn_jax.models.classifier import VGGClassifier
 from fcn_jax.models.fcn import FCN
-from fcn_jax.models.vgg import ENCODERS
+from fcn_jax.models.vgg import ENCODERS, VGGClassifier
 from fcn_jax.weights.names import LEAVES, Parameter
 
 # Options that change training alone, so that weights fit whatever they are.
@@ -23,7 +22,7 @@ CROPS = {32: (5, 9, 19), 16: (5, 9, 27), 8: (5, 9, 31)}
 Shapes = Mapping[str, tuple[int, ...]]
 Network = FCN | VGGClassifier
 Rows = list[tuple[str, str]]
-"""Our module and the source's, in the order of the source's state dict; ours occurs twice where a source has copies."""
+"""Our module and the source's, in the order of its state dict; ours occurs twice where the source has copies."""
 
 
 @dataclass(frozen=True)
@@ -31,17 +30,16 @@ class Fit:
     """The networks of the catalogue that a source's weights belong to, inferred from names and shapes."""
 
     models: tuple[str, ...]
-    """Names of ``MODELS`` with the same names and shapes that compute differently: only the user knows which it is."""
+    """Names of ``MODELS``; where several have these names and shapes, only the user knows which it is."""
     num_classes: int | None
     options: dict[str, Any] = field(default_factory=dict)
     """What must be as in the source for the network to compute the same."""
 
     @property
     def encoder(self) -> str | None:
-        """The encoder's name as ``encoder_name`` gives it; None where it is not known."""
-        if "encoder" not in self.options:
-            return None
-        return encoder_name(self.options["encoder"], self.options["encoder_norm"])
+        """The encoder's name, see ``encoder_name``; None where it is not known."""
+        options = self.options
+        return encoder_name(options["encoder"], options["encoder_norm"]) if "encoder" in options else None
 
     @property
     def call(self) -> str:
@@ -67,7 +65,7 @@ class Layout:
     encoder: Callable[[Shapes], str | None] | None = None
     """Infers the encoder from names and shapes, e.g. ``vgg16_bn``; None: ``fit`` has it."""
     fit: Callable[[Shapes], Fit] | None = None
-    """Infers the network from names and shapes; None for encoders and for our own names."""
+    """Infers the network from names and shapes; None for classifiers and for our own names."""
     families: tuple[type[Network], ...] = ()
     """The families that the layout has names for; empty: all."""
     linear: str | None = None
@@ -77,7 +75,7 @@ class Layout:
 
     @property
     def encoder_only(self) -> bool:
-        """Whether it is a classifier's, which has no names for score layers and upsampling."""
+        """Whether it is a classifier's, without names for score layers and upsampling."""
         return self.fit is None and self.modules is not None
 
 
@@ -102,7 +100,7 @@ def encoder_stages(encoder: str, norm: str | None) -> list[list[str]]:
 
 
 def encoder_of(shapes: Shapes, prefix: str, rows: Callable[[str, str | None], Rows]) -> str | None:
-    """Infer the encoder from names and ranks of the weights under a prefix; ``rows`` lists an encoder's modules."""
+    """Infer the encoder from names and ranks of the weights under a prefix; ``rows`` lists the modules of one."""
     ranks = {name: len(shape) for name, shape in shapes.items() if name.startswith(prefix) and name.endswith(".weight")}
     for encoder, norm in itertools.product(ENCODERS, (None, "batch")):
         if ranks == {f"{theirs}.weight": 1 if ".bn" in ours else 4 for ours, theirs in rows(encoder, norm)}:
@@ -118,21 +116,14 @@ def stride_of(shapes: Shapes) -> int:
 
 
 def classes_of(shapes: Shapes, name: str) -> int | None:
-    """Read the number of classes off a score layer's weight; None where that is missing."""
+    """Return the number of classes of a score layer; None where its weight is missing."""
     return shapes[name][0] if shapes.get(name) else None
 
 
 def check_fit(origin: str, fit: Fit, model: Network, partial: bool) -> None:
-    """Check that a source's network and the model compute the same.
+    """Raise InputError, with the call that makes a network that fits, where model and source compute differently.
 
-    Args:
-        origin: the source's name.
-        fit: what the source holds.
-        model: the network to fill.
-        partial: a network of the family with another stride will do, as in training by stages.
-
-    Raises:
-        InputError: they do not; the message has the call that makes a network that does.
+    With ``partial`` a network of the family with another stride will do, as in training by stages.
     """
     has, way_out = _fields(model), f"use {fit.call}"
     candidates = [create_model(name, 1, **fit.options) for name in fit.models]
@@ -150,12 +141,11 @@ def check_fit(origin: str, fit: Fit, model: Network, partial: bool) -> None:
         keys = [key for key in ("encoder", "encoder_norm") if has[key] != fit.options.get(key, has[key])]
         differs = [f"{key}={has[key]!r}" for key in keys] if partial else [f"stride={has['stride']}"]
     if differs:
-        what = "weights of another network than the model, which has"
-        raise InputError(f"{origin}: {what} {', '.join(differs)}; {way_out}")
+        raise InputError(f"{origin}: does not match the model, which has {', '.join(differs)}; {way_out}")
 
 
 def pair_up(layout: Layout, model: Network, parameters: list[Parameter]) -> list[tuple[Parameter, str]]:
-    """Pair parameters with the source's modules, in the layout's order and, within a module, in torch's."""
+    """Pair parameters with the source's modules, in the order of the source's state dict."""
     by_module: dict[str, list[Parameter]] = {}
     for parameter in sorted(parameters, key=lambda parameter: LEAVES.index(parameter.leaf)):
         by_module.setdefault(parameter.module, []).append(parameter)

@@ -12,7 +12,6 @@ _VGG16: dict[str, Any] = {"encoder": "vgg16", "encoder_norm": None}
 
 
 def _fcn1(model: LadderFCN) -> Rows:
-    """FCN1: each stage a block of conv, ReLU, conv, ReLU, pooling."""
     stages = enumerate(encoder_stages(model.encoder, None), start=1)
     return [(ours, f"block{stage}.{2 * i}") for stage, modules in stages for i, ours in enumerate(modules)] + DECODER
 
@@ -22,7 +21,7 @@ def _fit_fcn1(shapes: Shapes) -> Fit:
 
 
 def _fanrencli(model: Pad100FCN) -> Rows:
-    """VGG16: convolutions counted through, fc6 and fc7 among them."""
+    # Convolutions are counted through, fc6 and fc7 among them.
     ours = [name for stage in encoder_stages(model.encoder, None) for name in stage] + ["head.fc6", "head.fc7"]
     scores = {
         32: ("upscore32",),
@@ -42,13 +41,12 @@ def _fit_fanrencli(shapes: Shapes) -> Fit:
 
 
 def _boostcamp(model: SameFCN) -> Rows:
-    """FCN32s, FCN16s and FCN8s; fc6 and fc7 are blocks with ReLU in the first only."""
     rows = []
     for stage, modules in enumerate(encoder_stages(model.encoder, None), start=1):
         rows += [(ours, f"{ours.removeprefix('vgg.')}.0") for ours in modules]
         if (stage, model.stride) in ((3, 8), (4, 8), (4, 16)):  # the score layer follows its stage
             rows.append((f"score_pool{stage}", f"score_pool{stage}_fr"))
-    block = ".0" if model.stride == 32 else ""
+    block = ".0" if model.stride == 32 else ""  # fc6 and fc7 are blocks with ReLU in its FCN32s only
     rows += [("head.fc6", f"fc6{block}"), ("head.fc7", f"fc7{block}"), ("score_fr", "score_fr")]
     rows += [("upscore2", "upscore2"), ("upscore_pool4", "upscore2_pool4")][: {32: 0, 16: 1, 8: 2}[model.stride]]
     return [*rows, (f"upscore{model.stride}", f"upscore{model.stride}")]

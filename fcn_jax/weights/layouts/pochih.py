@@ -7,7 +7,7 @@ from fcn_jax.weights.layouts.layout import Fit, Layout, Rows, Shapes, classes_of
 from fcn_jax.weights.layouts.torchvision import feature_encoder, feature_rows
 
 _FEATURES = "pretrained_net.features."
-_DECODER = (*(f"{kind}{rung}" for rung in range(1, 6) for kind in ("deconv", "bn")), "classifier")
+_DECODER = "deconv1 bn1 deconv2 bn2 deconv3 bn3 deconv4 bn4 deconv5 bn5 classifier".split()
 DECODER: Rows = list(zip(_DECODER, _DECODER, strict=True))
 """The five transposed convolutions, their batch norms, and the classifier."""
 
@@ -27,6 +27,5 @@ POCHIH = Layout(
     modules=_rows,
     fit=_fit,
     families=(LadderFCN,),
-    # There with VGGNet(remove_fc=False); not used by its forward.
-    unused=("pretrained_net.classifier.*",),
+    unused=("pretrained_net.classifier.*",),  # of VGGNet(remove_fc=False), not used by its forward
 )

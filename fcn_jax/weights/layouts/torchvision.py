@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from functools import partial
 
-from fcn_jax.models.classifier import VGGClassifier
 from fcn_jax.models.fcn import Pad100FCN, SameFCN
+from fcn_jax.models.vgg import VGGClassifier
 from fcn_jax.weights.layouts.layout import Layout, Network, Rows, Shapes, encoder_of, encoder_stages
 
 
 def feature_stages(encoder: str, norm: str | None) -> list[list[tuple[str, int]]]:
-    """List (our module, index) of the encoder by stage; conv, BN, ReLU and pooling are numbered in one row.
-
-    Source: ``make_layers`` of torchvision's ``models/vgg.py``, which timm, pochih and Tramac share.
-    """
+    """List (our module, index) by stage, as ``make_layers`` of torchvision's ``models/vgg.py`` numbers all layers."""
     stages: list[list[tuple[str, int]]] = []
     index = itertools.count()
     for modules in encoder_stages(encoder, norm):
@@ -28,17 +26,16 @@ def feature_stages(encoder: str, norm: str | None) -> list[list[tuple[str, int]]
 
 
 def feature_rows(encoder: str, norm: str | None, prefix: str) -> Rows:
-    """List the rows of the encoder under ``features.`` or another prefix."""
+    """List the rows of the encoder; the prefix is ``features.`` in torchvision."""
     return [(ours, f"{prefix}{index}") for stage in feature_stages(encoder, norm) for ours, index in stage]
 
 
 def feature_encoder(shapes: Shapes, prefix: str) -> str | None:
-    """Tell the encoder from the indices and ranks of the weights under a prefix."""
+    """Infer the encoder from the weights under a prefix."""
     return encoder_of(shapes, prefix, partial(feature_rows, prefix=prefix))
 
 
 def _rows(model: Network, fc6: str, fc7: str, fc8: str) -> Rows:
-    """List the encoder and, where the network has them, VGG's fully connected layers."""
     rows = feature_rows(model.encoder, model.encoder_norm, "features.")
     if isinstance(model, VGGClassifier):
         return [*rows, ("head.fc6", fc6), ("head.fc7", fc7), ("fc8", fc8)]
@@ -58,24 +55,20 @@ TORCHVISION = Layout(
     # The layer of ImageNet's 1000 classes, and the others in networks without fc6 and fc7.
     unused=("classifier.[036].weight", "classifier.[036].bias"),
 )
-JOHNSON = Layout(
+JOHNSON = replace(
+    TORCHVISION,
     # VGG-16 and 19 of jcjohnson's pytorch-vgg, in the names of early torchvision: dropout comes before its layer.
     pattern=r"classifier\.[14]\.(weight|bias)",
     modules=partial(_rows, fc6="classifier.1", fc7="classifier.4", fc8="classifier.6"),
-    # README of pytorch-vgg: BGR in [0, 255] minus (103.939, 116.779, 123.68); the FCN reference subtracts, within one,
-    # the same.
+    # README of pytorch-vgg: BGR in [0, 255] minus (103.939, 116.779, 123.68), within one what the FCN reference has.
     preprocessing="caffe",
-    encoder=partial(feature_encoder, prefix="features."),
-    linear="classifier.",
     unused=("classifier.[146].weight", "classifier.[146].bias"),
 )
-TIMM = Layout(
-    # models/vgg.py: the first two fully connected layers are convolutions (ConvMlp).
+TIMM = replace(
+    TORCHVISION,
+    # models/vgg.py: the first two fully connected layers are convolutions (ConvMlp), and `_cfg` has ImageNet's mean.
     pattern=r"pre_logits\.fc[12]\..*",
     modules=partial(_rows, fc6="pre_logits.fc1", fc7="pre_logits.fc2", fc8="head.fc"),
-    # `_cfg` of models/vgg.py: IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD.
-    preprocessing="imagenet",
-    encoder=partial(feature_encoder, prefix="features."),
     linear="head.fc",
     unused=("pre_logits.fc[12].*", "head.fc.*"),
 )
