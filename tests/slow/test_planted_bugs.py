@@ -31,11 +31,7 @@ BUGS = {
         "pmap-2-1",
     ),
     "dropout ids": Bug(
-        "step.py",
-        "jax.lax.axis_index(axis_name) * count",
-        "0 * count",
-        "integration/test_devices.py",
-        "pmap-2-1",
+        "step.py", "jax.lax.axis_index(axis_name) * count", "0 * count", "integration/test_devices.py", "pmap-2-1"
     ),
     "parts of an accumulated batch": Bug(
         "step.py",
@@ -44,13 +40,7 @@ BUGS = {
         "integration/test_devices.py",
         "every_parts_th",
     ),
-    "ignored label": Bug(
-        "losses.py",
-        "valid = labels != IGNORE",
-        "valid = labels >= 0",
-        "unit/test_losses.py",
-        "",
-    ),
+    "ignored label": Bug("losses.py", "valid = labels != IGNORE", "valid = labels >= 0", "unit/test_losses.py", ""),
     "class weights": Bug(
         "losses.py",
         "return np.divide(median, frequency,",
