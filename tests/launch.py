@@ -6,10 +6,12 @@ import re
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import jax
 import numpy as np
+import pytest
 
 from fcn_jax.training.run import open_run
 
@@ -85,6 +87,32 @@ def finish(started, timeout=240):
         for process in started:
             process.kill()
     return [process.returncode for process in started], outputs
+
+
+def finish_after_a_kill(run):
+    """Run in two processes, the second killed after the first checkpoint; return how the first ended.
+
+    Its exit code, what it printed, and the seconds by which it outlived the other.
+    """
+    started = launch(run, code=KILLED)
+    try:
+        assert started[1].wait(240) == -9
+    finally:
+        if started[1].poll() is None:
+            for process in started:
+                process.kill()
+    before = time.monotonic()
+    codes, outputs = finish(started)
+    return codes[0], outputs[0], time.monotonic() - before
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory):
+    """The run in one process."""
+    run = tmp_path_factory.mktemp("reference") / "run"
+    codes, outputs = train_in_processes(run, count=1)
+    assert codes == [0], outputs
+    return run
 
 
 def train_in_processes(*arguments, **options):

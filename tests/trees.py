@@ -40,11 +40,9 @@ def write_mask(path: Path, label: np.ndarray) -> None:
 def write_palette_mask(path: Path, label: np.ndarray) -> None:
     """Write a palette PNG as VOC has them."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    image = Image.fromarray(label, mode=None).convert("L")
-    out = Image.new("P", image.size)
-    out.putpalette([value for colour in palette(256) for value in colour])
-    out.paste(Image.frombytes("P", image.size, label.tobytes()))
-    out.save(path)
+    image = Image.fromarray(label)
+    image.putpalette([value for colour in palette(256) for value in colour])  # makes it one of mode P
+    image.save(path)
 
 
 def write_list(path: Path, names: Sequence[str]) -> None:

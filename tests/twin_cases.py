@@ -18,8 +18,8 @@ import torch.nn.functional as F
 
 import fcn_jax
 from fcn_jax import weights
-from fcn_jax.compare import make_twin
 from fcn_jax.compare.experiments import random_batch, random_variables
+from fcn_jax.compare.torch_adapter import load_twin
 from fcn_jax.losses import IGNORE
 
 NUM_CLASSES = 4
@@ -65,8 +65,7 @@ def _run_jax(model, variables, images, labels):
 
 
 def _run_torch(model, variables, images, labels):
-    twin = make_twin(model)
-    twin.load_state_dict({k: torch.from_numpy(v.copy()) for k, v in weights.to_torch(model, variables).items()})
+    twin = load_twin(model, variables)
     x, y = torch.from_numpy(images).permute(0, 3, 1, 2), torch.from_numpy(labels)
     twin.eval()
     with torch.no_grad():

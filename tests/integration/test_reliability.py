@@ -1,8 +1,7 @@
 """What happens to the process does not happen to the run: a kill, signals, a second process."""
 
-import json
 import signal
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,7 +10,6 @@ from tiny_run import KILL, TINY, assert_same, in_folder, in_process, signalling,
 from fcn_jax.cli.process import guarded
 from fcn_jax.errors import InputError, Stopped
 from fcn_jax.training import loop
-from fcn_jax.training.check import config_from_json
 from fcn_jax.training.run import RunFolder
 
 
@@ -63,14 +61,7 @@ def test_a_signal_that_is_ignored_stays_ignored(tmp_path, monkeypatch):
 
 def test_a_second_process_in_a_runs_folder_is_refused(tmp_path):
     config = in_folder(tmp_path)
-    with (
-        RunFolder(config.run).locked(),
-        pytest.raises(InputError, match="is being trained by another process; wait for its end"),
-    ):
+    message = "is being trained by another process; wait for its end"
+    with RunFolder(config.run).locked(), pytest.raises(InputError, match=message):
         train(config)
     train(replace(config, train=replace(config.train, steps=1)))
-
-
-def test_the_config_of_a_process_is_the_config(tmp_path):
-    config = in_folder(tmp_path)
-    assert config_from_json(json.loads(json.dumps(asdict(config)))) == config

@@ -5,119 +5,73 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 
 ROOT = Path(__file__).parents[2]
 
 
-class Bug(NamedTuple):
-    """A line of the package, what it becomes, and the tests (file, -k expression) that have to fail."""
-
-    file: str
-    right: str
-    wrong: str
-    test: str
-    expression: str
-
-
+# file of the package, a line of it, what it becomes, and the test (file, -k expression) that has to fail
 BUGS = {
-    "loss denominator": Bug(
-        "step.py",
-        "sums, grads = jax.lax.psum((sums, grads), axis_name)",
-        "grads = jax.lax.psum(grads, axis_name)",
-        "integration/test_devices.py",
-        "pmap-2-1",
+    "loss denominator": (
+        "step.py", "sums, grads = jax.lax.psum((sums, grads), axis_name)", "grads = jax.lax.psum(grads, axis_name)",
+        "integration/test_devices.py", "pmap-2-1",
     ),
-    "dropout ids": Bug(
-        "step.py", "jax.lax.axis_index(axis_name) * count", "0 * count", "integration/test_devices.py", "pmap-2-1"
+    "dropout ids": (
+        "step.py", "jax.lax.axis_index(axis_name) * count", "0 * count", "integration/test_devices.py", "pmap-2-1",
     ),
-    "parts of an accumulated batch": Bug(
-        "step.py",
-        "jnp.moveaxis(x.reshape(-1, accumulate, *x.shape[1:]), 1, 0)",
-        "x.reshape(accumulate, -1, *x.shape[1:])",
-        "integration/test_devices.py",
-        "every_parts_th",
+    "parts of an accumulated batch": (
+        "step.py", "jnp.moveaxis(x.reshape(-1, accumulate, *x.shape[1:]), 1, 0)",
+        "x.reshape(accumulate, -1, *x.shape[1:])", "integration/test_devices.py", "every_parts_th",
     ),
-    "ignored label": Bug("losses.py", "valid = labels != IGNORE", "valid = labels >= 0", "unit/test_losses.py", ""),
-    "class weights": Bug(
-        "losses.py",
-        "return np.divide(median, frequency,",
-        "return np.divide(frequency, median,",
-        "unit/test_losses.py",
-        "median",
+    "ignored label": ("losses.py", "valid = labels != IGNORE", "valid = labels >= 0", "unit/test_losses.py", ""),
+    "class weights": (
+        "losses.py", "return np.divide(median, frequency,", "return np.divide(frequency, median,",
+        "unit/test_losses.py", "median",
     ),
-    "schedule": Bug(
-        "optim.py",
-        "optax.polynomial_schedule(config.lr, 0.0, config.poly_power, steps)",
-        "optax.polynomial_schedule(config.lr, 0.0, config.poly_power, steps - 1)",
-        "unit/test_optim.py",
-        "",
+    "schedule": (
+        "optim.py", "config.poly_power, steps)", "config.poly_power, steps - 1)", "unit/test_optim.py", "",
     ),
-    "rate of biases": Bug(
-        "optim.py",
-        '(config.bias_lr if last == "bias" else 1.0)',
-        '(config.bias_lr if last != "bias" else 1.0)',
-        "unit/test_optim.py",
-        "",
+    "rate of biases": (
+        "optim.py", '(config.bias_lr if last == "bias" else 1.0)', '(config.bias_lr if last != "bias" else 1.0)',
+        "unit/test_optim.py", "",
     ),
-    "data position": Bug(
-        "training/loop.py",
-        'batches.set_state(json.dumps(restored.progress["data"]).encode())',
-        "batches.set_state(batches.get_state())",
-        "integration/test_reliability.py",
-        "stops_after_the_step",
+    "data position": (
+        "training/loop.py", 'batches.set_state(json.dumps(restored.progress["data"]).encode())',
+        "batches.set_state(batches.get_state())", "integration/test_reliability.py", "stops_after_the_step",
     ),
-    "log truncation": Bug(
-        "training/run.py",
-        'return row["step"] < step or',
-        "return True or",
-        "integration/test_checkpoint.py",
+    "log truncation": (
+        "training/run.py", 'return row["step"] < step or', "return True or", "integration/test_checkpoint.py",
         "forgotten",
     ),
-    "checkpoint checksum": Bug(
-        "training/checkpoint.py",
-        "wrong = [name for name in items if checksums",
-        "wrong = [name for name in () if checksums",
-        "integration/test_damage.py",
-        "bit_of_an_array",
+    "checkpoint checksum": (
+        "training/checkpoint.py", "wrong = [name for name in items if checksums",
+        "wrong = [name for name in () if checksums", "integration/test_damage.py", "bit_of_an_array",
     ),
-    "device sharding": Bug(
-        "training/devices.py",
-        "np.reshape(x, (local, -1, *x.shape[1:]))",
-        "np.reshape(x, (-1, local, *x.shape[1:])).swapaxes(0, 1)",
-        "integration/test_devices.py",
-        "pmap-2-1",
+    "device sharding": (
+        "training/devices.py", "np.reshape(x, (local, -1, *x.shape[1:]))",
+        "np.reshape(x, (-1, local, *x.shape[1:])).swapaxes(0, 1)", "integration/test_devices.py", "pmap-2-1",
     ),
-    "exit code": Bug(
-        "cli/process.py",
-        'return f"error: {error}", 2',
-        'return f"error: {error}", 1',
-        "integration/test_cli.py",
+    "exit code": (
+        "cli/process.py", 'return f"error: {error}", 2', 'return f"error: {error}", 1', "integration/test_cli.py",
         "cannot_run",
     ),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", BUGS)
 def test_a_planted_bug_is_found(name, tmp_path):
-    bug = BUGS[name]
+    file, right, wrong, test, expression = BUGS[name]
     for folder in ("fcn_jax", "tests", "docs"):
         shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__"))
-    for file in ("pyproject.toml", "train.py", "eval.py", "README.md"):
-        shutil.copy(ROOT / file, tmp_path / file)
-    path = tmp_path / "fcn_jax" / bug.file
+    for other in ("pyproject.toml", "train.py", "eval.py", "README.md"):
+        shutil.copy(ROOT / other, tmp_path / other)
+    path = tmp_path / "fcn_jax" / file
     text = path.read_text()
-    assert text.count(bug.right) == 1
-    path.write_text(text.replace(bug.right, bug.wrong))
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", f"tests/{bug.test}"]
-    done = subprocess.run(
-        [*command, *(["-k", bug.expression] if bug.expression else [])],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(tmp_path)},
-        capture_output=True,
-        text=True,
-    )
+    assert text.count(right) == 1
+    path.write_text(text.replace(right, wrong))
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", f"tests/{test}", "-k", expression]
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 1, done.stdout[-3000:] + done.stderr[-1000:]  # 1: tests failed
     print(next(line for line in done.stdout.splitlines() if line.startswith("FAILED")))

@@ -17,14 +17,10 @@ from fcn_jax.training import loop
 from fcn_jax.training.run import RunFolder
 
 MOMENTS = {
-    "in a step": (0, 4),
-    "in a row": (0, 4),
-    "in a validation": (2, 4),
+    "in a step": (0, 4), "in a row": (0, 4), "in a validation": (2, 4), "after the last save": (0, 13),
+    "before the commit of the first": (0, 0), "in the removal of an old one": (0, None),
     "in a save": (2, None),  # the write was in the background: it may or may not have come to its end
-    "before the commit of the first": (0, 0),
-    "after the last save": (0, 13),
-    "in the removal of an old one": (0, None),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("moment", MOMENTS)
@@ -89,12 +85,7 @@ def test_stopped_twice_at_the_same_step_and_with_other_devices(undisturbed, tmp_
 
 
 def test_a_second_signal_ends_the_process_at_once(undisturbed, tmp_path):
-    code = (
-        "import json, sys, time; from rich.console import Console; from fcn_jax.training.check import config_from_json;"
-        "from fcn_jax.training import loop;"
-        "loop.evaluate = lambda *args: (print('validating', flush=True), time.sleep(100));"
-        "loop.train(config_from_json(json.loads(sys.argv[1])), Console())"
-    )
+    code = "loop.evaluate = lambda *args: (print('validating', flush=True), time.sleep(100)); run()"
     process = in_process(code, in_folder(tmp_path))
     for line in process.stdout:
         if b"validating" in line:
@@ -120,14 +111,8 @@ def test_a_run_goes_on_where_nobody_can_read_what_it_says(where, tmp_path):
     os.close(reading)
     with os.fdopen(writing, "w") as pipe, open("/dev/full", "w") as full:
         out = pipe if where == "a closed pipe" else full
-        done = subprocess.run(
-            [*command, *sizes.split()],
-            cwd=Path(__file__).parents[2],
-            env=environment(),
-            stdout=out,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+        given = {"cwd": Path(__file__).parents[2], "env": environment(), "stdout": out, "text": True}
+        done = subprocess.run([*command, *sizes.split()], stderr=subprocess.PIPE, **given)
     assert (done.returncode, done.stderr) == (0, "")
     assert [row["step"] for row in RunFolder(config.run).rows() if row["kind"] == "val"] == [4, 6]
 
@@ -135,15 +120,12 @@ def test_a_run_goes_on_where_nobody_can_read_what_it_says(where, tmp_path):
 def test_signals_to_all_processes_of_a_job_stop_the_run_alone(undisturbed, tmp_path):
     config = in_folder(tmp_path, workers=2)
     code = (
-        "import json, sys, time; from rich.console import Console; from fcn_jax.training.check import config_from_json;"
-        "from fcn_jax.cli.process import guarded; from fcn_jax.data import pipeline;"
-        "from fcn_jax.training import loop\n"
+        "from fcn_jax.data import pipeline\n"
         "iterate = pipeline._iterate\n"
         "def noting(*args):\n"
         "    print('starting workers' if args[2:] == (2,) else '', flush=True)\n"
         "    return iterate(*args)\n"
         "pipeline._iterate = noting\n"
-        "run = lambda _: loop.train(config_from_json(json.loads(sys.argv[1])), Console())\n"
         "if __name__ == '__main__': sys.exit(guarded(run, []))"
     )
     process = in_process(code, config, start_new_session=True)

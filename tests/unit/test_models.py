@@ -42,25 +42,18 @@ def test_an_unknown_name_lists_the_known_ones():
         ("fcn8s_pad100", {"fc6_kernel": 1}, "unknown option of fcn8s_pad100 'fc6_kernel'"),
         ("fcn8s_ladder", {"dropout_rate": 0.5}, "unknown option of fcn8s_ladder 'dropout_rate'"),
         ("fcn8s_resize", {"fc_features": 64}, "unknown option of fcn8s_resize 'fc_features'"),
-        ("fcn8s", {"encoder": "vgg12"}, "vgg11, vgg13, vgg16, vgg19"),
+        ("fcn8s", {"encoder": "vgg12"}, "vgg11, vgg13, vgg16, vgg19"), ("fcn8s", {"pool": "same"}, "ceil, floor"),
         ("fcn8s", {"encoder_norm": "group"}, "unknown encoder_norm 'group'"),
-        ("fcn8s", {"pool": "same"}, "ceil, floor"),
-        ("fcn8s", {"width": 0}, "expected 0 < width <= 64"),
-        ("fcn8s", {"width": "a"}, "width"),
-        ("fcn8s", {"width": float("nan")}, "width"),
+        ("fcn8s", {"width": 0}, "expected 0 < width <= 64"), ("fcn8s", {"width": "a"}, "width"),
+        ("fcn8s", {"width": float("nan")}, "width"), ("fcn8s", {"fc_features": 1.5}, "fc_features"),
         ("fcn8s", {"dropout_rate": 1.0}, "expected 0 <= dropout_rate < 1"),
         ("fcn8s", {"fc_features": 0}, r"expected fc_features in 1 \.\.\. 1048576"),
-        ("fcn8s", {"fc_features": 1.5}, "fc_features"),
         ("fcn8s", {"num_classes": 0}, "num_classes in 1 ... 255, got 0"),
-        ("fcn8s", {"num_classes": "21"}, "num_classes"),
-        ("fcn8s", {"num_classes": 2.5}, "num_classes"),
-        ("fcn8s", {"num_classes": True}, "num_classes"),
-        ("fcn8s", {"num_classes": 300}, "num_classes"),
-        ("fcn8s_pad100", {"skip_scales": 0.1}, "skip_scales"),
-        ("fcn8s_pad100", {"crop": (5, 9)}, "crop"),
+        *(("fcn8s", {"num_classes": value}, "num_classes") for value in ("21", 2.5, True, 300)),
+        ("fcn8s_pad100", {"skip_scales": 0.1}, "skip_scales"), ("fcn8s_pad100", {"crop": (5, 9)}, "crop"),
         ("fcn8s_pad100", {"crop": (5, 9, -40)}, "crop"),
     ],
-)
+)  # fmt: skip
 def test_an_option_that_makes_no_network_is_named(name, options, message):
     with pytest.raises(InputError, match=message):
         fcn_jax.create_model(name, **{"num_classes": 21, **options})

@@ -11,13 +11,11 @@ from fcn_jax.config import OptimConfig
 from fcn_jax.optim import make_optimizer, make_schedule
 
 PARAMS = {
-    "vgg": {
-        "conv1_1": {"kernel": jnp.array([1.0, -2.0]), "bias": jnp.array([0.5])},
-        "bn1_1": {"scale": jnp.array([1.5])},
-    },
-    "score_fr": {"kernel": jnp.array([0.3]), "bias": jnp.array([-0.1])},
-    "upscore8": {"kernel": jnp.array([0.7])},
+    "vgg": {"conv1_1": {"kernel": [1.0, -2.0], "bias": [0.5]}, "bn1_1": {"scale": [1.5]}},
+    "score_fr": {"kernel": [0.3], "bias": [-0.1]},
+    "upscore8": {"kernel": [0.7]},
 }
+PARAMS = jax.tree.map(jnp.array, PARAMS, is_leaf=lambda leaf: isinstance(leaf, list))
 GRADS = jax.tree.map(lambda x: 0.1 * x + 0.2, PARAMS)
 
 

@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import trees
-from networks import make_network
 from scipy.special import softmax
+from small_networks import make_network
 
 from fcn_jax.errors import InputError
 from fcn_jax.evaluation.evaluate import PLAIN, Views, make_predictor
