@@ -15,6 +15,7 @@ os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_FLAGS}"
 import jax  # noqa: E402  (the flags are read at import)
 import pytest  # noqa: E402
 from launch import reference  # noqa: E402, F401  (a fixture)
+from small_recipes import easy  # noqa: E402, F401  (a fixture)
 from tiny_run import heard, undisturbed  # noqa: E402, F401  (fixtures)
 
 jax.config.update("jax_enable_x64", True)

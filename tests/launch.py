@@ -110,12 +110,12 @@ def finish_after_a_kill(run):
 def reference(tmp_path_factory):
     """The run in one process."""
     run = tmp_path_factory.mktemp("reference") / "run"
-    codes, outputs = train_in_processes(run, count=1)
+    codes, outputs = train(run, count=1)
     assert codes == [0], outputs
     return run
 
 
-def train_in_processes(*arguments, **options):
+def train(*arguments, **options):
     return finish(launch(*arguments, **options))
 
 

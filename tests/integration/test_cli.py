@@ -112,13 +112,6 @@ def test_data_that_cannot_be_used(fails, tmp_path):
     fails(train_command, arguments, "train_000.png")
 
 
-def test_a_run_folder_of_another_run_is_not_touched(fails, run):
-    before = (run / "config.json").read_bytes()
-    arguments = ["shapes", *TINY, "--run", run, "--data.cache-dir", run.parent / "cache"]
-    fails(train_command, [*arguments, "--optim.lr", "0.5"], "optim.lr 0.1 (now 0.5)", "--run")
-    assert (run / "config.json").read_bytes() == before
-
-
 def test_each_evaluation_has_files_of_its_own_and_eval_json_is_the_plain_one(capsys, fails, run, monkeypatch):
     fails(eval_command, ["--run", run, "--scales", "0"], "--scales", "0.1 ... 8")
     counted, passed, make = set(), [], evaluation.make_predictor
@@ -139,10 +132,13 @@ def test_each_evaluation_has_files_of_its_own_and_eval_json_is_the_plain_one(cap
     assert json.loads((run / "eval.json").read_text())["split"] == "shapes/val"
 
 
-def test_a_run_is_resumed_and_lengthened_by_its_folder_alone(fails, tmp_path):
+def test_a_run_is_resumed_and_lengthened_by_its_folder_alone_and_no_other_run_may_have_it(fails, tmp_path):
     run = tmp_path / "run"
     small = ["shapes", *TINY, "--data.cache-dir", tmp_path / "cache", "--optim.warmup-steps", "0", "--run", run]
     assert train_command([*map(str, small), "--optim.schedule", "fixed"]) == 0
+    before = (run / "config.json").read_bytes()
+    fails(train_command, [*small, "--optim.schedule", "fixed", "--optim.lr", "0.5"], "optim.lr 0.1 (now 0.5)", "--run")
+    assert (run / "config.json").read_bytes() == before
     assert train_command(["--resume", str(run), "--train.steps", "2"]) == 0
     assert [row["step"] for row in RunFolder(run).rows() if row["kind"] == "val"] == [1, 2]
     assert RunFolder(run).read_config()[0].train.steps == 2

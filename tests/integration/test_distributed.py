@@ -3,14 +3,7 @@
 import jax
 import numpy as np
 import pytest
-from launch import (
-    address,
-    assert_equal_runs,
-    assert_lost_another,
-    finish_after_a_kill,
-    start,
-    train_in_processes,
-)
+from launch import address, assert_equal_runs, assert_lost_another, finish_after_a_kill, start, train
 
 import fcn_jax
 from fcn_jax.config import Config, DataConfig
@@ -32,7 +25,7 @@ def test_a_killed_process_ends_the_others_within_a_minute_and_the_run_resumes_to
     assert seconds < 60
     assert_lost_another(code, printed)
     assert open_run(run, "last").step == 3
-    codes, outputs = train_in_processes(run)
+    codes, outputs = train(run)
     assert codes == [0, 0], outputs
     assert "resuming" in outputs[0] and "resuming" not in outputs[1]
     assert "best checkpoint" in outputs[0] and "best checkpoint" not in outputs[1]

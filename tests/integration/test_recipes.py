@@ -3,7 +3,7 @@
 import jax
 import numpy as np
 import pytest
-from small_recipes import SHRUNK, easy, run_through, shrink  # noqa: F401  (a fixture)
+from small_recipes import SHRUNK, run_through, shrink
 
 from fcn_jax.cli import train as train_module
 from fcn_jax.cli.train import main as train_command

@@ -16,15 +16,8 @@ from fcn_jax import compare as numerics
 from fcn_jax import weights
 from fcn_jax.cli import parity as cli_parity
 from fcn_jax.cli.process import guarded
-from fcn_jax.compare import compare_arrays, error_norm, first_over, measure, ulp_distance
-from fcn_jax.compare.experiments import (
-    Case,
-    against_jax,
-    against_torch,
-    cancelled_biases,
-    random_batch,
-    random_variables,
-)
+from fcn_jax.compare import compare_arrays, error_norm, experiments, first_over, measure, ulp_distance
+from fcn_jax.compare.experiments import Case, against_jax, against_torch, random_batch
 from fcn_jax.compare.jax_adapter import dilated_upsampling
 from fcn_jax.compare.report import parity_tables, save_figure
 from fcn_jax.compare.torch_adapter import load_twin
@@ -42,7 +35,7 @@ def build(name, **options):
     """Return a tiny network in float64, as the command builds it, its weights, images and labels."""
     options |= {"dtype": jnp.float64, "param_dtype": jnp.float64, "precision": "highest"}
     model = fcn_jax.create_model(name, 3, encoder="vgg11", width=0.03, **options)
-    variables = jax.tree.map(lambda x: jnp.asarray(x, jnp.float64), random_variables(model))
+    variables = jax.tree.map(lambda x: jnp.asarray(x, jnp.float64), experiments.random_variables(model))
     return model, variables, *random_batch((64, 48), 3)
 
 
@@ -146,7 +139,7 @@ def check_agreement(report, model):
     assert report.steps[-1].moved > 1e-4
     assert report.steps[-1].theirs != report.steps[0].theirs
     assert [row.name for row in report.layers["train"]][-1] == "logits"
-    assert {row.name for row in report.gradients if row.of_global} == set(cancelled_biases(model))
+    assert {row.name for row in report.gradients if row.of_global} == set(experiments.cancelled_biases(model))
     assert report.gradients[0].name == "vgg.conv1_1.weight"  # in the order of the layers
 
 

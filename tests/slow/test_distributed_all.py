@@ -5,8 +5,7 @@ import shutil
 import signal
 
 import pytest
-from launch import address, assert_equal_runs, assert_lost_another, finish, finish_after_a_kill, start
-from launch import train_in_processes as train
+from launch import address, assert_equal_runs, assert_lost_another, finish, finish_after_a_kill, start, train
 
 # Asks one of the processes to stop, which all of them then do.
 ASKED = """

@@ -11,15 +11,14 @@ import pytest
 ROOT = Path(__file__).parents[2]
 
 
+DEVICES = "integration/test_devices.py", "pmap-2-1"
 # file of the package, a line of it, what it becomes, and the test (file, -k expression) that has to fail
 BUGS = {
     "loss denominator": (
         "step.py", "sums, grads = jax.lax.psum((sums, grads), axis_name)", "grads = jax.lax.psum(grads, axis_name)",
-        "integration/test_devices.py", "pmap-2-1",
+        *DEVICES,
     ),
-    "dropout ids": (
-        "step.py", "jax.lax.axis_index(axis_name) * count", "0 * count", "integration/test_devices.py", "pmap-2-1",
-    ),
+    "dropout ids": ("step.py", "jax.lax.axis_index(axis_name) * count", "0 * count", *DEVICES),
     "parts of an accumulated batch": (
         "step.py", "jnp.moveaxis(x.reshape(-1, accumulate, *x.shape[1:]), 1, 0)",
         "x.reshape(accumulate, -1, *x.shape[1:])", "integration/test_devices.py", "every_parts_th",
@@ -29,9 +28,7 @@ BUGS = {
         "losses.py", "return np.divide(median, frequency,", "return np.divide(frequency, median,",
         "unit/test_losses.py", "median",
     ),
-    "schedule": (
-        "optim.py", "config.poly_power, steps)", "config.poly_power, steps - 1)", "unit/test_optim.py", "",
-    ),
+    "schedule": ("optim.py", "poly_power, steps)", "poly_power, steps - 1)", "unit/test_optim.py", ""),
     "rate of biases": (
         "optim.py", '(config.bias_lr if last == "bias" else 1.0)', '(config.bias_lr if last != "bias" else 1.0)',
         "unit/test_optim.py", "",
@@ -41,8 +38,8 @@ BUGS = {
         "batches.set_state(batches.get_state())", "integration/test_reliability.py", "stops_after_the_step",
     ),
     "log truncation": (
-        "training/run.py", 'return row["step"] < step or', "return True or", "integration/test_checkpoint.py",
-        "forgotten",
+        "training/run.py", 'return row["step"] < step or', "return True or",
+        "integration/test_checkpoint.py", "forgotten",
     ),
     "checkpoint checksum": (
         "training/checkpoint.py", "wrong = [name for name in items if checksums",
@@ -50,12 +47,9 @@ BUGS = {
     ),
     "device sharding": (
         "training/devices.py", "np.reshape(x, (local, -1, *x.shape[1:]))",
-        "np.reshape(x, (-1, local, *x.shape[1:])).swapaxes(0, 1)", "integration/test_devices.py", "pmap-2-1",
+        "np.reshape(x, (-1, local, *x.shape[1:])).swapaxes(0, 1)", *DEVICES,
     ),
-    "exit code": (
-        "cli/process.py", 'return f"error: {error}", 2', 'return f"error: {error}", 1', "integration/test_cli.py",
-        "cannot_run",
-    ),
+    "exit code": ("cli/process.py", '{error}", 2', '{error}", 1', "integration/test_cli.py", "cannot_run"),
 }  # fmt: skip
 
 

@@ -5,15 +5,7 @@ import json
 import jax
 import numpy as np
 import pytest
-from small_recipes import (
-    SCORE_NET,
-    SMALL,
-    easy,  # noqa: F401  (a fixture)
-    run_through,
-    shrink,
-    train_until_killed,
-    tree,
-)
+from small_recipes import SCORE_NET, SMALL, run_through, shrink, train_until_killed, tree
 from tiny_run import timeless_rows
 
 from fcn_jax.cli.eval import main as eval_command

@@ -1,5 +1,7 @@
 """Building networks: names and options, the sizes they serve, initial values, freezing, the layer table."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,6 +19,11 @@ SIZES = [(1, 1), (1, 70), (31, 32), (33, 65), (64, 96), (101, 7)]
 
 def tiny(name, num_classes=3, **options):
     return fcn_jax.create_model(name, num_classes, **{**TINY, **options})
+
+
+def train(model, variables, images):
+    """Return logits and new statistics in training."""
+    return model.apply(variables, images, train=True, rngs={"dropout": jax.random.key(1)}, mutable=["batch_stats"])
 
 
 @pytest.fixture(scope="module")
@@ -129,9 +136,7 @@ def test_a_frozen_encoder_gets_no_gradient_and_keeps_its_statistics(images):
     params = jax.tree.map(lambda x: x + 0.1, variables["params"])  # score layers at zero would stop every gradient
 
     def loss(params):
-        rest = {"batch_stats": variables["batch_stats"]}
-        rngs = {"dropout": jax.random.key(2)}
-        out, new = model.apply({"params": params, **rest}, images, train=True, rngs=rngs, mutable=["batch_stats"])
+        out, new = train(model, {**variables, "params": params}, images)
         return jnp.sum(out**2), new["batch_stats"]
 
     gradient, statistics = jax.jit(jax.grad(loss, has_aux=True))(params)
@@ -149,9 +154,7 @@ def test_recomputing_the_encoder_changes_no_name_and_no_number(images):
         variables = fcn_jax.init_variables(model, jax.random.key(0))
 
         def loss(params):
-            given = {**variables, "params": jax.tree.map(lambda x: x + 0.01, params)}
-            rngs = {"dropout": jax.random.key(1)}
-            out, new = model.apply(given, images, train=True, rngs=rngs, mutable=["batch_stats"])
+            out, new = train(model, {**variables, "params": jax.tree.map(lambda x: x + 0.01, params)}, images)
             return jnp.sum(out**2), new
 
         return jax.jit(jax.value_and_grad(loss, has_aux=True))(variables["params"])
@@ -164,8 +167,7 @@ def test_bfloat16_computes_with_float32_parameters(images):
     model = tiny("fcn8s_ladder", encoder_norm="batch", dtype=jnp.bfloat16)
     variables = fcn_jax.init_variables(model, jax.random.key(0))
     assert {leaf.dtype for leaf in jax.tree.leaves(variables)} == {np.dtype(np.float32)}
-    apply = jax.jit(lambda v, x: model.apply(v, x, train=True, mutable=["batch_stats"]))
-    logits, updated = apply(variables, images)
+    logits, updated = jax.jit(functools.partial(train, model))(variables, images)
     assert logits.dtype == jnp.bfloat16 and np.isfinite(logits.astype(np.float32)).all()
     assert {leaf.dtype for leaf in jax.tree.leaves(updated)} == {np.dtype(np.float32)}
 
@@ -176,11 +178,7 @@ def test_auxiliary_logits_are_returned_in_training_only():
     variables = jax.eval_shape(lambda: fcn_jax.init_variables(model, jax.random.key(0)))
     assert "aux" in variables["params"]
     assert jax.eval_shape(model.apply, variables, x).shape == (2, 40, 33, 3)
-
-    def train(variables, key):
-        return model.apply(variables, x, train=True, rngs={"dropout": key}, mutable=["batch_stats"])[0]
-
-    logits, aux = jax.eval_shape(train, variables, jax.random.key(0))
+    (logits, aux), _ = jax.eval_shape(functools.partial(train, model), variables, x)
     assert logits.shape == aux.shape == (2, 40, 33, 3)
 
 
