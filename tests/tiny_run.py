@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 from dataclasses import asdict, replace
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,7 @@ import pytest
 from rich.console import Console
 
 from fcn_jax.config import Config, DataConfig, ModelConfig, OptimConfig, TrainConfig
+from fcn_jax.errors import Stopped
 from fcn_jax.step import TrainState
 from fcn_jax.training import loop
 from fcn_jax.training.checkpoint import Checkpoints, restore_newest
@@ -146,8 +148,6 @@ def heard():
 KILL = """
 import shutil
 
-moment = sys.argv[2]
-
 def killing(owner, name, when, after=False):
     original = getattr(owner, name)
     def instead(*args, **kwargs):
@@ -163,23 +163,23 @@ def half_is_written(self, row):
             file.write(json.dumps(row)[:20])
     return row["step"] == 6
 
-if moment == "in a step":
-    killing(loop.Logger, "step", lambda self, step, *rest: step == 7)
-elif moment == "in a row":
-    killing(RunFolder, "append", half_is_written)
-elif moment == "in a validation":
-    calls = []
-    killing(loop, "evaluate", lambda *args: calls.append(0) or len(calls) == 2)
-elif moment == "in a save":
-    killing(loop.Checkpoints, "save", lambda self, state, *rest: int(state.step) == 8, after=True)
-elif moment == "before the commit of the first":
+calls = []
+MOMENTS = {
+    "in a step": [(loop.Logger, "step", lambda self, step, *rest: step == 7)],
+    "in a row": [(RunFolder, "append", half_is_written)],
+    "in a validation": [(loop, "evaluate", lambda *args: calls.append(0) or len(calls) == 2)],
+    "in a save": [(loop.Checkpoints, "save", lambda self, state, *rest: int(state.step) == 8, True)],
     # A checkpoint is written under another name and renamed once it is whole.
-    for name in ("rename", "replace"):
-        killing(os, name, lambda source, target, **options: os.path.basename(target) == "4")
-elif moment == "in the removal of an old one":
-    killing(shutil, "rmtree", lambda path, *args, **options: os.path.basename(path).startswith("4"))
-elif moment == "after the last save":
-    killing(loop.Checkpoints, "close", lambda *args: True, after=True)
+    "before the commit of the first": [
+        (os, name, lambda source, target, **options: os.path.basename(target) == "4") for name in ("rename", "replace")
+    ],
+    "in the removal of an old one": [
+        (shutil, "rmtree", lambda path, *args, **options: os.path.basename(path).startswith("4"))
+    ],
+    "after the last save": [(loop.Checkpoints, "close", lambda *args: True, True)],
+}
+for kill in MOMENTS[sys.argv[2]]:
+    killing(*kill)
 run()
 """
 
@@ -193,3 +193,25 @@ def signalling(monkeypatch, owner, name, number, when):
         return original(*args, **kwargs)
 
     monkeypatch.setattr(owner, name, instead)
+
+
+def check_stop(number, moment, saved, undisturbed, tmp_path, monkeypatch):
+    """A signal stops the run after the step, or the save, with its state saved, and it resumes to the same end."""
+    config, calls = in_folder(tmp_path), []
+    owner, name, when = {
+        "start": (loop, "progress_bar", lambda *args: True),
+        "step": (loop.Logger, "step", lambda self, step, *rest: step == 7),
+        "validation": (loop, "evaluate", lambda *args: calls.append(0) or len(calls) == 2),
+        "save": (loop.Checkpoints, "save", lambda self, state, *rest: int(state.step) == 8),
+    }[moment]
+    message = f"stopped by {number.name} at step {saved}, which is saved"
+    with monkeypatch.context() as patched, pytest.raises(Stopped, match=message) as stopped:
+        signalling(patched, owner, name, number, when)
+        train(config)
+    assert stopped.value.number == number
+    # A validation is left as it stands; after a save there is nothing more to save.
+    assert (Path(config.run) / "interrupted" / str(saved)).is_dir() is (moment != "save")
+    assert (Path(config.run) / "checkpoints" / str(saved)).exists() is (moment == "save")
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    assert f"resuming {config.run} at step {saved}" in train(config)
+    assert_same(config, undisturbed)

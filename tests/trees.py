@@ -73,6 +73,13 @@ def voc(root: Path, year: str, splits: dict[str, Sequence[str]]) -> Path:
     return tree
 
 
+def boundaries(shape: tuple[int, int]) -> np.ndarray:
+    """What GTcls.Boundaries of an SBD mask has for each class; nothing reads it."""
+    found = np.empty((20, 1), object)
+    found[:] = [[np.zeros(shape, np.uint8)]] * 20
+    return found
+
+
 def sbd(root: Path, splits: dict[str, Sequence[str]]) -> Path:
     """A benchmark_RELEASE under ``root``, .mat files with GTcls as in the release; returns its dataset folder."""
     tree = root / "benchmark_RELEASE/dataset"
@@ -83,9 +90,8 @@ def sbd(root: Path, splits: dict[str, Sequence[str]]) -> Path:
             seed = int(name[-3:])
             write_image(tree / "img" / f"{name}.jpg", picture(seed))
             label = mask(seed, 21, ignore=0)
-            boundaries = np.empty((20, 1), object)
-            boundaries[:] = [[np.zeros(label.shape, np.uint8)]] * 20
-            truth = {"Boundaries": boundaries, "Segmentation": label, "CategoriesPresent": np.unique(label)[:, None]}
+            truth = {"Boundaries": boundaries(label.shape), "Segmentation": label}
+            truth["CategoriesPresent"] = np.unique(label)[:, None]
             savemat(tree / "cls" / f"{name}.mat", {"GTcls": truth}, do_compression=True)
     return tree
 

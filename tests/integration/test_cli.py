@@ -1,5 +1,6 @@
 """A user's mistake gives one line that names the thing and the way out, and exit code 2."""
 
+import errno
 import json
 import os
 import subprocess
@@ -21,7 +22,7 @@ from fcn_jax.cli.process import guarded
 from fcn_jax.cli.summary import main as summary_command
 from fcn_jax.cli.train import main as train_command
 from fcn_jax.config import Config, OptimConfig, TrainConfig
-from fcn_jax.errors import InputError
+from fcn_jax.errors import InputError, Stopped
 from fcn_jax.evaluation.evaluate import Views
 from fcn_jax.training.run import RunFolder, lengthened
 
@@ -230,12 +231,24 @@ def test_predict_never_overwrites_an_image_it_is_given(fails, run, tmp_path):
     assert image.read_bytes() == before
 
 
-def test_an_interrupted_command_says_how_to_go_on(capsys):
-    def interrupted(arguments):
-        raise KeyboardInterrupt
+DISK = "error: %s: %s; check the path and the disk\n"
 
-    assert guarded(interrupted, []) == 130
-    assert "goes on from the last checkpoint" in capsys.readouterr().err
+
+@pytest.mark.parametrize(
+    ("error", "code", "message"),
+    [
+        (KeyboardInterrupt(), 130, "goes on from the last checkpoint"),
+        (Stopped("stopped by SIGTERM at step 7, which is saved; the same command goes on", 15), 143, "which is saved"),
+        *((OSError(n, os.strerror(n)), 2, DISK % ("a file", os.strerror(n))) for n in (errno.ENOSPC, errno.EROFS)),
+        (OSError(errno.ENOENT, "No such file", "/none/a.png"), 2, DISK % ("/none/a.png", "No such file")),
+    ],
+)
+def test_what_ends_a_command_decides_its_exit_code_and_message(error, code, message, capsys):
+    def ended(arguments):
+        raise error
+
+    assert guarded(ended, []) == code
+    assert message in capsys.readouterr().err
 
 
 def test_summary_prints_the_layer_table(capsys, fails):

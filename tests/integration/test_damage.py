@@ -1,6 +1,5 @@
 """Checkpoints that are damaged and disks that take no more: a run goes on from what is good, or says what is wrong."""
 
-import errno
 import os
 import shutil
 import signal
@@ -12,7 +11,6 @@ import numpy as np
 import pytest
 from tiny_run import assert_same, in_folder, in_process, saved_state, saved_variables, signalling, train
 
-from fcn_jax.cli.process import guarded
 from fcn_jax.errors import InputError, Stopped
 from fcn_jax.training import loop
 from fcn_jax.training.checkpoint import Checkpoints, load_variables, restore_newest
@@ -181,12 +179,3 @@ def test_a_full_disk_is_one_line_and_what_was_saved_is_good(undisturbed, tmp_pat
         assert "saved before" in lines[0] and str(config.run) in lines[0]
     assert "at step 4" in train(config)
     assert_same(config, undisturbed)
-
-
-@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS])
-def test_a_disk_that_gives_no_name_is_one_line(number, capsys):
-    def failing(arguments):
-        raise OSError(number, os.strerror(number))
-
-    assert guarded(failing, []) == 2
-    assert capsys.readouterr().err == f"error: a file: {os.strerror(number)}; check the path and the disk\n"

@@ -60,9 +60,8 @@ def test_a_loss_of_nan_names_the_step_and_the_images_and_can_be_skipped(tmp_path
         return place({**batch, "image": image * np.nan if len(taken) == 6 else image})
 
     place_batches(monkeypatch, poison)
-    with pytest.raises(
-        InputError, match=r"step 6: loss nan .* learning rate 0\.0\d+, on 0000\d\d, .*skip.*--optim\.lr"
-    ):
+    message = r"step 6: loss nan .* learning rate 0\.0\d+, on 0000\d\d, .*skip.*--optim\.lr"
+    with pytest.raises(InputError, match=message):
         train(config)
     taken.clear()
     skipping = in_folder(tmp_path, "skipping", train=replace(TINY.train, nonfinite="skip"))

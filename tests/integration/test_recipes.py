@@ -3,11 +3,11 @@
 import jax
 import numpy as np
 import pytest
+from small_networks import zeros
 from small_recipes import SHRUNK, run_through, shrink
 
 from fcn_jax.cli import train as train_module
 from fcn_jax.cli.train import main as train_command
-from fcn_jax.models import init_variables
 from fcn_jax.recipes import RECIPES
 from fcn_jax.training import trainer
 from fcn_jax.training.trainer import make_trainer
@@ -20,11 +20,7 @@ def test_a_recipe_trains_stops_resumes_evaluates_and_draws(tmp_path, monkeypatch
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_every_recipe_becomes_a_step_on_its_own_data(recipe, tmp_path, monkeypatch):
-    def zeros(model, key, size):
-        shapes = jax.eval_shape(lambda key: init_variables(model, key, size), key)
-        return jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
-
-    monkeypatch.setattr(trainer, "init_variables", zeros)
+    monkeypatch.setattr(trainer, "init_variables", lambda model, key, size: zeros(model))
     config, title = train_module.config_of_recipe([*shrink(recipe, tmp_path), "--run", str(tmp_path / "run")])
     made = make_trainer(config)
     (h, w), b = config.data.crop_size or config.data.input_size or (32, 32), config.train.batch_size

@@ -23,12 +23,9 @@ def test_a_published_network_is_recognised_computes_the_same_and_goes_back_bit_f
     check_port(case)
 
 
-def test_a_ported_torchvision_classifier_gives_torchvisions_logits_at_any_size():
-    check_classifier("torchvision", "vgg11", "batch", (75, 106))
-
-
-def test_a_ported_timm_classifier_gives_timms_logits():
-    check_classifier("timm", "vgg11", None, (224, 224))
+@pytest.mark.parametrize(("source", "norm", "size"), [("torchvision", "batch", (75, 106)), ("timm", None, (224, 224))])
+def test_a_ported_classifier_gives_the_sources_logits(source, norm, size):
+    check_classifier(source, "vgg11", norm, size)
 
 
 @pytest.mark.parametrize("size", [(7, 7), (14, 21), (1, 3), (10, 8), (15, 6)])

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tiny_run import KILL, assert_same, end, environment, in_folder, in_process, signalling, train
+from tiny_run import KILL, assert_same, check_stop, end, environment, in_folder, in_process, signalling, train
 
 from fcn_jax.errors import Stopped
 from fcn_jax.training import loop
@@ -48,21 +48,8 @@ def test_worker_processes_end_with_the_run_that_is_killed(tmp_path):
 
 @pytest.mark.parametrize(("number", "moment", "saved"), [(signal.SIGHUP, "start", 0), (signal.SIGTERM, "save", 8)])
 @pytest.mark.usefixtures("heard")
-def test_a_signal_before_the_first_step_or_in_a_save_stops_the_run(
-    number, moment, saved, undisturbed, tmp_path, monkeypatch
-):
-    config = in_folder(tmp_path)
-    with monkeypatch.context() as patched:
-        if moment == "start":
-            signalling(patched, loop, "progress_bar", number, lambda *args: True)
-        else:
-            signalling(patched, loop.Checkpoints, "save", number, lambda self, state, *rest: int(state.step) == 8)
-        with pytest.raises(Stopped, match=f"stopped by {number.name} at step {saved}, which is saved"):
-            train(config)
-    # After a save there is nothing more to save.
-    assert (Path(config.run) / "interrupted" / str(saved)).is_dir() is (moment == "start")
-    assert f"resuming {config.run} at step {saved}" in train(config)
-    assert_same(config, undisturbed)
+def test_a_signal_at_the_start_or_in_a_save_stops_the_run(number, moment, saved, undisturbed, tmp_path, monkeypatch):
+    check_stop(number, moment, saved, undisturbed, tmp_path, monkeypatch)
 
 
 @pytest.mark.usefixtures("heard")

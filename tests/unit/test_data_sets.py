@@ -242,9 +242,8 @@ def _mat(path, value, **options):
 @pytest.mark.parametrize("kind", ["u1", "i2", "f8"])
 def test_sbd_masks_of_any_number_type_are_read(tmp_path, kind, packed):
     label = np.arange(6 * 7).reshape(6, 7).astype(kind)
-    boundaries = np.empty((20, 1), object)
-    boundaries[:] = [[np.zeros((6, 7), np.uint8)]] * 20
-    _mat(tmp_path / "a.mat", {"Boundaries": boundaries, "Segmentation": label, "A": "text"}, do_compression=packed)
+    value = {"Boundaries": trees.boundaries((6, 7)), "Segmentation": label, "A": "text"}
+    _mat(tmp_path / "a.mat", value, do_compression=packed)
     read = sbd.read_segmentation(tmp_path / "a.mat")
     assert read.dtype == np.uint8 and np.array_equal(read, label)
 
