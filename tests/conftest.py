@@ -14,6 +14,8 @@ os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_FLAGS}"
 
 import jax  # noqa: E402  (the flags are read at import)
 import pytest  # noqa: E402
+from launch import reference  # noqa: E402, F401  (a fixture)
+from small_recipes import easy  # noqa: E402, F401  (a fixture)
 from tiny_run import heard, undisturbed  # noqa: E402, F401  (fixtures)
 
 jax.config.update("jax_enable_x64", True)
@@ -37,6 +39,20 @@ def pytest_unconfigure(config):
 
 _MAPS = Path("/proc/self/maps")
 _TESTS = itertools.count(1)
+
+
+@pytest.fixture
+def fails(capsys):
+    """Check that a command ends with exit code 2 and one line that names things."""
+    from fcn_jax.cli.process import guarded
+
+    def check(command, arguments, *named):
+        capsys.readouterr()
+        assert guarded(command, [str(argument) for argument in arguments]) == 2
+        (line,) = capsys.readouterr().err.strip().splitlines()
+        assert line.startswith("error: ") and all(str(word) in line for word in named), line
+
+    return check
 
 
 @pytest.fixture(autouse=True)

@@ -43,15 +43,16 @@ import safetensors.numpy
 import torch
 import trees
 from PIL import Image
+from tiny_run import saved_state, saved_variables
 
 from fcn_jax import weights
 from fcn_jax.config import DataConfig
-from fcn_jax.data import cache, datasets, download, folder, prepared
+from fcn_jax.data import datasets, download, folder, prepared
 from fcn_jax.data import io as data_io
+from fcn_jax.data import prepared as cache
 from fcn_jax.errors import InputError
 from fcn_jax.models import create_model, init_variables, model_from_config
 from fcn_jax.recipes import RECIPES
-from fcn_jax.step import TrainState
 from fcn_jax.training import checkpoint
 from fcn_jax.training.check import check_config
 from fcn_jax.training.run import RunFolder
@@ -257,9 +258,8 @@ def _masks(work: Path, marker: Path) -> list[Files]:
     palette = grey.convert("P")
     saved = [_saved(image, kind) for image in (grey, palette) for kind in ("PNG", "GIF", "BMP", "TIFF")]
     saved += [_saved(palette, "TIFF", compression="tiff_lzw"), _saved(grey.convert("1"), "PNG")]
-    return _one(
-        *saved, _saved(palette, "PNG", bits=2), cv2.imencode(".png", np.full((9, 9), 7, np.uint16))[1].tobytes()
-    )
+    saved += [_saved(palette, "PNG", bits=2), cv2.imencode(".png", np.full((9, 9), 7, np.uint16))[1].tobytes()]
+    return _one(*saved)
 
 
 def _model():
@@ -306,17 +306,15 @@ def _read_weights(place: Path) -> None:
 
 
 def _lists(work: Path, marker: Path) -> list[Files]:
-    return _one(
-        b"background\ncat\ndog\n", "\ufeffvoid\ncaf\u00e9 cr\u00e8me\n\nb\n".encode(), b"2007_001\n2007_002 1\n"
-    )
+    accents = "\ufeffvoid\ncaf\u00e9 cr\u00e8me\n\nb\n".encode()
+    return _one(b"background\ncat\ndog\n", accents, b"2007_001\n2007_002 1\n")
 
 
 def _read_names(place: Path) -> None:
     names = data_io.names_in(place / "file")
     entries = tuple(data_io.Entry(name, place / f"{name}.jpg", place / f"{name}.png") for name in names)
-    cache.fingerprint(
-        data_io.Listing("voc", "train", ("a", "b"), ((0, 0, 0),) * 2, entries, data_io.read_files, "skip")
-    )
+    classes = ("a", "b"), ((0, 0, 0),) * 2
+    cache.fingerprint(data_io.Listing("voc", "train", *classes, entries, data_io.read_files, "skip"))
 
 
 def _runs(work: Path, marker: Path) -> list[Files]:
@@ -379,16 +377,13 @@ def _read_copy(place: Path) -> None:
 
 def _checkpoints(work: Path, marker: Path) -> list[Files]:
     saved = checkpoint.Checkpoints(work / "checkpoints")
-    key, momentum = jax.random.key_data(jax.random.key(0)), {"v": jnp.zeros(3)}
-    state = TrainState(jnp.asarray(1), {"w": jnp.ones(3, jnp.float32)}, {}, (momentum,), key)
-    saved.save(state, {"data": {"step": 1}}, 0.5)
+    saved.save(saved_state(1), {"data": {"step": 1}}, 0.5)
     saved.close()
     return [_take(work / "checkpoints")]
 
 
 def _read_checkpoint(place: Path) -> None:
-    like = {"params": {"w": jax.ShapeDtypeStruct((3,), jnp.float32)}, "batch_stats": {}}
-    checkpoint.load_variables(place.absolute(), "last", like)
+    checkpoint.load_variables(place.absolute(), "last", saved_variables())
 
 
 READERS = {
@@ -430,9 +425,8 @@ def time_limit(seconds: float):
 
 def _resident(name: str) -> int:
     """Return VmRSS or VmHWM, the memory of this process now or at its peak, in bytes."""
-    return next(
-        int(line.split()[1]) << 10 for line in Path("/proc/self/status").read_text().splitlines() if name in line
-    )
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) << 10 for line in lines if name in line)
 
 
 def mutate(reader: Reader, corpus: list[Files], name: str, seed: int, case: int) -> Files:
@@ -510,13 +504,8 @@ def main() -> int:
     total, failed = sum(reader.cases for reader in readers.values()), 0
     with concurrent.futures.ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as pool:
         counts = {name: -(-given.cases * reader.cases // total) for name, reader in readers.items()}
-        jobs = [
-            (name, range(start, min(start + 2500, count)))
-            for name, count in counts.items()
-            for start in range(0, count, 2500)
-        ]
-        futures = [(name, cases, pool.submit(run, name, given.seed, cases)) for name, cases in jobs]
-        for name, cases, future in futures:
+        jobs = [(name, range(count)[at : at + 2500]) for name, count in counts.items() for at in range(0, count, 2500)]
+        for name, cases, future in [(*job, pool.submit(run, job[0], given.seed, job[1])) for job in jobs]:
             outcomes, failures = future.result()
             failed += len(failures)
             print(name, f"{cases.start}..{cases.stop - 1}", dict(outcomes), *failures[:20], sep="\n  ", flush=True)

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from networks import make_network
+from small_networks import make_network
 
 from fcn_jax.evaluation.padding import padded_logits
 from fcn_jax.evaluation.predict import context, make_image_predictor

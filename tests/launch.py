@@ -6,10 +6,12 @@ import re
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import jax
 import numpy as np
+import pytest
 
 from fcn_jax.training.run import open_run
 
@@ -47,9 +49,8 @@ sys.exit(guarded(main, sys.argv[1:]))
 
 def environment(devices):
     flags = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
-    compiled = jax.config.jax_compilation_cache_dir
-    cache = {"JAX_COMPILATION_CACHE_DIR": compiled, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2"}
-    return {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "PYTHONPATH": str(ROOT), **cache}
+    here = {"XLA_FLAGS": flags, "PYTHONPATH": str(ROOT), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2"}
+    return {**os.environ, **here, "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir}
 
 
 def address():
@@ -87,7 +88,33 @@ def finish(started, timeout=240):
     return [process.returncode for process in started], outputs
 
 
-def train_in_processes(*arguments, **options):
+def finish_after_a_kill(run):
+    """Run in two processes, the second killed after the first checkpoint; return how the first ended.
+
+    Its exit code, what it printed, and the seconds by which it outlived the other.
+    """
+    started = launch(run, code=KILLED)
+    try:
+        assert started[1].wait(240) == -9
+    finally:
+        if started[1].poll() is None:
+            for process in started:
+                process.kill()
+    before = time.monotonic()
+    codes, outputs = finish(started)
+    return codes[0], outputs[0], time.monotonic() - before
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory):
+    """The run in one process."""
+    run = tmp_path_factory.mktemp("reference") / "run"
+    codes, outputs = train(run, count=1)
+    assert codes == [0], outputs
+    return run
+
+
+def train(*arguments, **options):
     return finish(launch(*arguments, **options))
 
 

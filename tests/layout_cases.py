@@ -5,12 +5,11 @@ from __future__ import annotations
 import re
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import torch
 import torch_sources as sources
+from small_networks import FLOAT64, assert_same, build, create, zeros
 from small_networks import WIDTH as W
-from small_networks import create, zeros
 
 from fcn_jax import weights
 from fcn_jax.models import VGGClassifier
@@ -42,7 +41,7 @@ CASES = {
 
 
 def in_float64(name, **options):
-    return create(name, N, **{"encoder": "vgg16", "dtype": jnp.float64, "param_dtype": jnp.float64, **options})
+    return create(name, N, **{"encoder": "vgg16", **FLOAT64, **options})
 
 
 def state_of(module):
@@ -91,6 +90,32 @@ def check_port(case):
     back = weights.to_torch(model, variables, layout)
     assert_same_state(back, state)
     build().double().load_state_dict({key: torch.from_numpy(value.copy()) for key, value in back.items()}, strict=True)
+
+
+def check_encoder(layout, encoder, norm):
+    """A classifier fills an FCN's encoder, fc6 and fc7, every tensor of both is accounted for, and it goes back."""
+    kind = sources.TimmVGG if layout == "timm-vgg" else sources.TorchvisionVGG
+    state = state_of(sources.randomise(kind(encoder, norm is not None, W, 10)).float())
+    if layout == "johnson-vgg":  # dropout comes before its layer
+        turned = {"classifier.0": "classifier.1", "classifier.3": "classifier.4"}
+        names = {name: name.rpartition(".") for name in state}
+        state = {f"{turned.get(names[k][0], names[k][0])}.{names[k][2]}": value for k, value in state.items()}
+    model, variables = build("fcn8s", encoder=encoder, encoder_norm=norm)
+    info = weights.inspect(state)
+    assert (info.layout, info.preprocessing) == (layout, "caffe" if layout == "johnson-vgg" else "imagenet")
+    assert info.variant == encoder + ("_bn" if norm else "")
+    loaded, report = weights.load_with_report(state, model, variables)
+    fc7 = {"timm-vgg": "pre_logits.fc2", "johnson-vgg": "classifier.4"}.get(layout, "classifier.3")
+    assert report.filled["head.fc7.weight"] == f"{fc7}.weight"
+    assert set(report.filled) | set(report.left) == {k for k in weights.to_torch(model, variables) if "num_b" not in k}
+    assert all(name.startswith(("score_", "upscore")) for name in report.left)
+    assert set(report.filled.values()) | set(report.ignored) == set(state)
+    for layer in {name.partition(".")[0] for name in report.left}:
+        assert_same(loaded["params"][layer], variables["params"][layer])
+    back = weights.to_torch(model, loaded, layout)
+    fc8 = {f"{'head.fc' if layout == 'timm-vgg' else 'classifier.6'}.{leaf}" for leaf in ("weight", "bias")}
+    assert set(state) - set(back) == fc8 and fc8 <= set(report.ignored)
+    assert_same(back, {name: state[name] for name in back})
 
 
 def check_classifier(source, encoder, norm, size, dtypes=("float64",)):

@@ -9,8 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 
 import fcn_jax
+from fcn_jax.compare.experiments import random_variables
 
 WIDTH = 0.0625
+FLOAT64 = {"dtype": jnp.float64, "param_dtype": jnp.float64}
 
 
 @cache
@@ -32,6 +34,19 @@ def build(name="fcn32s", num_classes=3, seed=0, **options):
     model, rng = create(name, num_classes, **options), np.random.default_rng(seed)
     values = jax.tree.map(lambda leaf: jnp.asarray(rng.uniform(0.05, 0.15, leaf.shape), leaf.dtype), shapes(model))
     return model, values
+
+
+def make_network(name, num_classes=3, biases=True, **options):
+    """Return a network, in float64 by default, and variables with which activations keep their size.
+
+    Without ``biases`` they are zero: of random ones, one class would win everywhere.
+    """
+    model = create(name, num_classes, **{"width": 0.05, **FLOAT64, **options})
+
+    def convert(path, leaf):
+        return jnp.asarray(leaf * (biases or path[-1].key != "bias"), model.param_dtype)
+
+    return model, jax.tree_util.tree_map_with_path(convert, random_variables(model))
 
 
 def assert_same(a, b):

@@ -12,14 +12,11 @@ from fcn_jax.recipes import RECIPES
 from fcn_jax.training import loop
 from fcn_jax.training.run import RunFolder
 
-SMALL = ["--model.width", "0.06", "--train.steps", "12", "--train.log-every", "2", "--optim.warmup-steps", "0"]
-SCRATCH = ["--init", "None", "--init-from", "None"]
-SCORE_NET = ["--model.encoder", "vgg11", "--model.fc-features", "8"]
-OTHER_NET = ["--model.encoder", "vgg11"]
-VOC_NAMES = {
-    "train": ["2007_000001", "2007_000002", "2007_000003", "2007_000004"],
-    "val": ["2007_000101", "2007_000102"],
-}
+SMALL = "--model.width 0.06 --train.steps 12 --train.log-every 2 --optim.warmup-steps 0"
+SCRATCH = "--init None --init-from None"
+OTHER_NET = "--model.encoder vgg11"
+SCORE_NET = f"{OTHER_NET} --model.fc-features 8"
+VOC_NAMES = {"train": [f"2007_00000{i}" for i in (1, 2, 3, 4)], "val": ["2007_000101", "2007_000102"]}
 
 
 @pytest.fixture
@@ -58,46 +55,34 @@ def tree(recipe, root):
 
 # What each recipe needs to fit: a rate at which a small network from scratch moves where the published one starts from
 # ImageNet weights, a crop and a batch as small as the pictures.
+CROP = "--data.crop-size 16 16"
 SHRUNK = {
-    "shapes": [*SCORE_NET, "--train.batch-size", "8"],
-    "camvid": [*SCORE_NET, "--data.crop-size", "16", "16", "--data.workers", "0", "--train.batch-size", "4"],
-    "camvid-cpu": [
-        *SCORE_NET, "--data.input-size", "16", "20", "--data.crop-size", "16", "16", "--train.batch-size", "4",
-    ],
-    "voc-paper-32s": [*SCORE_NET, "--optim.lr", "1e-7"],
-    "voc-paper-16s": [*SCORE_NET, "--optim.lr", "1e-7"],
-    "voc-paper-8s": [*SCORE_NET, "--optim.lr", "1e-7"],
-    "voc-paper-8s-atonce": [*SCORE_NET, "--optim.lr", "1e-7"],
-    "voc-cvpr": [*SCORE_NET, "--optim.lr", "1e-3", "--data.crop-size", "16", "16", "--train.batch-size", "4"],
-    "voc-tramac": [
-        *OTHER_NET, "--optim.lr", "1e-2", "--data.base-size", "20", "--data.crop-size", "16", "16",
-        "--data.workers", "0", "--train.batch-size", "4",
-    ],
-    "binary-bce": [
-        *OTHER_NET, "--data.input-size", "32", "32", "--train.pictures-every", "4", "--train.keep-every", "6",
-    ],
-    "scratch-fcn1": [*OTHER_NET, "--data.input-size", "32", "32", "--train.batch-size", "4"],
-}  # fmt: skip
+    "shapes": SCORE_NET,
+    "camvid": f"{SCORE_NET} {CROP} --data.workers 0",
+    "camvid-cpu": f"{SCORE_NET} {CROP} --data.input-size 16 20",
+    **{f"voc-paper-{net}": f"{SCORE_NET} --optim.lr 1e-7" for net in ("32s", "16s", "8s", "8s-atonce")},
+    "voc-cvpr": f"{SCORE_NET} {CROP} --optim.lr 1e-3",
+    "voc-tramac": f"{OTHER_NET} {CROP} --optim.lr 1e-2 --data.base-size 20 --data.workers 0",
+    "binary-bce": f"{OTHER_NET} --data.input-size 32 32 --train.pictures-every 4 --train.keep-every 6",
+    "scratch-fcn1": f"{OTHER_NET} --data.input-size 32 32",
+}
+BATCHES = {"shapes": 8, "camvid": 4, "camvid-cpu": 4, "voc-cvpr": 4, "voc-tramac": 4, "scratch-fcn1": 4}
 
 
-def evals(recipe, examples=4):
-    """Epochs between validations that make one every 6 steps."""
-    arguments = SHRUNK[recipe]
-    batch = int(arguments[arguments.index("--train.batch-size") + 1]) if "--train.batch-size" in arguments else None
-    batch = batch or RECIPES[recipe].config.train.batch_size
-    return ["--train.eval-every", str(6 * batch / (16 if recipe == "shapes" else examples))]
+def shrink(recipe, folder, devices=1):
+    """The command of a small recipe on data in a folder, with a validation every 6 steps, but for its run."""
+    batch = BATCHES.get(recipe, RECIPES[recipe].config.train.batch_size)
+    sizes = f"--train.batch-size {batch} --train.eval-every {6 * batch / (16 if recipe == 'shapes' else 4)}"
+    words = f"{recipe} {SMALL} {SHRUNK[recipe]} {SCRATCH} {sizes} --devices {devices}".split()
+    return [*words, "--data.cache-dir", str(folder / "cache"), *tree(recipe, folder / "data")]
 
 
 class Killed(BaseException):
     """Stands for a process that ends without a word."""
 
 
-def run_through(recipe, tmp_path, monkeypatch, capsys):
-    """Train, end without a word, resume, evaluate, draw."""
-    data = tree(recipe, tmp_path / "data")
-    run = tmp_path / "run"
-    places = ["--run", str(run), "--data.cache-dir", str(tmp_path / "cache"), "--devices", "1"]
-    command = [recipe, *SMALL, *SHRUNK[recipe], *SCRATCH, *evals(recipe), *data, *places]
+def train_until_killed(command, monkeypatch):
+    """Train, and end without a word in the second validation."""
     validate, calls = loop.validate, []
 
     def killed_at_the_second(*args, **kwargs):
@@ -106,10 +91,16 @@ def run_through(recipe, tmp_path, monkeypatch, capsys):
             raise Killed
         return validate(*args, **kwargs)
 
-    monkeypatch.setattr(loop, "validate", killed_at_the_second)
-    with pytest.raises(Killed):
+    with monkeypatch.context() as patched, pytest.raises(Killed):
+        patched.setattr(loop, "validate", killed_at_the_second)
         train_command(command)
-    monkeypatch.setattr(loop, "validate", validate)
+
+
+def run_through(recipe, tmp_path, monkeypatch, capsys):
+    """Train, end without a word, resume, evaluate, draw."""
+    run = tmp_path / "run"
+    command = [*shrink(recipe, tmp_path), "--run", str(run)]
+    train_until_killed(command, monkeypatch)
     capsys.readouterr()
     assert train_command(command) == 0
     assert "resuming" in capsys.readouterr().out

@@ -6,13 +6,17 @@ import signal
 import subprocess
 import sys
 from dataclasses import asdict, replace
+from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from rich.console import Console
 
 from fcn_jax.config import Config, DataConfig, ModelConfig, OptimConfig, TrainConfig
+from fcn_jax.errors import Stopped
+from fcn_jax.step import TrainState
 from fcn_jax.training import loop
 from fcn_jax.training.checkpoint import Checkpoints, restore_newest
 from fcn_jax.training.run import RunFolder
@@ -33,6 +37,34 @@ def train(config):
     return console.export_text()
 
 
+def saved_state(step):
+    """A state of a few numbers that tell its step."""
+    return TrainState(
+        step=jnp.asarray(step, jnp.int32),
+        params={"w": jnp.arange(float(step), step + 50.0)},
+        batch_stats={"mean": jnp.full((3,), float(step))},
+        opt_state=({"v": jnp.full((3,), -float(step))},),
+        key=jax.random.key_data(jax.random.key(step)),
+    )
+
+
+def saved_variables():
+    state = saved_state(0)
+    return {"params": state.params, "batch_stats": state.batch_stats}
+
+
+def place_batches(monkeypatch, place):
+    """Have batches placed on the devices by ``place(batch, the right function)``."""
+    make = loop.make_trainer
+
+    def made(*args, **kwargs):
+        trainer = make(*args, **kwargs)
+        right = trainer.parallel.place_batch
+        return replace(trainer, parallel=replace(trainer.parallel, place_batch=lambda batch: place(batch, right)))
+
+    monkeypatch.setattr(loop, "make_trainer", made)
+
+
 def in_folder(folder, name="run", workers=0, **changes):
     data = replace(TINY.data, cache_dir=str(folder / "cache"), workers=workers)
     return replace(TINY, run=str(folder / name), data=data, **changes)
@@ -45,15 +77,18 @@ def arrays(config):
     return restored.step, jax.tree.map(np.asarray, restored.state)
 
 
+def timeless_rows(folder):
+    return [{k: v for k, v in row.items() if k not in TIMING} for row in folder.rows()]
+
+
 def end(config):
     """Return what a run came to: rows without times, the kept steps, the best one."""
     folder = RunFolder(config.run)
-    rows = [{k: v for k, v in row.items() if k not in TIMING} for row in folder.rows()]
     checkpoints = Checkpoints(folder.checkpoints)
     best = checkpoints.best_step()
     checkpoints.close()
     assert not folder.checkpoints.with_name("interrupted").exists()
-    return rows, sorted(path.name for path in folder.checkpoints.iterdir()), best
+    return timeless_rows(folder), sorted(path.name for path in folder.checkpoints.iterdir()), best
 
 
 def assert_same(config, undisturbed):
@@ -80,72 +115,72 @@ def environment():
     return {**os.environ, "JAX_ENABLE_X64": "1", "JAX_COMPILATION_CACHE_DIR": compiled}
 
 
+START = """
+import json, os, signal, sys, time
+from rich.console import Console
+from fcn_jax.cli.process import guarded
+from fcn_jax.training import loop
+from fcn_jax.training.check import config_from_json
+from fcn_jax.training.run import RunFolder
+
+def run(_=None):
+    return loop.train(config_from_json(json.loads(sys.argv[1])), Console())
+
+"""
+
+
 def in_process(code, config, *arguments, **options):
-    command = [sys.executable, "-c", code, json.dumps(asdict(config)), *arguments]
+    """Start a process with code that may call ``run()``."""
+    command = [sys.executable, "-c", START + code, json.dumps(asdict(config)), *arguments]
     return subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options)
 
 
 @pytest.fixture
 def heard():
     """Signals as a terminal's foreground has them: nohup and shells' background jobs ignore some."""
-    before = {
-        number: signal.signal(number, signal.SIG_DFL) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    }
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = {number: signal.signal(number, signal.SIG_DFL) for number in numbers}
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
 
 
 KILL = """
-import dataclasses, json, os, signal, sys
 import shutil
-from rich.console import Console
-from fcn_jax.training.check import config_from_json
-from fcn_jax.training.run import RunFolder
-from fcn_jax.training import checkpoint, loop
-
-moment = sys.argv[2]
-
-def kill(*args, **kwargs):
-    os.kill(os.getpid(), signal.SIGKILL)
 
 def killing(owner, name, when, after=False):
     original = getattr(owner, name)
     def instead(*args, **kwargs):
-        if not after and when(*args):
-            kill()
-        result = original(*args, **kwargs)
-        if after and when(*args):
-            kill()
-        return result
+        result = original(*args, **kwargs) if after else None
+        if when(*args):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return result if after else original(*args, **kwargs)
     setattr(owner, name, instead)
 
-def half_a_row(self, row):
+def half_is_written(self, row):
     if row["step"] == 6:
         with self.metrics_file.open("a") as file:
             file.write(json.dumps(row)[:20])
-        kill()
-    original_append(self, row)
+    return row["step"] == 6
 
-original_append = RunFolder.append
-if moment == "in a step":
-    killing(loop.Logger, "step", lambda self, step, *rest: step == 7)
-elif moment == "in a row":
-    RunFolder.append = half_a_row
-elif moment == "in a validation":
-    calls = []
-    killing(loop, "evaluate", lambda *args: calls.append(0) or len(calls) == 2)
-elif moment == "in a save":
-    killing(loop.Checkpoints, "save", lambda self, state, *rest: int(state.step) == 8, after=True)
-elif moment == "before the commit of the first":
+calls = []
+MOMENTS = {
+    "in a step": [(loop.Logger, "step", lambda self, step, *rest: step == 7)],
+    "in a row": [(RunFolder, "append", half_is_written)],
+    "in a validation": [(loop, "evaluate", lambda *args: calls.append(0) or len(calls) == 2)],
+    "in a save": [(loop.Checkpoints, "save", lambda self, state, *rest: int(state.step) == 8, True)],
     # A checkpoint is written under another name and renamed once it is whole.
-    for name in ("rename", "replace"):
-        killing(os, name, lambda source, target, **options: os.path.basename(target) == "4")
-elif moment == "in the removal of an old one":
-    killing(shutil, "rmtree", lambda path, *args, **options: os.path.basename(path).startswith("4"))
-elif moment == "after the last save":
-    killing(loop.Checkpoints, "close", lambda *args: True, after=True)
-loop.train(config_from_json(json.loads(sys.argv[1])), Console())
+    "before the commit of the first": [
+        (os, name, lambda source, target, **options: os.path.basename(target) == "4") for name in ("rename", "replace")
+    ],
+    "in the removal of an old one": [
+        (shutil, "rmtree", lambda path, *args, **options: os.path.basename(path).startswith("4"))
+    ],
+    "after the last save": [(loop.Checkpoints, "close", lambda *args: True, True)],
+}
+for kill in MOMENTS[sys.argv[2]]:
+    killing(*kill)
+run()
 """
 
 
@@ -158,3 +193,25 @@ def signalling(monkeypatch, owner, name, number, when):
         return original(*args, **kwargs)
 
     monkeypatch.setattr(owner, name, instead)
+
+
+def check_stop(number, moment, saved, undisturbed, tmp_path, monkeypatch):
+    """A signal stops the run after the step, or the save, with its state saved, and it resumes to the same end."""
+    config, calls = in_folder(tmp_path), []
+    owner, name, when = {
+        "start": (loop, "progress_bar", lambda *args: True),
+        "step": (loop.Logger, "step", lambda self, step, *rest: step == 7),
+        "validation": (loop, "evaluate", lambda *args: calls.append(0) or len(calls) == 2),
+        "save": (loop.Checkpoints, "save", lambda self, state, *rest: int(state.step) == 8),
+    }[moment]
+    message = f"stopped by {number.name} at step {saved}, which is saved"
+    with monkeypatch.context() as patched, pytest.raises(Stopped, match=message) as stopped:
+        signalling(patched, owner, name, number, when)
+        train(config)
+    assert stopped.value.number == number
+    # A validation is left as it stands; after a save there is nothing more to save.
+    assert (Path(config.run) / "interrupted" / str(saved)).is_dir() is (moment != "save")
+    assert (Path(config.run) / "checkpoints" / str(saved)).exists() is (moment == "save")
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    assert f"resuming {config.run} at step {saved}" in train(config)
+    assert_same(config, undisturbed)

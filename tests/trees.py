@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 from scipy.io import savemat
 
-from fcn_jax.data.voc import palette
+from fcn_jax.data.io import palette
 
 
 def picture(seed: int, size: tuple[int, int] = (12, 16)) -> np.ndarray:
@@ -40,11 +40,9 @@ def write_mask(path: Path, label: np.ndarray) -> None:
 def write_palette_mask(path: Path, label: np.ndarray) -> None:
     """Write a palette PNG as VOC has them."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    image = Image.fromarray(label, mode=None).convert("L")
-    out = Image.new("P", image.size)
-    out.putpalette([value for colour in palette(256) for value in colour])
-    out.paste(Image.frombytes("P", image.size, label.tobytes()))
-    out.save(path)
+    image = Image.fromarray(label)
+    image.putpalette([value for colour in palette(256) for value in colour])  # makes it one of mode P
+    image.save(path)
 
 
 def write_list(path: Path, names: Sequence[str]) -> None:
@@ -75,6 +73,13 @@ def voc(root: Path, year: str, splits: dict[str, Sequence[str]]) -> Path:
     return tree
 
 
+def boundaries(shape: tuple[int, int]) -> np.ndarray:
+    """What GTcls.Boundaries of an SBD mask has for each class; nothing reads it."""
+    found = np.empty((20, 1), object)
+    found[:] = [[np.zeros(shape, np.uint8)]] * 20
+    return found
+
+
 def sbd(root: Path, splits: dict[str, Sequence[str]]) -> Path:
     """A benchmark_RELEASE under ``root``, .mat files with GTcls as in the release; returns its dataset folder."""
     tree = root / "benchmark_RELEASE/dataset"
@@ -85,9 +90,8 @@ def sbd(root: Path, splits: dict[str, Sequence[str]]) -> Path:
             seed = int(name[-3:])
             write_image(tree / "img" / f"{name}.jpg", picture(seed))
             label = mask(seed, 21, ignore=0)
-            boundaries = np.empty((20, 1), object)
-            boundaries[:] = [[np.zeros(label.shape, np.uint8)]] * 20
-            truth = {"Boundaries": boundaries, "Segmentation": label, "CategoriesPresent": np.unique(label)[:, None]}
+            truth = {"Boundaries": boundaries(label.shape), "Segmentation": label}
+            truth["CategoriesPresent"] = np.unique(label)[:, None]
             savemat(tree / "cls" / f"{name}.mat", {"GTcls": truth}, do_compression=True)
     return tree
 

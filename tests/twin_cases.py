@@ -18,8 +18,8 @@ import torch.nn.functional as F
 
 import fcn_jax
 from fcn_jax import weights
-from fcn_jax.compare import make_twin
-from fcn_jax.compare.experiments import random_batch, random_variables
+from fcn_jax.compare.experiments import cancelled_biases, random_batch, random_variables
+from fcn_jax.compare.torch_adapter import load_twin
 from fcn_jax.losses import IGNORE
 
 NUM_CLASSES = 4
@@ -65,8 +65,7 @@ def _run_jax(model, variables, images, labels):
 
 
 def _run_torch(model, variables, images, labels):
-    twin = make_twin(model)
-    twin.load_state_dict({k: torch.from_numpy(v.copy()) for k, v in weights.to_torch(model, variables).items()})
+    twin = load_twin(model, variables)
     x, y = torch.from_numpy(images).permute(0, 3, 1, 2), torch.from_numpy(labels)
     twin.eval()
     with torch.no_grad():
@@ -83,11 +82,6 @@ def _run_torch(model, variables, images, labels):
 
 def _error(ours, theirs):
     return np.linalg.norm((ours - theirs).ravel()) / np.linalg.norm(theirs.ravel())
-
-
-def _cancelled(model, name):
-    """Whether a bias's true gradient is zero, because the BN that follows takes the mean off."""
-    return model.encoder_norm == "batch" and name.startswith("vgg.conv") and name.endswith(".bias")
 
 
 def check_case(name: str, options: dict[str, Any], size: tuple[int, int], dtypes: tuple[str, ...]) -> None:
@@ -112,11 +106,12 @@ def check_case(name: str, options: dict[str, Any], size: tuple[int, int], dtypes
         # batch norms over narrow layers amplify.
         assert max(logits + statistics) <= {"float64": 1e-10, "float32": 1e-5}[dtype]
         difference = {name: np.linalg.norm((ours[2][name] - g).ravel()) / global_norm for name, g in theirs[2].items()}
-        relative = {name: _error(ours[2][name], g) for name, g in theirs[2].items() if not _cancelled(model, name)}
+        cancelled = cancelled_biases(model)  # their true gradient is zero
+        relative = {name: _error(ours[2][name], g) for name, g in theirs[2].items() if name not in cancelled}
         if dtype == "float64":
             assert {name: e for name, e in relative.items() if not e <= 1e-10} == {}
             # Zero but for rounding, in both.
-            assert {name: e for name, e in difference.items() if _cancelled(model, name) and not e <= 1e-12} == {}
+            assert {name: e for name, e in difference.items() if name in cancelled and not e <= 1e-12} == {}
         else:
             # A rounding error that flips a ReLU or the winner of a pooling window moves a whole gradient to another
             # place; two float32 backends of torch itself differ by up to 2e-4.

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from fcn_jax.config import DataConfig
-from fcn_jax.data.cache import cached, empty
+from fcn_jax.data.prepared import cached, empty
 
 
 @dataclass(frozen=True)

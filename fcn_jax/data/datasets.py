@@ -9,9 +9,8 @@ from typing import Any, Protocol
 
 from fcn_jax.config import DataConfig
 from fcn_jax.data import camvid, folder, sbd, shapes, voc
-from fcn_jax.data.cache import read_summary
 from fcn_jax.data.io import Listing, decode_image, decode_label
-from fcn_jax.data.prepared import Examples, Record, prepare
+from fcn_jax.data.prepared import Examples, Record, prepare, read_summary
 from fcn_jax.errors import InputError, unknown
 
 _log = logging.getLogger(__name__)

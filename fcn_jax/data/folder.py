@@ -14,8 +14,7 @@ from collections import Counter
 from pathlib import Path
 
 from fcn_jax.config import DataConfig
-from fcn_jax.data.io import Listing, folder_of, lines_in, pairs_by_name, path_of, read_files
-from fcn_jax.data.voc import palette
+from fcn_jax.data.io import Listing, folder_of, lines_in, pairs_by_name, palette, path_of, read_files
 from fcn_jax.errors import InputError
 from fcn_jax.losses import IGNORE
 

@@ -224,3 +224,12 @@ def decode_label(data: bytes, name: str, verify: bool = True) -> np.ndarray:
 def encode_label(label: np.ndarray) -> bytes:
     """Encode class ids, uint8 (h, w), as an 8-bit grey PNG."""
     return cv2.imencode(".png", label)[1].tobytes()
+
+
+def palette(num_classes: int) -> tuple[tuple[int, int, int], ...]:
+    """Return the colour map of PASCAL VOC (VOClabelcolormap.m), (r, g, b) in [0, 255] of each class."""
+    # The bits of the class id are dealt in turn to the top bits of R, G and B.
+    ids = np.arange(num_classes)
+    bits = np.arange(8)
+    channels = [((ids[:, None] >> (3 * bits + c) & 1) << (7 - bits)).sum(1).tolist() for c in range(3)]
+    return tuple(zip(*channels, strict=True))

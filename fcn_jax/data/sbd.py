@@ -15,7 +15,7 @@ import numpy as np
 from fcn_jax.config import DataConfig
 from fcn_jax.data import voc
 from fcn_jax.data.download import ARCHIVES, fetch
-from fcn_jax.data.io import Entry, Listing, folder_of, names_in, read_bytes
+from fcn_jax.data.io import Entry, Listing, folder_of, names_in, palette, read_bytes
 from fcn_jax.errors import UnreadableError, first_line
 
 SPLITS = ("train", "val", "trainval")
@@ -52,4 +52,4 @@ def listing(split: str, config: DataConfig) -> Listing:
     parts = ("train", "val") if split == "trainval" else (split,)
     names = [name for part in parts for name in names_in(root / f"{part}.txt")]
     entries = tuple(Entry(name, root / "img" / f"{name}.jpg", root / "cls" / f"{name}.mat") for name in names)
-    return Listing("sbd", split, voc.CLASSES, voc.palette(len(voc.CLASSES)), entries, _read)
+    return Listing("sbd", split, voc.CLASSES, palette(len(voc.CLASSES)), entries, _read)

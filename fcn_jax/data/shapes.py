@@ -10,8 +10,7 @@ import cv2
 import numpy as np
 
 from fcn_jax.config import DataConfig
-from fcn_jax.data.io import Entry, Listing
-from fcn_jax.data.voc import palette
+from fcn_jax.data.io import Entry, Listing, palette
 from fcn_jax.errors import InputError
 from fcn_jax.losses import IGNORE
 

@@ -10,11 +10,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import numpy as np
-
 from fcn_jax.config import DataConfig
 from fcn_jax.data.download import ARCHIVES, fetch
-from fcn_jax.data.io import Entry, Listing, folder_of, names_in, read_files
+from fcn_jax.data.io import Entry, Listing, folder_of, names_in, palette, read_files
 from fcn_jax.errors import InputError
 
 CLASSES = tuple(
@@ -25,15 +23,6 @@ CLASSES = tuple(
 
 SPLITS = ("train", "val", "trainval", "seg11valid")
 _SETS = Path("ImageSets/Segmentation")
-
-
-def palette(num_classes: int) -> tuple[tuple[int, int, int], ...]:
-    """Return the colour map of PASCAL VOC (VOClabelcolormap.m), (r, g, b) in [0, 255] of each class."""
-    # The bits of the class id are dealt in turn to the top bits of R, G and B.
-    ids = np.arange(num_classes)
-    bits = np.arange(8)
-    channels = [((ids[:, None] >> (3 * bits + c) & 1) << (7 - bits)).sum(1).tolist() for c in range(3)]
-    return tuple(zip(*channels, strict=True))
 
 
 def find(folder: Path, year: str) -> Path | None:

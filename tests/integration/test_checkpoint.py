@@ -2,32 +2,23 @@ import json
 from dataclasses import replace
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
+from tiny_run import saved_state, saved_variables
 
 from fcn_jax.config import Config, DataConfig
 from fcn_jax.errors import InputError
-from fcn_jax.step import TrainState
 from fcn_jax.training.checkpoint import Checkpoints, load_variables, restore_newest
 from fcn_jax.training.run import DatasetInfo, RunFolder
 from fcn_jax.training.trainer import run_length
 
-
-def _state(step):
-    return TrainState(
-        step=jnp.asarray(step, jnp.int32),
-        params={"w": jnp.full((3,), float(step))},
-        batch_stats={},
-        opt_state=({"v": jnp.full((3,), -float(step))},),
-        key=jax.random.key_data(jax.random.key(step)),
-    )
+INFO = DatasetInfo("folder", ("a", "b"), ((0, 0, 0), (1, 2, 3)))
 
 
 def _save(folder, scores, **options):
     checkpoints = Checkpoints(folder, **options)
     for step, score in scores.items():
-        checkpoints.save(_state(step), {"data": {"step": step}}, score)
+        checkpoints.save(saved_state(step), {"data": {"step": step}}, score)
     checkpoints.close()
     return sorted(int(path.name) for path in folder.iterdir() if path.name.isdigit())
 
@@ -47,12 +38,11 @@ def test_everything_comes_back_to_the_bit(tmp_path):
     checkpoints = Checkpoints(tmp_path / "a")
     assert checkpoints.best_step() == 4
     checkpoints.close()
-    step, state, progress, validated, notes = restore_newest(tmp_path / "a", _state(0))
-    jax.tree.map(np.testing.assert_array_equal, state, _state(6))
+    step, state, progress, validated, notes = restore_newest(tmp_path / "a", saved_state(0))
+    jax.tree.map(np.testing.assert_array_equal, state, saved_state(6))
     assert (step, progress, validated, notes) == (6, {"data": {"step": 6}}, True, ())
-    like = {"params": {"w": jax.ShapeDtypeStruct((3,), jnp.float64)}, "batch_stats": {}}
     for which, step in (("best", 4), ("last", 6), ("4", 4)):
-        variables, found = load_variables(tmp_path / "a", which, like)
+        variables, found = load_variables(tmp_path / "a", which, saved_variables())
         assert found == step and float(variables["params"]["w"][0]) == step
 
 
@@ -66,18 +56,17 @@ def test_a_run_that_saved_nothing_says_so(tmp_path):
 
 def test_a_config_comes_back_as_it_was_and_other_settings_are_refused(tmp_path):
     config = Config(data=DataConfig(crop_size=(3, 4), classes="list.txt"))
-    info = DatasetInfo("folder", ("a", "b"), ((0, 0, 0), (1, 2, 3)))
     folder = RunFolder(tmp_path / "run")
-    folder.start(config, info)
-    assert folder.read_config() == (config, info)
-    folder.start(Config(data=DataConfig(crop_size=(3, 4), classes="list.txt", workers=2), devices=1), info)
+    folder.start(config, INFO)
+    assert folder.read_config() == (config, INFO)
+    folder.start(Config(data=DataConfig(crop_size=(3, 4), classes="list.txt", workers=2), devices=1), INFO)
     with pytest.raises(InputError, match=r"data.crop_size \[3, 4\] \(now None\)"):
-        folder.start(Config(data=DataConfig(classes="list.txt")), info)
+        folder.start(Config(data=DataConfig(classes="list.txt")), INFO)
 
 
 def test_other_classes_are_refused_and_the_file_is_left_alone(tmp_path):
     folder = RunFolder(tmp_path / "run")
-    folder.start(Config(), DatasetInfo("folder", ("a", "b"), ((0, 0, 0), (1, 2, 3))))
+    folder.start(Config(), INFO)
     before = folder.config_file.read_bytes()
     for names in (("a", "c"), ("a", "b", "c")):
         with pytest.raises(InputError, match="other classes"):
@@ -86,13 +75,12 @@ def test_other_classes_are_refused_and_the_file_is_left_alone(tmp_path):
 
 
 def test_the_environment_of_the_start_stays(tmp_path):
-    info = DatasetInfo("folder", ("a", "b"), ((0, 0, 0), (1, 2, 3)))
     folder = RunFolder(tmp_path / "run")
-    folder.start(Config(), info)
+    folder.start(Config(), INFO)
     content = json.loads(folder.config_file.read_text())
     content["environment"]["jax"] = "0.0.1"
     folder.config_file.write_text(json.dumps(content))
-    folder.start(Config(devices=3), info)
+    folder.start(Config(devices=3), INFO)
     content = json.loads(folder.config_file.read_text())
     assert content["environment"]["jax"] == "0.0.1" and content["config"]["devices"] == 3
 

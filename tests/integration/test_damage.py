@@ -1,6 +1,5 @@
 """Checkpoints that are damaged and disks that take no more: a run goes on from what is good, or says what is wrong."""
 
-import errno
 import os
 import shutil
 import signal
@@ -10,33 +9,27 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny_run import assert_same, in_folder, in_process, signalling, train
+from tiny_run import assert_same, in_folder, in_process, saved_state, saved_variables, signalling, train
 
-from fcn_jax.cli.process import guarded
 from fcn_jax.errors import InputError, Stopped
-from fcn_jax.step import TrainState
 from fcn_jax.training import loop
 from fcn_jax.training.checkpoint import Checkpoints, load_variables, restore_newest
 
 
-def _state(step):
-    return TrainState(
-        step=jnp.asarray(step, jnp.int32),
-        params={"w": jnp.arange(50.0) + step},
-        batch_stats={"mean": jnp.full((3,), float(step))},
-        opt_state=({"v": jnp.full((3,), -float(step))},),
-        key=jax.random.key_data(jax.random.key(step)),
-    )
-
-
 @pytest.fixture(scope="module")
-def saved(tmp_path_factory):
+def checkpoints_of_two_steps(tmp_path_factory):
     folder = tmp_path_factory.mktemp("saved") / "checkpoints"
     checkpoints = Checkpoints(folder, keep_last=2)
     for step in (2, 4):
-        checkpoints.save(_state(step), {"data": {"step": step}, "unlogged": []}, 0.5)
+        checkpoints.save(saved_state(step), {"data": {"step": step}, "unlogged": []}, 0.5)
     checkpoints.close()
     return folder
+
+
+@pytest.fixture
+def folder(checkpoints_of_two_steps, tmp_path):
+    """A copy of them, to be damaged."""
+    return shutil.copytree(checkpoints_of_two_steps, tmp_path / "checkpoints")
 
 
 def flip(path):
@@ -49,7 +42,10 @@ DAMAGES = {"flipped": flip, "cut short": lambda path: os.truncate(path, path.sta
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_whatever_file_of_the_newest_checkpoint_is_damaged_the_state_is_one_that_was_saved(damage, saved, tmp_path):
+def test_whatever_file_of_the_newest_checkpoint_is_damaged_the_state_is_one_that_was_saved(
+    damage, checkpoints_of_two_steps, tmp_path
+):
+    saved = checkpoints_of_two_steps
     files = [path.relative_to(saved) for path in sorted((saved / "4").rglob("*")) if path.is_file()]
     files = [path for path in files if (saved / path).stat().st_size]
     older = 0
@@ -57,8 +53,8 @@ def test_whatever_file_of_the_newest_checkpoint_is_damaged_the_state_is_one_that
         folder = tmp_path / str(number) / "checkpoints"
         shutil.copytree(saved, folder)
         DAMAGES[damage](folder / file)
-        step, state, progress, _, notes = restore_newest(folder, _state(0))
-        jax.tree.map(np.testing.assert_array_equal, state, _state(step))
+        step, state, progress, _, notes = restore_newest(folder, saved_state(0))
+        jax.tree.map(np.testing.assert_array_equal, state, saved_state(step))
         assert progress == {"data": {"step": step}, "unlogged": []}
         names = sorted(path.name for path in folder.iterdir())
         if step == 4:  # the file says nothing that is needed
@@ -74,7 +70,7 @@ def test_whatever_file_of_the_newest_checkpoint_is_damaged_the_state_is_one_that
 def test_a_bit_of_an_array_that_the_format_does_not_watch_is_noticed(tmp_path):
     folder = tmp_path / "checkpoints"
     weights = np.random.default_rng(0).normal(size=(64, 1000)).astype(np.float32)  # too many to be kept in an index
-    states = {step: _state(step).replace(params={"w": jnp.asarray(weights) + step}) for step in (2, 4)}
+    states = {step: saved_state(step).replace(params={"w": jnp.asarray(weights) + step}) for step in (2, 4)}
     checkpoints = Checkpoints(folder)
     for state in states.values():
         checkpoints.save(state, {"data": {}, "unlogged": []}, 0.5)
@@ -93,42 +89,34 @@ def test_a_bit_of_an_array_that_the_format_does_not_watch_is_noticed(tmp_path):
     assert sum("variables are not what was saved" in note for note in noticed) >= 15
 
 
-def test_without_a_good_checkpoint_nothing_is_started_and_nothing_touched(saved, tmp_path):
-    folder = tmp_path / "checkpoints"
-    shutil.copytree(saved, folder)
+def test_without_a_good_checkpoint_nothing_is_started_and_nothing_touched(folder):
     for step in (2, 4):
         shutil.rmtree(folder / str(step) / "training")
     with pytest.raises(InputError, match="no checkpoint in .* can be read .*4: .*2: .*--run"):
-        restore_newest(folder, _state(0))
+        restore_newest(folder, saved_state(0))
     assert sorted(path.name for path in folder.iterdir()) == ["2", "4"]
     for path in (folder / "4" / "variables").rglob("d/*"):
         flip(path)
-    like = {"params": _state(0).params, "batch_stats": _state(0).batch_stats}
-    like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), like)
     with pytest.raises(InputError, match="4 is damaged"):
-        load_variables(folder, "4", like)
+        load_variables(folder, "4", saved_variables())
 
 
-def test_a_score_that_was_changed_is_noticed(saved, tmp_path):
-    folder = tmp_path / "checkpoints"
-    shutil.copytree(saved, folder)
+def test_a_score_that_was_changed_is_noticed(folder):
     (folder / "4" / "metrics" / "metrics").write_text('{"mean_iu": 0.9}')
-    restored = restore_newest(folder, _state(0))
+    restored = restore_newest(folder, saved_state(0))
     assert restored.step == 2 and "damaged-4: metrics are not what was saved" in restored.notes[0]
 
 
 @pytest.mark.parametrize("damage", [flip, Path.unlink, lambda path: path.write_text('{"mean_iu": "high"}')])
-def test_an_older_checkpoint_without_its_score_does_not_stand_in_the_way(damage, saved, tmp_path):
-    folder = tmp_path / "checkpoints"
-    shutil.copytree(saved, folder)
+def test_an_older_checkpoint_without_its_score_does_not_stand_in_the_way(damage, folder):
     damage(folder / "2" / "metrics" / "metrics")
-    restored = restore_newest(folder, _state(0))
+    restored = restore_newest(folder, saved_state(0))
     assert restored.step == 4 and "damaged-2: its score is lost" in restored.notes[0]
     checkpoints = Checkpoints(folder)
-    checkpoints.save(_state(6), {"data": {}, "unlogged": []}, 0.7)
-    checkpoints.save(_state(8), {"data": {}, "unlogged": []}, 0.6)
+    checkpoints.save(saved_state(6), {"data": {}, "unlogged": []}, 0.7)
+    checkpoints.save(saved_state(8), {"data": {}, "unlogged": []}, 0.6)
     checkpoints.close()
-    assert load_variables(folder, "best", {"params": _state(0).params, "batch_stats": _state(0).batch_stats})[1] == 6
+    assert load_variables(folder, "best", saved_variables())[1] == 6
 
 
 @pytest.mark.usefixtures("heard")
@@ -176,14 +164,11 @@ def test_a_save_that_fails_is_named_and_what_was_saved_is_good(undisturbed, tmp_
 def test_a_full_disk_is_one_line_and_what_was_saved_is_good(undisturbed, tmp_path):
     config = in_folder(tmp_path)
     code = (
-        "import json, resource, sys; from rich.console import Console;"
-        "from fcn_jax.training.check import config_from_json;"
-        "from fcn_jax.cli.process import guarded; from fcn_jax.training import loop; original = loop.Logger.step\n"
+        "import resource; original = loop.Logger.step\n"
         "def step(self, step, *rest):\n"
         "    if step == 7: resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]), -1))\n"
         "    return original(self, step, *rest)\n"
         "loop.Logger.step = step\n"
-        "run = lambda _: loop.train(config_from_json(json.loads(sys.argv[1])), Console())\n"
         "sys.exit(guarded(run, []))"
     )
     for limit in ("10", "4096"):  # metrics.jsonl is stopped by the one, a checkpoint by the other
@@ -194,12 +179,3 @@ def test_a_full_disk_is_one_line_and_what_was_saved_is_good(undisturbed, tmp_pat
         assert "saved before" in lines[0] and str(config.run) in lines[0]
     assert "at step 4" in train(config)
     assert_same(config, undisturbed)
-
-
-@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS])
-def test_a_disk_that_gives_no_name_is_one_line(number, capsys):
-    def failing(arguments):
-        raise OSError(number, os.strerror(number))
-
-    assert guarded(failing, []) == 2
-    assert capsys.readouterr().err == f"error: a file: {os.strerror(number)}; check the path and the disk\n"

@@ -123,17 +123,3 @@ def test_part_k_of_an_accumulated_batch_has_every_parts_th_example():
 def test_initial_parameters_and_dropout_masks_have_keys_of_their_own():
     state = new_state({"params": {}}, fcn_jax.optim.make_optimizer({}, OptimConfig(), 1), seed=5)
     assert not np.array_equal(state.key, jax.random.key_data(jax.random.key(5)))
-
-
-def test_a_frozen_encoder_keeps_parameters_and_statistics_to_the_bit():
-    model = fcn_jax.create_model("fcn8s", 4, width=0.06, freeze_encoder=True, **OPTIONS["fcn8s"])
-    variables = fcn_jax.init_variables(model, jax.random.key(0))
-    optimizer = make_optimizer(variables["params"], OptimConfig(lr=0.1), 10, freeze_encoder=True)
-    state = new_state(variables, optimizer)
-    step = jax.jit(make_train_step(model.apply, optimizer, make_loss("softmax")))
-    batch = make_batch()
-    for _ in range(2):
-        state, _ = step(state, {**batch, "image": batch["image"] / np.float32(255)})
-    jax.tree.map(np.testing.assert_array_equal, state.params["vgg"], variables["params"]["vgg"])
-    jax.tree.map(np.testing.assert_array_equal, state.batch_stats, variables["batch_stats"])
-    assert np.any(state.params["score_fr"]["kernel"] != 0)

@@ -1,18 +1,15 @@
 """One run in two real processes, on this machine's CPU: what the quick tier has of it."""
 
-import time
-
 import jax
 import numpy as np
 import pytest
-from launch import KILLED, address, assert_equal_runs, assert_lost_another, finish, launch, start, train_in_processes
+from launch import address, assert_equal_runs, assert_lost_another, finish_after_a_kill, start, train
 
 import fcn_jax
 from fcn_jax.config import Config, DataConfig
 from fcn_jax.data import datasets
-from fcn_jax.data.io import encode_label
+from fcn_jax.data.io import encode_label, palette
 from fcn_jax.data.pipeline import make_eval_batches
-from fcn_jax.data.voc import palette
 from fcn_jax.errors import InputError
 from fcn_jax.evaluation.evaluate import evaluate, make_predictor
 from fcn_jax.training import distributed
@@ -21,30 +18,13 @@ from fcn_jax.training.distributed import digest, from_writer, gather, processes,
 from fcn_jax.training.run import open_run
 
 
-@pytest.fixture(scope="module")
-def reference(tmp_path_factory):
-    """The run in one process."""
-    run = tmp_path_factory.mktemp("reference") / "run"
-    codes, outputs = train_in_processes(run, count=1)
-    assert codes == [0], outputs
-    return run
-
-
 def test_a_killed_process_ends_the_others_within_a_minute_and_the_run_resumes_to_the_same_end(reference, tmp_path):
     run = tmp_path / "run"
-    started = launch(run, code=KILLED)
-    try:
-        assert started[1].wait(240) == -9
-    finally:
-        if started[1].poll() is None:
-            for process in started:
-                process.kill()
-    before = time.monotonic()
-    codes, outputs = finish(started)
-    assert time.monotonic() - before < 60
-    assert_lost_another(codes[0], outputs[0])
+    code, printed, seconds = finish_after_a_kill(run)
+    assert seconds < 60
+    assert_lost_another(code, printed)
     assert open_run(run, "last").step == 3
-    codes, outputs = train_in_processes(run)
+    codes, outputs = train(run)
     assert codes == [0, 0], outputs
     assert "resuming" in outputs[0] and "resuming" not in outputs[1]
     assert "best checkpoint" in outputs[0] and "best checkpoint" not in outputs[1]
@@ -61,15 +41,13 @@ def test_an_address_where_nobody_listens_is_one_line(monkeypatch):
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ((None, 2, None), "--distributed HOST:PORT"),
-        (("auto", None, 1), "--distributed HOST:PORT"),
-        (("somewhere", 2, 0), "auto or HOST:PORT, got somewhere"),
-        (("host:99999", 2, 0), "a port is in"),
+        ((None, 2, None), "--distributed HOST:PORT"), (("auto", None, 1), "--distributed HOST:PORT"),
+        (("somewhere", 2, 0), "auto or HOST:PORT, got somewhere"), (("host:99999", 2, 0), "a port is in"),
         (("host:1234", 2, None), "needs --num-processes and --process-id"),
         (("host:1234", 2, 2), "--num-processes 2 --process-id 2"),
         (("host:1234", 0, 0), "--num-processes 0 --process-id 0"),
     ],
-)
+)  # fmt: skip
 def test_a_launch_that_makes_no_sense_is_one_line(given, message):
     with pytest.raises(InputError, match=message), processes(*given):
         pass
@@ -109,14 +87,8 @@ def test_a_digest_tells_one_bit():
 def test_the_shares_of_an_evaluation_add_up_to_the_whole(count):
     sizes = [(20, 30), (33, 40), (20, 30), (64, 64), (40, 33)]
     rng = np.random.default_rng(0)
-    records = [
-        {
-            "image": encode_label(rng.integers(0, 256, (*size, 3), dtype=np.uint8)),
-            "label": encode_label(rng.integers(0, 4, size).astype(np.uint8)),
-            "name": str(number),
-        }
-        for number, size in enumerate(sizes)
-    ]
+    drawn = [(rng.integers(0, 256, (*size, 3), np.uint8), rng.integers(0, 4, size, np.uint8)) for size in sizes]
+    records = [{"image": encode_label(x), "label": encode_label(y), "name": str(i)} for i, (x, y) in enumerate(drawn)]
     split = datasets.Split("made", "up", ("a", "b", "c", "d"), palette(4), records)
     model = fcn_jax.create_model("fcn32s", 4, encoder="vgg11", width=0.03, fc_features=8, fc6_kernel=1)
     variables = fcn_jax.init_variables(model, jax.random.key(0))

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny_run import TINY, in_folder, train
+from tiny_run import TINY, in_folder, place_batches, train
 
 from fcn_jax.config import OptimConfig
 from fcn_jax.errors import InputError
@@ -14,7 +14,6 @@ from fcn_jax.losses import make_loss
 from fcn_jax.models import create_model, init_variables
 from fcn_jax.optim import make_optimizer
 from fcn_jax.step import make_train_step, new_state
-from fcn_jax.training import loop
 from fcn_jax.training.run import RunFolder
 
 
@@ -53,26 +52,19 @@ def test_a_step_that_is_not_finite_changes_counters_alone(value, accumulate):
 
 
 def test_a_loss_of_nan_names_the_step_and_the_images_and_can_be_skipped(tmp_path, monkeypatch):
-    config = in_folder(tmp_path)
-    make = loop.make_trainer
+    config, taken = in_folder(tmp_path), []
 
-    def poisoned(*args, **kwargs):
-        trainer = make(*args, **kwargs)
-        taken = []
+    def poison(batch, place):
+        taken.append(0)
+        image = batch["image"].astype(np.float32)
+        return place({**batch, "image": image * np.nan if len(taken) == 6 else image})
 
-        def place(batch):
-            taken.append(0)
-            image = batch["image"].astype(np.float32)
-            return trainer.parallel.place_batch({**batch, "image": image * np.nan if len(taken) == 6 else image})
-
-        return replace(trainer, parallel=replace(trainer.parallel, place_batch=place))
-
-    monkeypatch.setattr(loop, "make_trainer", poisoned)
-    with pytest.raises(InputError, match=r"step 6: loss nan .* learning rate 0\.0\d+, on 0000\d\d, .*skip"):
+    place_batches(monkeypatch, poison)
+    message = r"step 6: loss nan .* learning rate 0\.0\d+, on 0000\d\d, .*skip.*--optim\.lr"
+    with pytest.raises(InputError, match=message):
         train(config)
-    monkeypatch.setattr(loop, "make_trainer", lambda *args, **kwargs: make(*args, **kwargs))
+    taken.clear()
     skipping = in_folder(tmp_path, "skipping", train=replace(TINY.train, nonfinite="skip"))
-    monkeypatch.setattr(loop, "make_trainer", poisoned)
     train(skipping)
     rows = [row for row in RunFolder(skipping.run).rows() if row["kind"] == "train"]
     assert {row["step"]: row["skipped"] for row in rows} == {3: 0, 4: 0, 6: 1, 8: 0, 9: 0, 12: 0, 13: 0}
@@ -83,19 +75,8 @@ def test_a_loss_of_nan_names_the_step_and_the_images_and_can_be_skipped(tmp_path
 
 
 def test_steps_that_are_skipped_without_end_stop_the_run(tmp_path, monkeypatch):
-    train_config = replace(TINY.train, nonfinite="skip", steps=30, eval_every=30 * 4 / 16)
-    config = in_folder(tmp_path, train=train_config)
-    make = loop.make_trainer
-
-    def poisoned(*args, **kwargs):
-        trainer = make(*args, **kwargs)
-
-        def place(batch):
-            return trainer.parallel.place_batch({**batch, "image": batch["image"].astype(np.float32) * np.nan})
-
-        return replace(trainer, parallel=replace(trainer.parallel, place_batch=place))
-
-    monkeypatch.setattr(loop, "make_trainer", poisoned)
+    config = in_folder(tmp_path, train=replace(TINY.train, nonfinite="skip", steps=30, eval_every=30 * 4 / 16))
+    place_batches(monkeypatch, lambda batch, place: place({**batch, "image": batch["image"] * np.float32(np.nan)}))
     with pytest.raises(InputError, match="step 20: loss nan"):
         train(config)
     assert [row["skipped"] for row in RunFolder(config.run).rows()] == [3] * 6

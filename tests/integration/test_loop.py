@@ -8,26 +8,18 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from jax import monitoring
-from rich.console import Console
+from tiny_run import TINY, in_folder, place_batches, train
 
-from fcn_jax.config import Config, DataConfig, ModelConfig, TrainConfig
+from fcn_jax.data.pipeline import TrainIterator
 from fcn_jax.training import loop
 from fcn_jax.training.run import RunFolder
 
-TINY = Config(
-    devices=2,
-    model=ModelConfig(name="fcn8s", encoder="vgg11", encoder_norm="batch", width=0.03, fc_features=8, fc6_kernel=1),
-    data=DataConfig(shapes_size=(32, 32), shapes_count=16),
-    train=TrainConfig(batch_size=4, steps=9, eval_every=3 * 4 / 16, log_every=3, eval_batch_size=4),
-)
-
 
 def run(tmp_path, name="run", **changes):
-    data = replace(TINY.data, cache_dir=str(tmp_path / "cache"))
-    config = replace(TINY, run=str(tmp_path / name), data=data, **changes)
-    console = Console(record=True, width=120)
-    loop.train(config, console)
-    return list(RunFolder(config.run).rows()), console.export_text()
+    """Take nine steps, with a validation every three."""
+    config = in_folder(tmp_path, name, train=replace(TINY.train, steps=9, eval_every=3 * 4 / 16), **changes)
+    text = train(config)
+    return list(RunFolder(config.run).rows()), text
 
 
 @pytest.mark.parametrize("parallel", ["pmap", "mesh"])
@@ -57,18 +49,8 @@ def test_nothing_is_compiled_after_the_first_step_and_the_first_validation(paral
 
 @pytest.mark.parametrize("parallel", ["pmap", "mesh"])
 def test_an_array_that_was_not_placed_stops_the_step(parallel, tmp_path, monkeypatch):
-    make = loop.make_trainer
-
-    def careless(*args, **kwargs):
-        trainer = make(*args, **kwargs)
-
-        def stay(batch):
-            rows = (2, 2) if parallel == "pmap" else (4,)
-            return {key: np.reshape(value, (*rows, *value.shape[1:])) for key, value in batch.items()}
-
-        return replace(trainer, parallel=replace(trainer.parallel, place_batch=stay))
-
-    monkeypatch.setattr(loop, "make_trainer", careless)
+    rows = (2, 2) if parallel == "pmap" else (4,)
+    place_batches(monkeypatch, lambda batch, _: {k: np.reshape(v, (*rows, *v.shape[1:])) for k, v in batch.items()})
     with pytest.raises(Exception, match="Disallowed host-to-device transfer"):
         run(tmp_path, parallel=parallel)
 
@@ -78,20 +60,8 @@ def test_the_share_of_time_that_steps_waited_for_data_is_logged(tmp_path, monkey
     shares = [row["data_wait"] for row in rows if row["kind"] == "train"]
     assert len(shares) == 3 and all(0 <= share <= 1 for share in shares)
     assert "s after the start of the command" in text and "waiting for data" in text
-    make = loop.make_train_iterator
-
-    class Slow:
-        def __init__(self, batches):
-            self._batches = batches
-
-        def __next__(self):
-            time.sleep(0.3)
-            return next(self._batches)
-
-        def __getattr__(self, name):
-            return getattr(self._batches, name)
-
-    monkeypatch.setattr(loop, "make_train_iterator", lambda *args, **kwargs: Slow(make(*args, **kwargs)))
+    take = TrainIterator.__next__
+    monkeypatch.setattr(TrainIterator, "__next__", lambda self: time.sleep(0.3) or take(self))
     rows, _ = run(tmp_path, "slow")
     slow = [row["data_wait"] for row in rows if row["kind"] == "train"]
     # a third of a second of sleep beside a step of some hundredths

@@ -15,7 +15,6 @@ from small_networks import assert_same, build, create, zeros
 import fcn_jax
 from fcn_jax import weights
 from fcn_jax.cli.port import main as port_command
-from fcn_jax.cli.process import guarded
 from fcn_jax.config import Config, DataConfig, TrainConfig
 from fcn_jax.errors import InputError
 from fcn_jax.training.check import check_config
@@ -143,9 +142,8 @@ def test_a_stage_starts_from_a_file_of_another_project(uncompiled, tmp_path):
     assert "new: score_fr, " in notes and "vgg." not in notes and "head." not in notes
     fc7 = np.asarray(variables["params"]["head"]["fc7"]["kernel"]).transpose(3, 2, 0, 1)
     np.testing.assert_array_equal(fc7, state["fc7.0.weight"])
-    with pytest.raises(
-        InputError, match=r"--init-from .*boostcamp.pth: .*fc6.weight is 256x32x1x1, .* needs 256x32x3x3"
-    ):
+    message = r"--init-from .*boostcamp.pth: .*fc6.weight is 256x32x1x1, .* needs 256x32x3x3"
+    with pytest.raises(InputError, match=message):
         begin("fcn16s", init_from=file, encoder="vgg16", fc6_kernel=3)
     with pytest.raises(InputError, match="--init-from .*fcn32s is of another family than fcn16s_resize"):
         begin("fcn16s_resize", init_from=file)
@@ -168,17 +166,15 @@ def test_carrying_over_says_what_the_networks_compute_otherwise(uncompiled, tmp_
 
 
 def run_port(capsys, *arguments):
-    code = guarded(port_command, [str(argument) for argument in arguments])
-    out = capsys.readouterr()
-    return code, out.out, out.err
+    assert port_command([str(argument) for argument in arguments]) == 0
+    return capsys.readouterr().out
 
 
 def test_port_writes_a_file_that_loads_and_a_report_of_both_sides(tmp_path, capsys):
     state = sources.randomise(sources.Fanrencli(16, 3, W)).float().state_dict()
     torch.save({"state_dict": state}, tmp_path / "a.pth")
     out = tmp_path / "new"
-    code, text, _ = run_port(capsys, tmp_path / "a.pth", "--model", "fcn16s_pad100", "--width", W, "--out", out)
-    assert code == 0
+    text = run_port(capsys, tmp_path / "a.pth", "--model", "fcn16s_pad100", "--width", W, "--out", out)
     for word in ("fanrencli", "state_dict", "conv15.weight", "head.fc7.weight", "left", "nothing"):
         assert word in text, text
     model = create("fcn16s_pad100", encoder="vgg16", pool="floor", skip_bias=False)
@@ -189,21 +185,20 @@ def test_port_writes_a_file_that_loads_and_a_report_of_both_sides(tmp_path, caps
     assert report["filled"]["score_fr.bias"] == "score_fr.bias" and report["left"] == {}
 
 
-def test_port_takes_torchvision_weights_and_gives_them_back(encoder, tmp_path, capsys):
+def test_port_takes_torchvision_weights_and_gives_them_back(encoder, tmp_path, capsys, fails):
     file, state = encoder
     before = file.read_bytes()
     command = [file, "--model", "fcn8s", "--width", W, "--num-classes", "5", "--out"]
-    code, _, text = run_port(capsys, *command, file)
-    assert code == 2 and "is the source" in text and file.read_bytes() == before
-    code, text, _ = run_port(capsys, *command, tmp_path / "out", "--preprocessing", "caffe")
-    assert code == 0 and "preprocessing caffe" in text
+    fails(port_command, [*command, file], "is the source")
+    assert file.read_bytes() == before
+    assert "preprocessing caffe" in run_port(capsys, *command, tmp_path / "out", "--preprocessing", "caffe")
     assert json.loads((tmp_path / "out/report.json").read_text())["preprocessing"] == "caffe"
     ours, back = tmp_path / "fcn8s.safetensors", tmp_path / "back.safetensors"
-    code, text, _ = run_port(capsys, *command, ours)
-    assert code == 0 and "encoder vgg11" in text and "score_fr.weight" in text and "classifier.6.weight" in text
+    text = run_port(capsys, *command, ours)
+    assert "encoder vgg11" in text and "score_fr.weight" in text and "classifier.6.weight" in text
     assert weights.inspect(ours).preprocessing == "imagenet"
-    code, text, _ = run_port(capsys, ours, "--layout", "torchvision-vgg", "--out", back)
-    assert code == 0 and "not written, since no network of torchvision-vgg takes them: score_fr.bias" in text
+    text = run_port(capsys, ours, "--layout", "torchvision-vgg", "--out", back)
+    assert "not written, since no network of torchvision-vgg takes them: score_fr.bias" in text
     with safetensors.safe_open(back, framework="numpy") as written:
         assert written.metadata()["layout"] == "torchvision-vgg"
         for name in state.keys() - {"classifier.6.weight", "classifier.6.bias"}:
@@ -213,23 +208,18 @@ def test_port_takes_torchvision_weights_and_gives_them_back(encoder, tmp_path, c
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
-        ("nosuch.pth --model fcn8s --out x.safetensors", ["nosuch.pth", "no such file"]),
-        ("a.pth --model fcn8s --out x.safetensors", ["create_model('fcn32s_pad100', 3)"]),
-        ("a.pth --model fcn9s --out x.safetensors", ["fcn9s", "fcn8s"]),
+        ("nosuch.pth --model fcn8s", ["nosuch.pth", "no such file"]), ("a.pth --model fcn9s", ["fcn9s", "fcn8s"]),
+        ("a.pth --model fcn8s", ["create_model('fcn32s_pad100', 3)"]),
         ("a.pth --model fcn32s_pad100 --out x.npz", ["x.npz", ".safetensors", ".pth"]),
-        ("a.pth --model fcn32s_pad100 --width 1 --out x.safetensors", ["conv1_1.weight is 4x3x3x3"]),
-        ("a.pth --model fcn32s_pad100 --layout caffe --out x.safetensors", ["caffe", "pochih"]),
-        ("a.pth --model fcn32s_pad100 --num-classes 0 --out x.safetensors", ["num_classes in 1 ... 255"]),
+        ("a.pth --model fcn32s_pad100 --width 1", ["conv1_1.weight is 4x3x3x3"]),
+        ("a.pth --model fcn32s_pad100 --layout caffe", ["caffe", "pochih"]),
+        ("a.pth --model fcn32s_pad100 --num-classes 0", ["num_classes in 1 ... 255"]),
     ],
-)
-def test_port_answers_mistakes_in_one_line(tmp_path, monkeypatch, capsys, arguments, named):
+)  # fmt: skip
+def test_port_answers_mistakes_in_one_line(tmp_path, monkeypatch, fails, arguments, named):
     monkeypatch.chdir(tmp_path)
     torch.save(sources.PytorchFCN(32, 3, W).state_dict(), "a.pth")
-    width = [] if "--width" in arguments else ["--width", W]
-    code, _, text = run_port(capsys, *arguments.split(), *width)
-    assert code == 2 and len(text.strip().splitlines()) == 1, text
-    for word in named:
-        assert word in text
+    fails(port_command, ["--out", "x.safetensors", "--width", W, *arguments.split()], *named)
     assert [path.name for path in tmp_path.iterdir()] == ["a.pth"]
 
 

@@ -3,11 +3,11 @@
 import jax
 import numpy as np
 import pytest
-from small_recipes import SCORE_NET, SCRATCH, SHRUNK, SMALL, easy, evals, run_through, tree  # noqa: F401  (a fixture)
+from small_networks import zeros
+from small_recipes import SHRUNK, run_through, shrink
 
 from fcn_jax.cli import train as train_module
 from fcn_jax.cli.train import main as train_command
-from fcn_jax.models import init_variables
 from fcn_jax.recipes import RECIPES
 from fcn_jax.training import trainer
 from fcn_jax.training.trainer import make_trainer
@@ -20,14 +20,8 @@ def test_a_recipe_trains_stops_resumes_evaluates_and_draws(tmp_path, monkeypatch
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_every_recipe_becomes_a_step_on_its_own_data(recipe, tmp_path, monkeypatch):
-    def zeros(model, key, size):
-        shapes = jax.eval_shape(lambda key: init_variables(model, key, size), key)
-        return jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
-
-    monkeypatch.setattr(trainer, "init_variables", zeros)
-    arguments = [*SMALL, *SHRUNK[recipe], *SCRATCH, *evals(recipe), *tree(recipe, tmp_path / "data")]
-    arguments += ["--run", str(tmp_path / "run"), "--data.cache-dir", str(tmp_path / "cache"), "--devices", "1"]
-    config, title = train_module.config_of_recipe([recipe, *arguments])
+    monkeypatch.setattr(trainer, "init_variables", lambda model, key, size: zeros(model))
+    config, title = train_module.config_of_recipe([*shrink(recipe, tmp_path), "--run", str(tmp_path / "run")])
     made = make_trainer(config)
     (h, w), b = config.data.crop_size or config.data.input_size or (32, 32), config.train.batch_size
     batch = {"image": np.zeros((b, h, w, 3), np.uint8), "label": np.zeros((b, h, w), np.uint8)}
@@ -37,8 +31,7 @@ def test_every_recipe_becomes_a_step_on_its_own_data(recipe, tmp_path, monkeypat
 
 
 def test_resuming_does_not_need_the_weights_it_started_from(tmp_path, capsys):
-    common = ["shapes", *SMALL, *SHRUNK["shapes"], "--train.steps", "1", *tree("shapes", tmp_path)]
-    common += ["--data.cache-dir", str(tmp_path / "cache"), "--devices", "1"]
+    common = [*shrink("shapes", tmp_path), "--train.steps", "1"]
     assert train_command([*common, "--run", str(tmp_path / "first")]) == 0
     command = [*common, "--run", str(tmp_path / "second"), "--init-from", str(tmp_path / "first")]
     assert train_command(command) == 0

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 import torch_sources as sources
-from layout_cases import CASES, check_classifier, check_port, forward, in_float64, state_of
+from layout_cases import CASES, check_classifier, check_encoder, check_port, forward, in_float64, state_of
 from small_networks import WIDTH as W
-from small_networks import assert_same, build, zeros
+from small_networks import build, zeros
 
 from fcn_jax import weights
 from fcn_jax.errors import InputError
@@ -22,12 +22,9 @@ def test_a_published_network_is_recognised_computes_the_same_and_goes_back_bit_f
     check_port(case)
 
 
-def test_a_ported_torchvision_classifier_gives_torchvisions_logits_at_any_size():
-    check_classifier("torchvision", "vgg11", "batch", (75, 106))
-
-
-def test_a_ported_timm_classifier_gives_timms_logits():
-    check_classifier("timm", "vgg11", None, (224, 224))
+@pytest.mark.parametrize(("source", "norm", "size"), [("torchvision", "batch", (75, 106)), ("timm", None, (224, 224))])
+def test_a_ported_classifier_gives_the_sources_logits(source, norm, size):
+    check_classifier(source, "vgg11", norm, size)
 
 
 @pytest.mark.parametrize("size", [(7, 7), (14, 21), (1, 3), (10, 8), (15, 6)])
@@ -42,16 +39,14 @@ def test_adaptive_pooling_is_torchs(size):
     [
         ("pytorch-fcn 8s", "fcn8s_pad100", {"pool": "floor"}, "pool='floor'"),
         ("pytorch-fcn 8s", "fcn8s_pad100", {"skip_scales": (0.5, 0.25)}, r"skip_scales=\(0.5, 0.25\)"),
-        ("pytorch-fcn 8s", "fcn16s_pad100", {}, "stride=16"),
-        ("pytorch-fcn 8s", "fcn8s", {}, "family SameFCN"),
+        ("pytorch-fcn 8s", "fcn16s_pad100", {}, "stride=16"), ("pytorch-fcn 8s", "fcn8s", {}, "family SameFCN"),
         ("fanrencli 32s", "fcn32s_pad100", {"pool": "floor"}, r"crop=\(5, 9, 19\)"),
         ("fanrencli 16s", "fcn16s_pad100", {"pool": "floor"}, "skip_bias=True"),
-        ("boostcamp 8s", "fcn8s", {}, "fc6_kernel=7"),
+        ("boostcamp 8s", "fcn8s", {}, "fc6_kernel=7"), ("tramac 8s aux", "fcn8s_resize", {}, "aux_head=False"),
         ("pochih 8s", "fcn8s_ladder", {"encoder": "vgg19"}, "encoder='vgg19'"),
         ("fcn1", "fcn8s_ladder", {"encoder": "vgg13"}, "stride=8"),
-        ("tramac 8s aux", "fcn8s_resize", {}, "aux_head=False"),
     ],
-)
+)  # fmt: skip
 def test_a_model_that_would_compute_something_else_is_refused_with_the_call_that_fits(case, name, options, named):
     state = state_of(CASES[case][0]())
     with pytest.raises(InputError, match=f"the model, which has {named}.*use create_model") as caught:
@@ -69,9 +64,10 @@ def test_a_stage_starts_from_a_published_coarser_network():
 @pytest.mark.parametrize(
     ("layout", "name", "options", "message"),
     [
-        ("pytorch-fcn", "fcn8s", {}, "layout 'pytorch-fcn' has names for a"),
-        ("pochih", "fcn8s", {}, "layout 'pochih' has names for a"),
-        ("tramac", "fcn8s_ladder", {}, "layout 'tramac' has names for a"),
+        *(
+            (layout, "fcn8s", {}, f"layout '{layout}' has names for a")
+            for layout in ("pytorch-fcn", "pochih", "tramac")
+        ),
         ("fanrencli", "fcn8s_pad100", {}, "pool='ceil'"),
         ("pytorch-fcn", "fcn8s_pad100", {"encoder_norm": "batch"}, "no name for vgg.bn1_1.bias"),
         ("pytorch-fcn", "fcn8s_pad100", {"skip_scales": (0.5, 0.25)}, r"has skip_scales=\(0.5, 0.25\)"),
@@ -106,46 +102,15 @@ def test_every_torchvision_encoder_is_recognised(encoder, norm):
     assert info.variant == encoder + ("_bn" if norm else "")
 
 
-# Dropout comes before its layer in Johnson's names.
-JOHNSON = {"classifier.0": "classifier.1", "classifier.3": "classifier.4"}
-
-
-@pytest.mark.parametrize(
-    ("layout", "kind", "preprocessing", "fc7"),
-    [
-        ("torchvision-vgg", sources.TorchvisionVGG, "imagenet", "classifier.3"),
-        ("johnson-vgg", sources.TorchvisionVGG, "caffe", "classifier.4"),
-        ("timm-vgg", sources.TimmVGG, "imagenet", "pre_logits.fc2"),
-    ],
-)
-def test_a_classifier_fills_an_fcns_encoder_fc6_and_fc7_and_goes_back(layout, kind, preprocessing, fc7):
-    state = {}
-    for name, value in state_of(sources.randomise(kind("vgg11", True, W, 10)).float()).items():
-        module, _, leaf = name.rpartition(".")
-        state[f"{JOHNSON.get(module, module) if layout == 'johnson-vgg' else module}.{leaf}"] = value
-    model, variables = build("fcn8s", encoder_norm="batch")
-    info = weights.inspect(state)
-    assert (info.layout, info.variant, info.preprocessing) == (layout, "vgg11_bn", preprocessing)
-    loaded, report = weights.load_with_report(state, model, variables)
-    assert report.filled["head.fc7.weight"] == f"{fc7}.weight"
-    # Everything is accounted for, on both sides.
-    assert set(report.filled) | set(report.left) == {k for k in weights.to_torch(model, variables) if "num_b" not in k}
-    assert all(name.startswith(("score_", "upscore")) for name in report.left)
-    assert set(report.filled.values()) | set(report.ignored) == set(state)
-    for name in report.left:
-        layer = name.partition(".")[0]
-        assert_same(loaded["params"][layer], variables["params"][layer])
-    back = weights.to_torch(model, loaded, layout)
-    fc8 = {f"{'head.fc' if layout == 'timm-vgg' else 'classifier.6'}.{leaf}" for leaf in ("weight", "bias")}
-    assert set(state) - set(back) == fc8 and fc8 <= set(report.ignored)
-    for name, value in back.items():
-        np.testing.assert_array_equal(value, state[name])
+@pytest.mark.parametrize("layout", ["torchvision-vgg", "johnson-vgg", "timm-vgg"])
+def test_a_classifier_fills_an_fcns_encoder_fc6_and_fc7_and_goes_back(layout):
+    check_encoder(layout, "vgg11", "batch")
 
 
 @pytest.mark.parametrize(
     ("options", "has_fc"),
-    [({}, True), ({"fc6_kernel": 1}, False), ({"fc6_kernel": 3}, False), ({"fc_features": 16}, False)]
-    + [({"name": "fcn8s_resize"}, False)],
+    [({}, True), ({"fc6_kernel": 1}, False), ({"fc6_kernel": 3, "fc_features": 32}, False), ({"fc6_kernel": 3}, False)]
+    + [({"fc_features": 16}, False), ({"name": "fcn8s_resize"}, False)],
 )
 def test_what_is_written_in_torchvisions_names_fits_a_torchvision_network(options, has_fc):
     model, variables = build(**options)

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
+from fuzzing import Call
 from small_networks import build
 
 from fcn_jax import weights
@@ -35,16 +36,6 @@ def refusal(source):
     if not isinstance(source, dict):
         assert message.startswith(str(source))
     return message
-
-
-class Call:
-    """Pickled as a call of a function."""
-
-    def __init__(self, function, *arguments):
-        self.call = function, arguments
-
-    def __reduce__(self):
-        return self.call
 
 
 CODE = Call(os.system, "true")
@@ -72,7 +63,7 @@ def cut(write, length):
 
 def compressed(path):
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
-        archive.writestr("w/data.pkl", pickle.dumps({}))
+        archive.writestr("w/data.pkl", bytes(2**28))
 
 
 def safe(path):
@@ -87,20 +78,14 @@ OTHER = r"holds something other than tensors \(%s\); if you trust it, load it wi
     [
         ("w.pth", None, "no such file"),
         ("w.h5", bytes(range(256)), "expected a .safetensors, .pth or .pt file, got '.h5'"),
-        ("w.pth", b"", "the file is empty"),
-        ("w.safetensors", b"", "the file is empty"),
-        ("w.pth", b"\n" + PAGE, "a web page"),
-        ("w.safetensors", b"\n" + PAGE, "a web page"),
+        *((name, b"", "the file is empty") for name in ("w.pth", "w.safetensors")),
+        *((name, b"\n" + PAGE, "a web page") for name in ("w.pth", "w.safetensors")),
         ("w.pth", b"\xef\xbb\xbf\r\n" + PAGE.upper(), "a web page"),
         ("w.pth", b"<?xml version='1.0'?><Error><Code>AccessDenied</Code></Error>", "a web page"),
-        ("w.pth", LFS, "a pointer of git-lfs.*git lfs pull"),
-        ("w.safetensors", LFS, "a pointer of git-lfs.*git lfs pull"),
-        ("w.pth", pathlib.Path.mkdir, "is a folder"),
-        ("w.safetensors", pathlib.Path.mkdir, "is a folder"),
-        ("w", pathlib.Path.mkdir, "is a folder"),
+        *((name, LFS, "a pointer of git-lfs.*git lfs pull") for name in ("w.pth", "w.safetensors")),
+        *((name, pathlib.Path.mkdir, "is a folder") for name in ("w.pth", "w.safetensors", "w")),
         ("w.pth", safe, "a safetensors file; give it the suffix .safetensors"),
-        ("w.safetensors", saved(STATE), "a torch file .*; give it the suffix .pth"),
-        ("w.safetensors", old(STATE), "a torch file .*; give it the suffix .pth"),
+        *(("w.safetensors", write(STATE), "a torch file .*; give it the suffix .pth") for write in (saved, old)),
         ("w.safetensors", bytes(range(256)), "not a whole safetensors file"),
         ("w.safetensors", cut(safe, 100), "not a whole safetensors file"),
         ("w.pth", bytes(range(256)), "holds something other than tensors, or is damaged \\(Unsupported operand 0\\)"),
@@ -111,12 +96,10 @@ OTHER = r"holds something other than tensors \(%s\); if you trust it, load it wi
         ("w.pth", saved({}), "holds no tensors"),
         ("w.pth", saved({"names": "a"}), "expected arrays by name, got str under 'names'"),
         ("w.pth", saved({"a": bytearray(5)}), "holds bytearrays, which may be of any size"),
-        ("w.pth", old({"a": Call(bytearray, 2**33)}), "holds bytearrays, which may be of any size"),
-        ("w.pth", saved(torch.nn.Linear(2, 2)), OTHER % "torch.nn.modules.linear.Linear"),
-        ("w.pth", old(torch.nn.Linear(2, 2)), OTHER % "torch.nn.modules.linear.Linear"),
+        *(("w.pth", write({"a": Call(bytearray, 2**40)}), "holds bytearrays, which may be") for write in (saved, old)),
+        *(("w.pth", f(torch.nn.Linear(2, 2)), OTHER % "torch.nn.modules.linear.Linear") for f in (saved, old)),
         ("w.pth", pickle.dumps(CODE, 2), OTHER % "posix.system"),
-        ("w.pth", saved({"a": torch.zeros(2), "b": CODE}), OTHER % "posix.system"),
-        ("w.pth", old({"a": torch.zeros(2), "b": CODE}), OTHER % "posix.system"),
+        *(("w.pth", write({"a": torch.zeros(2), "b": CODE}), OTHER % "posix.system") for write in (saved, old)),
         ("w.pth", saved(STATE, pickle_protocol=4), "or is damaged \\(Unsupported operand 149\\); if you trust it"),
         ("w.pth", saved({"state_dict": STATE, "x": argparse.Namespace(lr=0.1)}), OTHER % "argparse.Namespace"),
         ("w.pth", old({"state_dict": STATE, "x": collections.defaultdict(list)}), OTHER % "collections.defaultdict"),
@@ -219,23 +202,17 @@ def test_numpy_values_beside_the_weights_do_not_matter(tmp_path):
     scalars = [np.datetime64("2020-01-01"), np.float16(0.5), np.uint8(3), np.True_]
     checkpoint = {"state_dict": STATE, "x": [*arrays, *scalars, np.random.RandomState(0).get_state()]}
     path = tmp_path / "w.pth"
-    torch.save(checkpoint, path)
-    assert weights.inspect(path).unwrapped == ("state_dict",)
-    old(checkpoint)(path)
-    assert weights.inspect(path).unwrapped == ("state_dict",)
+    for write in (saved(checkpoint), old(checkpoint)):
+        write(path)
+        assert weights.inspect(path).unwrapped == ("state_dict",)
     path.write_bytes(path.read_bytes().replace(b"numpy._core", b"numpy.core"))  # as NumPy 1 wrote it
     assert list(weights.inspect(path).tensors) == list(STATE)
 
 
 @pytest.mark.parametrize(
     ("wrapper", "prefixes"),
-    [
-        ("state_dict", ("module.",)),
-        ("model_state_dict", ("_orig_mod.",)),
-        ("model", ("module.", "_orig_mod.")),
-        ("state_dict", ("_orig_mod.", "module.")),
-        ("state_dict", ("module.", "module.")),
-    ],
+    [("state_dict", ("module.",)), ("model_state_dict", ("_orig_mod.",)), ("model", ("module.", "_orig_mod."))]
+    + [("state_dict", ("_orig_mod.", "module.")), ("state_dict", ("module.", "module."))],
 )
 def test_what_is_wrapped_around_a_state_dict_is_taken_off_and_told(tmp_path, wrapper, prefixes):
     state = {"".join(prefixes) + name: value for name, value in STATE.items()}
@@ -252,12 +229,8 @@ def test_what_is_wrapped_around_a_state_dict_is_taken_off_and_told(tmp_path, wra
 
 @pytest.mark.parametrize(
     ("source", "message"),
-    [
-        (None, "got NoneType$"),
-        (b"w.pth", "got bytes$"),
-        (3, "got int$"),
-        (torch.nn.Linear(2, 2), r"got Linear; give module.state_dict\(\)$"),
-    ],
+    [(None, "got NoneType$"), (b"w.pth", "got bytes$"), (3, "got int$")]
+    + [(torch.nn.Linear(2, 2), r"got Linear; give module.state_dict\(\)$")],
 )
 def test_a_source_of_another_type_is_refused(source, message):
     with pytest.raises(InputError, match=f"^expected a path, .* or a dict of arrays, {message}"):
@@ -280,6 +253,9 @@ def test_a_path_that_the_system_refuses_is_one_line():
     assert "cannot be read: File name too long" in refusal("x" * 300 + ".pth")
 
 
+NOT_SAVED = {"dtype": "bfloat16", "axis_name": "batch", "remat": True, "crop": [1, 1, 1], "width": 1e308}
+
+
 def _model(**network):
     return {"model": json.dumps({"name": "fcn32s", "num_classes": 3, "options": {}} | network)}
 
@@ -287,15 +263,9 @@ def _model(**network):
 @pytest.mark.parametrize(
     ("metadata", "message"),
     [
-        (_model(options={"dtype": "bfloat16"}), "describes no network"),
-        (_model(options={"axis_name": "batch"}), "describes no network"),
-        (_model(options={"remat": True}), "describes no network"),
-        (_model(options={"crop": [1, 1, 1]}), "describes no network"),
-        (_model(options={"width": 1e308}), "describes no network"),
+        *((_model(options={key: value}), "describes no network") for key, value in NOT_SAVED.items()),
         (_model(name="fcn9s"), "describes no network"),
-        ({"model": "{"}, "describes no network"),
-        ({"model": "[]"}, "describes no network"),
-        ({"model": '{"name": "fcn8s"}'}, "describes no network"),
+        *(({"model": text}, "describes no network") for text in ("{", "[]", '{"name": "fcn8s"}')),
         (_model() | {"preprocessing": "rgb"}, "says preprocessing 'rgb', expected imagenet or caffe"),
         (_model() | {"preprocessing": ""}, "says preprocessing '', expected imagenet or caffe"),
     ],

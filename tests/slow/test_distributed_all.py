@@ -3,10 +3,9 @@
 import os
 import shutil
 import signal
-import time
 
 import pytest
-from launch import KILLED, address, assert_equal_runs, assert_lost_another, finish, launch, start, train_in_processes
+from launch import address, assert_equal_runs, assert_lost_another, finish, finish_after_a_kill, start, train
 
 # Asks one of the processes to stop, which all of them then do.
 ASKED = """
@@ -25,38 +24,10 @@ sys.exit(guarded(main, sys.argv[1:]))
 """
 
 
-@pytest.fixture(scope="module")
-def reference(tmp_path_factory):
-    """The run in one process."""
-    run = tmp_path_factory.mktemp("reference") / "run"
-    codes, outputs = train_in_processes(run, count=1)
-    assert codes == [0], outputs
-    return run
-
-
-@pytest.fixture(scope="module")
-def killed(tmp_path_factory):
-    """A run in two processes, the second of which is killed after the first checkpoint.
-
-    Its folder, the first process's exit code, what that printed, and the seconds by which it outlived the other.
-    """
-    run = tmp_path_factory.mktemp("killed") / "run"
-    started = launch(run, code=KILLED)
-    try:
-        assert started[1].wait(240) == -9
-    finally:
-        if started[1].poll() is None:
-            for process in started:
-                process.kill()
-    before = time.monotonic()
-    codes, outputs = finish(started)
-    return run, codes[0], outputs[0], time.monotonic() - before
-
-
-def test_one_process_goes_on_from_what_two_have_saved(killed, reference, tmp_path):
+def test_one_process_goes_on_from_what_two_have_saved(reference, tmp_path):
     run = tmp_path / "run"
-    shutil.copytree(killed[0], run)
-    codes, outputs = train_in_processes(run, count=1)
+    finish_after_a_kill(run)
+    codes, outputs = train(run, count=1)
     assert codes == [0] and "resuming" in outputs[0], outputs
     assert_equal_runs(run, reference)
 
@@ -65,25 +36,25 @@ def test_two_processes_on_a_mesh_go_on_from_what_one_has_saved(reference, tmp_pa
     run = tmp_path / "run"
     shutil.copytree(reference, run)
     shutil.rmtree(run / "checkpoints/6")
-    codes, outputs = train_in_processes(run, "--parallel", "mesh")
+    codes, outputs = train(run, "--parallel", "mesh")
     assert codes == [0, 0] and "resuming" in outputs[0], outputs
     assert_equal_runs(run, reference)
 
 
 def test_a_signal_to_one_process_stops_all_at_one_step(reference, tmp_path):
     run = tmp_path / "run"
-    codes, outputs = train_in_processes(run, code=ASKED)
+    codes, outputs = train(run, code=ASKED)
     assert codes == [143, 143], outputs
     (step,) = (int(path.name) for path in (run / "interrupted").iterdir())
     assert step in (4, 5) and all(f"stopped by SIGTERM at step {step}, which is saved" in out for out in outputs)
-    codes, outputs = train_in_processes(run)
+    codes, outputs = train(run)
     assert codes == [0, 0] and f"at step {step}" in " ".join(outputs[0].split()), outputs
     assert_equal_runs(run, reference)
     assert not (run / "interrupted").exists()
 
 
 def test_processes_that_were_not_started_alike_stop_with_what_differs(tmp_path):
-    codes, outputs = train_in_processes(tmp_path / "run", each=((), ("--optim.lr", "0.5")))
+    codes, outputs = train(tmp_path / "run", each=((), ("--optim.lr", "0.5")))
     assert codes == [2, 2]
     for printed in outputs:
         assert "the processes differ in optim.lr" in printed and "Traceback" not in printed

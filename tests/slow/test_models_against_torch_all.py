@@ -29,8 +29,3 @@ CASES = {
 @pytest.mark.parametrize("case", CASES)
 def test_equals_torch(case):
     check_case(*CASES[case], ("float64", "float32"))
-
-
-def test_every_encoder_with_and_without_norm_is_among_the_cases():
-    seen = {(options.get("encoder", "vgg16"), options.get("encoder_norm")) for _, options, _ in CASES.values()}
-    assert seen == {(f"vgg{n}", norm) for n in (11, 13, 16, 19) for norm in (None, "batch")}

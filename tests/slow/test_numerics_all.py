@@ -24,14 +24,9 @@ def test_every_way_to_compute_it_is_compared():
     case = Case(*build("fcn32s", **SMALL_HEAD), "float64", steps=2)
     reports = {f"{report.ours} | {report.theirs}": report for report in against_jax(case)}
     assert list(reports) == [
-        "pmap x 2 | one device",
-        "mesh x 2 | one device",
-        "float32 | float64",
-        "default | highest",
-        "high | highest",
-        "polyphase | dilated",
-        "remat | kept",
-    ]
+        "pmap x 2 | one device", "mesh x 2 | one device", "float32 | float64", "default | highest", "high | highest",
+        "polyphase | dilated", "remat | kept",
+    ]  # fmt: skip
     for name, report in reports.items():
         limit = 1e-3 if name == "float32 | float64" else 1e-10
         for part in ("layers", "loss", "gradients", "steps"):

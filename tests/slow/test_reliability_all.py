@@ -10,21 +10,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tiny_run import KILL, assert_same, end, environment, in_folder, in_process, signalling, train
+from tiny_run import KILL, assert_same, check_stop, end, environment, in_folder, in_process, signalling, train
 
 from fcn_jax.errors import Stopped
 from fcn_jax.training import loop
 from fcn_jax.training.run import RunFolder
 
 MOMENTS = {
-    "in a step": (0, 4),
-    "in a row": (0, 4),
-    "in a validation": (2, 4),
+    "in a step": (0, 4), "in a row": (0, 4), "in a validation": (2, 4), "after the last save": (0, 13),
+    "before the commit of the first": (0, 0), "in the removal of an old one": (0, None),
     "in a save": (2, None),  # the write was in the background: it may or may not have come to its end
-    "before the commit of the first": (0, 0),
-    "after the last save": (0, 13),
-    "in the removal of an old one": (0, None),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("moment", MOMENTS)
@@ -52,21 +48,8 @@ def test_worker_processes_end_with_the_run_that_is_killed(tmp_path):
 
 @pytest.mark.parametrize(("number", "moment", "saved"), [(signal.SIGHUP, "start", 0), (signal.SIGTERM, "save", 8)])
 @pytest.mark.usefixtures("heard")
-def test_a_signal_before_the_first_step_or_in_a_save_stops_the_run(
-    number, moment, saved, undisturbed, tmp_path, monkeypatch
-):
-    config = in_folder(tmp_path)
-    with monkeypatch.context() as patched:
-        if moment == "start":
-            signalling(patched, loop, "progress_bar", number, lambda *args: True)
-        else:
-            signalling(patched, loop.Checkpoints, "save", number, lambda self, state, *rest: int(state.step) == 8)
-        with pytest.raises(Stopped, match=f"stopped by {number.name} at step {saved}, which is saved"):
-            train(config)
-    # After a save there is nothing more to save.
-    assert (Path(config.run) / "interrupted" / str(saved)).is_dir() is (moment == "start")
-    assert f"resuming {config.run} at step {saved}" in train(config)
-    assert_same(config, undisturbed)
+def test_a_signal_at_the_start_or_in_a_save_stops_the_run(number, moment, saved, undisturbed, tmp_path, monkeypatch):
+    check_stop(number, moment, saved, undisturbed, tmp_path, monkeypatch)
 
 
 @pytest.mark.usefixtures("heard")
@@ -89,12 +72,7 @@ def test_stopped_twice_at_the_same_step_and_with_other_devices(undisturbed, tmp_
 
 
 def test_a_second_signal_ends_the_process_at_once(undisturbed, tmp_path):
-    code = (
-        "import json, sys, time; from rich.console import Console; from fcn_jax.training.check import config_from_json;"
-        "from fcn_jax.training import loop;"
-        "loop.evaluate = lambda *args: (print('validating', flush=True), time.sleep(100));"
-        "loop.train(config_from_json(json.loads(sys.argv[1])), Console())"
-    )
+    code = "loop.evaluate = lambda *args: (print('validating', flush=True), time.sleep(100)); run()"
     process = in_process(code, in_folder(tmp_path))
     for line in process.stdout:
         if b"validating" in line:
@@ -120,14 +98,8 @@ def test_a_run_goes_on_where_nobody_can_read_what_it_says(where, tmp_path):
     os.close(reading)
     with os.fdopen(writing, "w") as pipe, open("/dev/full", "w") as full:
         out = pipe if where == "a closed pipe" else full
-        done = subprocess.run(
-            [*command, *sizes.split()],
-            cwd=Path(__file__).parents[2],
-            env=environment(),
-            stdout=out,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+        given = {"cwd": Path(__file__).parents[2], "env": environment(), "stdout": out, "text": True}
+        done = subprocess.run([*command, *sizes.split()], stderr=subprocess.PIPE, **given)
     assert (done.returncode, done.stderr) == (0, "")
     assert [row["step"] for row in RunFolder(config.run).rows() if row["kind"] == "val"] == [4, 6]
 
@@ -135,15 +107,12 @@ def test_a_run_goes_on_where_nobody_can_read_what_it_says(where, tmp_path):
 def test_signals_to_all_processes_of_a_job_stop_the_run_alone(undisturbed, tmp_path):
     config = in_folder(tmp_path, workers=2)
     code = (
-        "import json, sys, time; from rich.console import Console; from fcn_jax.training.check import config_from_json;"
-        "from fcn_jax.cli.process import guarded; from fcn_jax.data import pipeline;"
-        "from fcn_jax.training import loop\n"
+        "from fcn_jax.data import pipeline\n"
         "iterate = pipeline._iterate\n"
         "def noting(*args):\n"
         "    print('starting workers' if args[2:] == (2,) else '', flush=True)\n"
         "    return iterate(*args)\n"
         "pipeline._iterate = noting\n"
-        "run = lambda _: loop.train(config_from_json(json.loads(sys.argv[1])), Console())\n"
         "if __name__ == '__main__': sys.exit(guarded(run, []))"
     )
     process = in_process(code, config, start_new_session=True)

@@ -12,19 +12,19 @@ import trees
 
 from fcn_jax.cli import cache as command
 from fcn_jax.config import DataConfig
-from fcn_jax.data import cache, datasets
+from fcn_jax.data import datasets
+from fcn_jax.data import prepared as cache
 from fcn_jax.errors import InputError
 
 
 @pytest.fixture
-def config(tmp_path):
-    trees.folder(tmp_path / "data", {"train": 2})
-    return DataConfig(dir=str(tmp_path / "data"), cache_dir=str(tmp_path / "cache"))
+def root(tmp_path):
+    return trees.folder(tmp_path / "data", {"train": 2})
 
 
 @pytest.fixture
-def root(tmp_path):
-    return tmp_path / "data"
+def config(root, tmp_path):
+    return DataConfig(dir=str(root), cache_dir=str(tmp_path / "cache"))
 
 
 @pytest.fixture
@@ -59,12 +59,8 @@ def test_a_prepared_copy_is_used_again_until_its_source_changes(root, config, co
 def test_copies_of_other_sources_splits_and_options_stay(root, config, copies, tmp_path):
     trees.folder(root, {"train": 2, "val": 1})
     other = trees.folder(tmp_path / "other", {"train": 2})
-    loads = [
-        ("folder/train", config),
-        ("folder/val", config),
-        ("folder/train", dataclasses.replace(config, dir=str(other))),
-        ("folder/train", dataclasses.replace(config, unreadable="skip")),
-    ]
+    changed = [dataclasses.replace(config, **change) for change in ({"dir": str(other)}, {"unreadable": "skip"})]
+    loads = [("folder/train", config), ("folder/val", config), *(("folder/train", given) for given in changed)]
     for spec, given in loads:
         datasets.load(spec, given)
     before = copies()

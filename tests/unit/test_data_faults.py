@@ -13,7 +13,7 @@ import pytest
 import trees
 
 from fcn_jax.config import DataConfig
-from fcn_jax.data import datasets
+from fcn_jax.data import datasets, prepared
 from fcn_jax.data.pipeline import make_eval_batches, make_train_iterator
 from fcn_jax.errors import InputError, UnreadableError
 
@@ -47,19 +47,10 @@ def _cut(path):
     path.write_bytes(path.read_bytes()[:-40])
 
 
-def _cut_image(config):
-    _cut(_images(config) / "003.jpg")
-    return "images/003.jpg: not a readable image"
-
-
-def _cut_mask(config):
-    _cut(Path(config.dir) / "train/masks/003.png")
-    return "masks/003.png: not a readable mask"
-
-
-@pytest.mark.parametrize("damage", [_cut_image, _cut_mask])
-def test_an_unreadable_file_is_an_error_or_left_out_and_counted(config, skipping, damage, caplog):
-    said = damage(config)
+@pytest.mark.parametrize(("file", "kind"), [("images/003.jpg", "image"), ("masks/003.png", "mask")])
+def test_an_unreadable_file_is_an_error_or_left_out_and_counted(config, skipping, file, kind, caplog):
+    _cut(Path(config.dir) / "train" / file)
+    said = f"{file}: not a readable {kind}"
     with pytest.raises(UnreadableError, match=said):
         datasets.load("folder/train", config)
     assert not _copies(config)
@@ -84,7 +75,7 @@ def test_a_second_run_says_the_same_of_what_is_left_out(skipping, caplog):
 
 
 def test_a_copy_with_entries_left_out_is_not_used_where_that_is_an_error(config, skipping):
-    _cut_image(config)
+    _cut(_images(config) / "003.jpg")
     assert len(datasets.load("folder/train", skipping)) == COUNT - 1
     with pytest.raises(UnreadableError, match="003.jpg"):
         datasets.load("folder/train", config)
@@ -94,7 +85,7 @@ def test_a_copy_with_entries_left_out_is_not_used_where_that_is_an_error(config,
 
 def test_a_position_among_other_examples_is_not_taken_up(config, skipping):
     state = make_train_iterator(datasets.load("folder/train", skipping), skipping, 2, 0).get_state()
-    _cut_image(config)
+    _cut(_images(config) / "003.jpg")
     iterator = make_train_iterator(datasets.load("folder/train", skipping), skipping, 2, 0)
     with pytest.raises(InputError, match=f"saved with examples {COUNT}, this one has {COUNT - 1}"):
         iterator.set_state(state)
@@ -120,16 +111,14 @@ def test_a_file_that_vanished_is_an_error_or_left_out(tmp_path):
 
 
 def test_a_file_that_vanishes_while_the_set_is_prepared_is_named(config, monkeypatch):
-    from fcn_jax.data import prepared as prepare
-
-    seen = prepare.fingerprint
+    seen = prepared.fingerprint
 
     def then_remove(listing):
         digest = seen(listing)
         (_images(config) / "005.jpg").unlink()
         return digest
 
-    monkeypatch.setattr(prepare, "fingerprint", then_remove)
+    monkeypatch.setattr(prepared, "fingerprint", then_remove)
     with pytest.raises(UnreadableError, match=r"images/005\.jpg: cannot be read \(No such file or directory\)"):
         datasets.load("folder/train", config)
     assert not _copies(config)
@@ -140,19 +129,15 @@ def _records(copy):
     return path
 
 
-def _truncate(copy):
-    os.truncate(_records(copy), 1500)
+def _truncate(records):
+    os.truncate(records, 1500)
 
 
-def _flip(copy):
-    data = bytearray(_records(copy).read_bytes())
+def _flip(records):
+    data = bytearray(records.read_bytes())
     for at in range(64, len(data) // 8, 97):
         data[at] ^= 0x10
-    _records(copy).write_bytes(data)
-
-
-def _delete(copy):
-    _records(copy).unlink()
+    records.write_bytes(data)
 
 
 def _take_all(iterator):
@@ -169,10 +154,8 @@ def test_a_prepared_copy_that_breaks_in_the_middle_of_an_epoch_is_named(config, 
     (copy,) = _copies(config)
     iterator = make_train_iterator(split, config, 2, 0)
     next(iterator)
-    damage(copy)
-    said = (
-        r": this prepared copy of a data set is damaged or gone \(.*; remove the folder, and the same command prepares"
-    )
+    damage(_records(copy))
+    said = r": this prepared copy .* is damaged or gone \(.*; remove the folder, and the same command prepares"
     with pytest.raises(InputError, match=re.escape(str(copy)) + said) as caught:
         _take_all(iterator)
     assert "\n" not in str(caught.value)
@@ -185,12 +168,12 @@ def test_a_prepared_copy_that_is_deleted_while_it_is_read_serves_to_the_end(conf
     _take_all(iterator)
 
 
-@pytest.mark.parametrize("damage", [_truncate, _flip, _delete])
+@pytest.mark.parametrize("damage", [_truncate, _flip, Path.unlink])
 def test_what_the_error_says_to_do_helps(config, damage):
     split = datasets.load("folder/train", config)
     before = [split.source[index] for index in range(len(split))]
     (copy,) = _copies(config)
-    damage(copy)
+    damage(_records(copy))
     with pytest.raises(InputError, match="remove the folder"):
         list(make_eval_batches(datasets.load("folder/train", config), config, 4))
     shutil.rmtree(copy)

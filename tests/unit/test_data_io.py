@@ -9,7 +9,7 @@ import trees
 from PIL import Image
 
 from fcn_jax.data import camvid, voc
-from fcn_jax.data.io import decode_image, decode_label, encode_label, path_of
+from fcn_jax.data.io import decode_image, decode_label, encode_label, palette, path_of
 from fcn_jax.data.prepared import check_example
 from fcn_jax.errors import InputError, UnreadableError
 
@@ -33,7 +33,7 @@ def _raw_png(size, bits, rows):
 
 
 def test_voc_and_camvid_have_the_published_classes_and_colours():
-    colours = voc.palette(256)
+    colours = palette(256)
     assert colours[:5] == ((0, 0, 0), (128, 0, 0), (0, 128, 0), (128, 128, 0), (0, 0, 128))
     assert colours[20] == (0, 64, 128)  # tvmonitor
     assert colours[255] == (224, 224, 192)  # the void border
@@ -144,9 +144,8 @@ def test_masks_without_exact_class_ids_are_refused():
 def test_undeclared_class_ids_and_other_sizes_are_named():
     image = trees.picture(0, (1, 4))
     assert check_example(image, np.array([[0, 2, 2, 255]], np.uint8), 3, "a.png") == {0, 2, 255}
-    with pytest.raises(
-        InputError, match=r"a\.png: class ids 3, 254 are not among the 3 classes \(0\.\.2, 255 = ignore\)"
-    ):
+    message = r"a\.png: class ids 3, 254 are not among the 3 classes \(0\.\.2, 255 = ignore\)"
+    with pytest.raises(InputError, match=message):
         check_example(image, np.array([[0, 3, 254, 255]], np.uint8), 3, "a.png")
     with pytest.raises(InputError, match=r"a\.png: the image is 4 x 1 pixels, its mask 1 x 4"):
         check_example(image, np.zeros((4, 1), np.uint8), 3, "a.png")

@@ -9,9 +9,8 @@ import trees
 
 from fcn_jax.config import DataConfig
 from fcn_jax.data import datasets
-from fcn_jax.data.io import encode_label
+from fcn_jax.data.io import encode_label, palette
 from fcn_jax.data.pipeline import class_frequencies, make_eval_batches, make_train_iterator
-from fcn_jax.data.voc import palette
 from fcn_jax.errors import InputError
 
 
@@ -88,16 +87,15 @@ def test_the_seed_decides_order_and_augmentation():
 def test_the_rows_of_all_processes_are_the_rows_of_one(count):
     split = _split(10)
     whole = _take(make_train_iterator(split, RANDOM, 8, 3), 6)
-    parts = [
-        _take(make_train_iterator(split, RANDOM, 8, 3, process_index=i, process_count=count), 6) for i in range(count)
-    ]
-    joined = [
-        {k: np.concatenate([part[step][k] for part in parts]) for k in ("image", "label", "name")} for step in range(6)
-    ]
-    _same(whole, joined)
-    mine = [
-        _numbers(_take(make_train_iterator(split, CONFIG, 20, 0, process_index=i, process_count=2), 1)) for i in (0, 1)
-    ]
+
+    def take(config, batch_size, seed, steps, index, count):
+        given = {"process_index": index, "process_count": count}
+        return _take(make_train_iterator(split, config, batch_size, seed, **given), steps)
+
+    parts = [take(RANDOM, 8, 3, 6, index, count) for index in range(count)]
+    steps = zip(*parts, strict=True)
+    _same(whole, [{k: np.concatenate([part[k] for part in step]) for k in whole[0]} for step in steps])
+    mine = [_numbers(take(CONFIG, 20, 0, 1, index, 2)) for index in (0, 1)]
     assert len(mine[0]) == 10 and sorted(mine[0] + mine[1]) == sorted([*range(10)] * 2)
 
 
@@ -124,13 +122,9 @@ def test_a_saved_position_is_taken_up_bit_for_bit(taken):
 
 def test_a_position_in_other_data_is_refused():
     state = make_train_iterator(_split(10), CONFIG, 4, 0).get_state()
-    for split, batch_size, seed, what in (
-        (_split(11), 4, 0, "examples 10"),
-        (_split(10), 2, 0, "batch_size 4"),
-        (_split(10), 4, 1, "seed 0"),
-    ):
+    for count, batch_size, seed, what in ((11, 4, 0, "examples 10"), (10, 2, 0, "batch_size 4"), (10, 4, 1, "seed 0")):
         with pytest.raises(InputError, match=f"saved with {what}, this one has"):
-            make_train_iterator(split, CONFIG, batch_size, seed).set_state(state)
+            make_train_iterator(_split(count), CONFIG, batch_size, seed).set_state(state)
 
 
 def test_different_sizes_without_a_crop_are_refused_before_the_first_batch():
@@ -141,11 +135,8 @@ def test_different_sizes_without_a_crop_are_refused_before_the_first_batch():
     with pytest.raises(InputError, match=message):  # one size, but scaled by different factors
         make_train_iterator(_split(), DataConfig(scale=(0.5, 2.0)), 2, 0)
     assert {b["label"].shape for b in _take(make_train_iterator(mixed, CONFIG, 1, 0), 2)} == {(1, 4, 6), (1, 6, 4)}
-    for config in (
-        DataConfig(crop_size=(5, 5)),
-        DataConfig(input_size=(5, 5)),
-        DataConfig(input_size=(5, 5), scale=(0.5, 2.0)),
-    ):
+    for given in ({"crop_size": (5, 5)}, {"input_size": (5, 5)}, {"input_size": (5, 5), "scale": (0.5, 2.0)}):
+        config = DataConfig(**given)
         assert {b["image"].shape for b in _take(make_train_iterator(mixed, config, 2, 0), 4)} == {(2, 5, 5, 3)}
 
 
@@ -226,19 +217,13 @@ def test_padding_to_a_multiple_leaves_few_sizes_and_every_pixel_counted():
     assert {batch["label"].shape[1:] for batch in padded} == {(32, 48), (16, 48)}
     assert len({batch["label"].shape[1:] for batch in exact}) == 4
 
-    def rows(batches):
-        return {
-            name: (image, label)
-            for batch in batches
-            for name, image, label, valid in zip(
-                batch["name"], batch["image"], batch["label"], batch["valid"], strict=True
-            )
-            if valid
-        }
+    def by_name(batches, *keys):
+        rows = (row for batch in batches for row in zip(*(batch[k] for k in ("name", "valid", *keys)), strict=True))
+        return {name: values for name, valid, *values in rows if valid}
 
-    extents = {name: tuple(size) for batch in padded for name, size in zip(batch["name"], batch["extent"], strict=True)}
+    extents = {name: tuple(size) for name, (size,) in by_name(padded, "extent").items()}
     assert [extents[str(i)] for i in range(4)] == sizes and not any("extent" in batch for batch in exact)
-    kept, wide = rows(exact), rows(padded)
+    kept, wide = (by_name(batches, "image", "label") for batches in (exact, padded))
     assert kept.keys() == wide.keys()
     for name, (image, label) in kept.items():
         h, w = label.shape

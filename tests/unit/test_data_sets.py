@@ -53,12 +53,9 @@ def test_images_are_stored_as_the_bytes_they_are(root, config):
 def test_voc_is_found_at_each_level_and_read_in_the_order_of_its_list(root, config, inside):
     trees.voc(root, "2012", {"train": ["2007_002", "2007_001"], "val": ["2008_003"]})
     split = datasets.load("voc/train", dataclasses.replace(config, dir=str(root / inside)))
-    examples = _decoded(split)
     assert split.class_names == voc.CLASSES
-    assert [e["name"] for e in examples] == ["2007_002", "2007_001"]
-    assert np.array_equal(examples[0]["label"], trees.mask(2, 21)) and np.array_equal(
-        examples[1]["label"], trees.mask(1, 21)
-    )
+    for example, name, seed in zip(_decoded(split), ["2007_002", "2007_001"], (2, 1), strict=True):
+        assert example["name"] == name and np.array_equal(example["label"], trees.mask(seed, 21))
     assert split.palette[1] == (128, 0, 0) and split.palette[20] == (0, 64, 128)
 
 
@@ -87,9 +84,8 @@ def test_a_seg11valid_list_in_the_tree_of_2012_is_taken_as_it_is(root, config):
 
 def test_without_list_or_sbd_seg11valid_says_what_is_missing(root, config):
     trees.voc(root, "2011", {"val": ["2008_001"]})
-    with pytest.raises(
-        InputError, match=r"seg11valid needs .*seg11valid\.txt .* or VOCdevkit/VOC2011 and benchmark_RELEASE"
-    ):
+    message = r"seg11valid needs .*seg11valid\.txt .* or VOCdevkit/VOC2011 and benchmark_RELEASE"
+    with pytest.raises(InputError, match=message):
         datasets.load("voc/seg11valid", config)
 
 
@@ -113,36 +109,30 @@ def test_a_list_of_classes_may_lie_elsewhere(root, config, tmp_path):
     (root / "classes.txt").rename(tmp_path / "names.txt")
     with pytest.raises(InputError, match=r"classes\.txt: not there; .* --data\.classes"):
         datasets.load("folder/train", config)
-    assert (
-        datasets.load("folder/train", dataclasses.replace(config, classes=str(tmp_path / "names.txt"))).num_classes == 3
-    )
+    elsewhere = dataclasses.replace(config, classes=str(tmp_path / "names.txt"))
+    assert datasets.load("folder/train", elsewhere).num_classes == 3
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [
-        ("one\n", "lists 1 classes"),
-        ("a\nb\na\n", "lists 'a' twice"),
-        ("\n\n", "lists 0 classes"),
-        (b"\xff\xfe\x00", "UTF-8"),
-    ],
+    [(b"one\n", "lists 1 classes"), (b"a\nb\na\n", "lists 'a' twice"), (b"\n\n", "lists 0 classes")]
+    + [(b"\xff\xfe\x00", "UTF-8")],
 )
 def test_a_bad_list_of_classes_is_named(root, config, text, message):
     trees.folder(root, {"train": 1})
-    (root / "classes.txt").write_bytes(text if isinstance(text, bytes) else text.encode())
+    (root / "classes.txt").write_bytes(text)
     with pytest.raises(InputError, match=rf"classes\.txt: .*{message}"):
         datasets.load("folder/train", config)
 
 
 def test_unknown_names_list_the_known_ones(config):
-    with pytest.raises(InputError, match=r"unknown data set 'coco'; choose one of: shapes, camvid, voc, sbd, folder"):
-        datasets.load("coco/train", config)
-    with pytest.raises(
-        InputError, match=r"unknown split of voc 'tset'; choose one of: train, val, trainval, seg11valid"
+    for spec, message in (
+        ("coco/train", "unknown data set 'coco'; choose one of: shapes, camvid, voc, sbd, folder"),
+        ("voc/tset", "unknown split of voc 'tset'; choose one of: train, val, trainval, seg11valid"),
+        ("voc", "expected DATASET/SPLIT, got 'voc'"),
     ):
-        datasets.load("voc/tset", config)
-    with pytest.raises(InputError, match=r"expected DATASET/SPLIT, got 'voc'"):
-        datasets.load("voc", config)
+        with pytest.raises(InputError, match=message):
+            datasets.load(spec, config)
 
 
 @pytest.mark.parametrize("name", ["camvid", "voc", "sbd", "folder"])
@@ -172,12 +162,8 @@ def _mask(root, value, width=16):
     trees.write_mask(root / "train/masks/001.png", np.full((12, width), value, np.uint8))
 
 
-def _no_mask(root):
-    (root / "train/masks/001.png").unlink()
-
-
-def _no_image(root):
-    (root / "train/images/001.jpg").unlink()
+def _without(file):
+    return lambda root: (root / "train" / file).unlink()
 
 
 def _no_images(root):
@@ -189,14 +175,13 @@ def _two_of_a_name(root):
     trees.write_image(root / "train/images/001.png", trees.picture(0))
 
 
-def _black_and_white(root):
+def _masks(root, label):
     for path in (root / "train/masks").iterdir():
-        trees.write_mask(path, (trees.mask(0, 2) > 0).astype(np.uint8) * np.uint8(255))
+        trees.write_mask(path, label)
 
 
-def _all_ignored(root):
-    for path in (root / "train/masks").iterdir():
-        trees.write_mask(path, np.full((12, 16), 255, np.uint8))
+ALL_IGNORED = np.full((12, 16), 255, np.uint8)
+BLACK_AND_WHITE = np.triu(ALL_IGNORED)
 
 
 @pytest.mark.parametrize(
@@ -204,12 +189,12 @@ def _all_ignored(root):
     [
         (lambda root: _mask(root, 3), r"masks/001\.png: class ids 3 are not among the 3 classes"),
         (lambda root: _mask(root, 0, 15), r"masks/001\.png: the image is 16 x 12 pixels, its mask 15 x 12"),
-        (_no_mask, r"train/images: '001' has no mask in .*train/masks \(1 such\)"),
-        (_no_image, r"train/masks: '001' has no image in .*train/images \(1 such\)"),
+        (_without("masks/001.png"), r"train/images: '001' has no mask in .*train/masks \(1 such\)"),
+        (_without("images/001.jpg"), r"train/masks: '001' has no image in .*train/images \(1 such\)"),
         (_no_images, r"train/images: holds no files of type \.jpg"),
         (_two_of_a_name, r"train/images: 001\.jpg and 001\.png share a name"),
-        (_black_and_white, r"folder/train: the masks hold only 0 and 255, and 255 means ignore"),
-        (_all_ignored, r"folder/train: the masks hold only 255, and 255 means ignore"),
+        (lambda root: _masks(root, BLACK_AND_WHITE), r"train: the masks hold only 0 and 255, and 255 means ignore"),
+        (lambda root: _masks(root, ALL_IGNORED), r"folder/train: the masks hold only 255, and 255 means ignore"),
     ],
 )
 def test_bad_files_are_refused_by_name_and_nothing_is_left(root, config, damage, message, tmp_path):
@@ -257,9 +242,8 @@ def _mat(path, value, **options):
 @pytest.mark.parametrize("kind", ["u1", "i2", "f8"])
 def test_sbd_masks_of_any_number_type_are_read(tmp_path, kind, packed):
     label = np.arange(6 * 7).reshape(6, 7).astype(kind)
-    boundaries = np.empty((20, 1), object)
-    boundaries[:] = [[np.zeros((6, 7), np.uint8)]] * 20
-    _mat(tmp_path / "a.mat", {"Boundaries": boundaries, "Segmentation": label, "A": "text"}, do_compression=packed)
+    value = {"Boundaries": trees.boundaries((6, 7)), "Segmentation": label, "A": "text"}
+    _mat(tmp_path / "a.mat", value, do_compression=packed)
     read = sbd.read_segmentation(tmp_path / "a.mat")
     assert read.dtype == np.uint8 and np.array_equal(read, label)
 

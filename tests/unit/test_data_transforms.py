@@ -72,9 +72,8 @@ def test_resizing_a_label_takes_the_nearest_pixel_and_makes_no_new_ids():
     label = np.array([[0, 7], [3, 255]], np.uint8)
     assert transforms.resize_label(label, (4, 4)).tolist() == [[0, 0, 7, 7]] * 2 + [[3, 3, 255, 255]] * 2
     row = np.arange(9, dtype=np.uint8)[None]
-    assert transforms.resize_label(row, (1, 3)).tolist() == [
-        [1, 4, 7]
-    ]  # the centres, where INTER_NEAREST gives 0, 3, 6
+    # the centres, where INTER_NEAREST gives 0, 3, 6
+    assert transforms.resize_label(row, (1, 3)).tolist() == [[1, 4, 7]]
 
 
 def test_shrinking_an_image_averages_areas():

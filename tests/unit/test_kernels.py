@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from networks import make_network
+from small_networks import make_network
 
 from fcn_jax.models import kernels
 from fcn_jax.models.kernels import conv2d, plain_kernels
@@ -15,21 +15,14 @@ from fcn_jax.models.upsample import transposed_conv
 
 # (b, h, w, c_in), (k or k and k', c_out), padding: what the networks have, at odd sizes.
 CASES = {
-    "copies of x": ((2, 9, 7, 3), (3, 8), "SAME"),
-    "copies of dy": ((2, 9, 7, 8), (3, 8), "SAME"),
-    "margin": ((1, 5, 4, 3), (3, 4), ((100, 100), (100, 100))),
-    "one pixel": ((1, 1, 1, 4), (3, 3), "SAME"),
-    "one row": ((3, 1, 11, 4), (3, 3), ((1, 1), (1, 1))),
-    "valid": ((2, 8, 9, 5), (3, 4), "VALID"),
-    "even kernel": ((2, 6, 5, 3), (4, 4), "SAME"),
-    "uneven": ((2, 6, 5, 4), (3, 3), ((0, 2), (3, 1))),
-    "1x1": ((2, 5, 3, 8), (1, 4), "SAME"),
-    "1x2": ((2, 5, 3, 8), ((1, 2), 4), ((0, 0), (0, 1))),
-    "2x1": ((2, 5, 3, 4), ((2, 1), 8), ((0, 1), (0, 0))),
-    "2x3 product": ((1, 2, 3, 5), ((2, 3), 64), "SAME"),
-    "product": ((1, 2, 3, 5), (7, 64), "SAME"),
-    "valid product": ((2, 8, 7, 3), (7, 64), "VALID"),
-}
+    "copies of x": ((2, 9, 7, 3), (3, 8), "SAME"), "copies of dy": ((2, 9, 7, 8), (3, 8), "SAME"),
+    "margin": ((1, 5, 4, 3), (3, 4), ((100, 100), (100, 100))), "one pixel": ((1, 1, 1, 4), (3, 3), "SAME"),
+    "one row": ((3, 1, 11, 4), (3, 3), ((1, 1), (1, 1))), "valid": ((2, 8, 9, 5), (3, 4), "VALID"),
+    "even kernel": ((2, 6, 5, 3), (4, 4), "SAME"), "uneven": ((2, 6, 5, 4), (3, 3), ((0, 2), (3, 1))),
+    "1x1": ((2, 5, 3, 8), (1, 4), "SAME"), "1x2": ((2, 5, 3, 8), ((1, 2), 4), ((0, 0), (0, 1))),
+    "2x1": ((2, 5, 3, 4), ((2, 1), 8), ((0, 1), (0, 0))), "2x3 product": ((1, 2, 3, 5), ((2, 3), 64), "SAME"),
+    "product": ((1, 2, 3, 5), (7, 64), "SAME"), "valid product": ((2, 8, 7, 3), (7, 64), "VALID"),
+}  # fmt: skip
 
 
 def lax_conv(x, kernel, padding):

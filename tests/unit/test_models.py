@@ -1,5 +1,7 @@
 """Building networks: names and options, the sizes they serve, initial values, freezing, the layer table."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,6 +19,11 @@ SIZES = [(1, 1), (1, 70), (31, 32), (33, 65), (64, 96), (101, 7)]
 
 def tiny(name, num_classes=3, **options):
     return fcn_jax.create_model(name, num_classes, **{**TINY, **options})
+
+
+def train(model, variables, images):
+    """Return logits and new statistics in training."""
+    return model.apply(variables, images, train=True, rngs={"dropout": jax.random.key(1)}, mutable=["batch_stats"])
 
 
 @pytest.fixture(scope="module")
@@ -42,25 +49,18 @@ def test_an_unknown_name_lists_the_known_ones():
         ("fcn8s_pad100", {"fc6_kernel": 1}, "unknown option of fcn8s_pad100 'fc6_kernel'"),
         ("fcn8s_ladder", {"dropout_rate": 0.5}, "unknown option of fcn8s_ladder 'dropout_rate'"),
         ("fcn8s_resize", {"fc_features": 64}, "unknown option of fcn8s_resize 'fc_features'"),
-        ("fcn8s", {"encoder": "vgg12"}, "vgg11, vgg13, vgg16, vgg19"),
+        ("fcn8s", {"encoder": "vgg12"}, "vgg11, vgg13, vgg16, vgg19"), ("fcn8s", {"pool": "same"}, "ceil, floor"),
         ("fcn8s", {"encoder_norm": "group"}, "unknown encoder_norm 'group'"),
-        ("fcn8s", {"pool": "same"}, "ceil, floor"),
-        ("fcn8s", {"width": 0}, "expected 0 < width <= 64"),
-        ("fcn8s", {"width": "a"}, "width"),
-        ("fcn8s", {"width": float("nan")}, "width"),
+        ("fcn8s", {"width": 0}, "expected 0 < width <= 64"), ("fcn8s", {"width": "a"}, "width"),
+        ("fcn8s", {"width": float("nan")}, "width"), ("fcn8s", {"fc_features": 1.5}, "fc_features"),
         ("fcn8s", {"dropout_rate": 1.0}, "expected 0 <= dropout_rate < 1"),
         ("fcn8s", {"fc_features": 0}, r"expected fc_features in 1 \.\.\. 1048576"),
-        ("fcn8s", {"fc_features": 1.5}, "fc_features"),
         ("fcn8s", {"num_classes": 0}, "num_classes in 1 ... 255, got 0"),
-        ("fcn8s", {"num_classes": "21"}, "num_classes"),
-        ("fcn8s", {"num_classes": 2.5}, "num_classes"),
-        ("fcn8s", {"num_classes": True}, "num_classes"),
-        ("fcn8s", {"num_classes": 300}, "num_classes"),
-        ("fcn8s_pad100", {"skip_scales": 0.1}, "skip_scales"),
-        ("fcn8s_pad100", {"crop": (5, 9)}, "crop"),
+        *(("fcn8s", {"num_classes": value}, "num_classes") for value in ("21", 2.5, True, 300)),
+        ("fcn8s_pad100", {"skip_scales": 0.1}, "skip_scales"), ("fcn8s_pad100", {"crop": (5, 9)}, "crop"),
         ("fcn8s_pad100", {"crop": (5, 9, -40)}, "crop"),
     ],
-)
+)  # fmt: skip
 def test_an_option_that_makes_no_network_is_named(name, options, message):
     with pytest.raises(InputError, match=message):
         fcn_jax.create_model(name, **{"num_classes": 21, **options})
@@ -136,9 +136,7 @@ def test_a_frozen_encoder_gets_no_gradient_and_keeps_its_statistics(images):
     params = jax.tree.map(lambda x: x + 0.1, variables["params"])  # score layers at zero would stop every gradient
 
     def loss(params):
-        rest = {"batch_stats": variables["batch_stats"]}
-        rngs = {"dropout": jax.random.key(2)}
-        out, new = model.apply({"params": params, **rest}, images, train=True, rngs=rngs, mutable=["batch_stats"])
+        out, new = train(model, {**variables, "params": params}, images)
         return jnp.sum(out**2), new["batch_stats"]
 
     gradient, statistics = jax.jit(jax.grad(loss, has_aux=True))(params)
@@ -156,9 +154,7 @@ def test_recomputing_the_encoder_changes_no_name_and_no_number(images):
         variables = fcn_jax.init_variables(model, jax.random.key(0))
 
         def loss(params):
-            given = {**variables, "params": jax.tree.map(lambda x: x + 0.01, params)}
-            rngs = {"dropout": jax.random.key(1)}
-            out, new = model.apply(given, images, train=True, rngs=rngs, mutable=["batch_stats"])
+            out, new = train(model, {**variables, "params": jax.tree.map(lambda x: x + 0.01, params)}, images)
             return jnp.sum(out**2), new
 
         return jax.jit(jax.value_and_grad(loss, has_aux=True))(variables["params"])
@@ -171,8 +167,7 @@ def test_bfloat16_computes_with_float32_parameters(images):
     model = tiny("fcn8s_ladder", encoder_norm="batch", dtype=jnp.bfloat16)
     variables = fcn_jax.init_variables(model, jax.random.key(0))
     assert {leaf.dtype for leaf in jax.tree.leaves(variables)} == {np.dtype(np.float32)}
-    apply = jax.jit(lambda v, x: model.apply(v, x, train=True, mutable=["batch_stats"]))
-    logits, updated = apply(variables, images)
+    logits, updated = jax.jit(functools.partial(train, model))(variables, images)
     assert logits.dtype == jnp.bfloat16 and np.isfinite(logits.astype(np.float32)).all()
     assert {leaf.dtype for leaf in jax.tree.leaves(updated)} == {np.dtype(np.float32)}
 
@@ -183,11 +178,7 @@ def test_auxiliary_logits_are_returned_in_training_only():
     variables = jax.eval_shape(lambda: fcn_jax.init_variables(model, jax.random.key(0)))
     assert "aux" in variables["params"]
     assert jax.eval_shape(model.apply, variables, x).shape == (2, 40, 33, 3)
-
-    def train(variables, key):
-        return model.apply(variables, x, train=True, rngs={"dropout": key}, mutable=["batch_stats"])[0]
-
-    logits, aux = jax.eval_shape(train, variables, jax.random.key(0))
+    (logits, aux), _ = jax.eval_shape(functools.partial(train, model), variables, x)
     assert logits.shape == aux.shape == (2, 40, 33, 3)
 
 

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from inference_cases import check_tiles, color_blocks
-from networks import make_network
+from small_networks import make_network
 
 import fcn_jax
 from fcn_jax.errors import InputError

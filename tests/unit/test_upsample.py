@@ -1,6 +1,4 @@
-"""Transposed convolution and bilinear resizing against their definitions and against torch."""
-
-import itertools
+"""Transposed convolution and bilinear resizing against torch and by hand."""
 
 import jax
 import jax.numpy as jnp
@@ -27,18 +25,8 @@ def relative(ours, theirs):
     return np.linalg.norm(np.asarray(ours) - theirs) / max(np.linalg.norm(theirs), 1e-300)
 
 
-def by_definition(x, w, s, p, op):
-    """Write x[i] w at i s, add up, and cut: the sum of the docstring, pixel by pixel."""
-    b, h, width, _ = x.shape
-    k = w.shape[0]
-    full = np.zeros((b, (h - 1) * s + k + op, (width - 1) * s + k + op, w.shape[3]))
-    for i, j in itertools.product(range(h), range(width)):
-        full[:, i * s : i * s + k, j * s : j * s + k] += np.einsum("bc,rqcd->brqd", x[:, i, j], w)
-    return full[:, p : full.shape[1] - p, p : full.shape[2] - p]
-
-
 @pytest.mark.parametrize(("k", "s", "p", "op"), GEOMETRIES)
-def test_transposed_conv_equals_torch_and_its_definition(k, s, p, op):
+def test_transposed_conv_and_its_gradients_equal_torch(k, s, p, op):
     rng = np.random.default_rng(0)
     w, sizes = rng.normal(size=(k, k, 3, 5)), ((1, 1), (1, 4), (3, 2))
     inputs = [rng.normal(size=(2, *size, 3)) for size in sizes]
@@ -60,10 +48,9 @@ def test_transposed_conv_equals_torch_and_its_definition(k, s, p, op):
             results.append((y, *pullback(dy)))
         return results
 
-    for x, ours, (dy, *theirs) in zip(inputs, run(w, inputs, [e[0] for e in expected]), expected, strict=True):
+    for ours, (dy, *theirs) in zip(run(w, inputs, [e[0] for e in expected]), expected, strict=True):
         # The same few hundred products in another order, at 2e-16 each.
         assert ours[0].shape == dy.shape
-        assert relative(ours[0], by_definition(x, w, s, p, op)) <= 1e-12
         assert max(map(relative, ours, theirs)) <= 1e-12
 
 

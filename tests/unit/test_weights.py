@@ -26,12 +26,8 @@ def only(state, prefix):
 
 @pytest.mark.parametrize(
     ("name", "options"),
-    [
-        ("fcn8s", {"encoder_norm": "batch"}),
-        ("fcn16s_pad100", {}),
-        ("fcns_ladder", {}),
-        ("fcn8s_resize", {"aux_head": True}),
-    ],
+    [("fcn8s", {"encoder_norm": "batch"}), ("fcn16s_pad100", {}), ("fcns_ladder", {})]
+    + [("fcn8s_resize", {"aux_head": True})],
 )
 def test_to_torch_and_back_is_exact_and_the_twin_takes_it(name, options):
     model, variables = build(name, **options)
@@ -208,8 +204,7 @@ def test_a_transposed_tensor_is_told_from_one_of_another_network():
 @pytest.mark.parametrize(
     ("tensor", "dtype", "value", "message"),
     [
-        ("head.fc7.weight", "float64", np.nan, "holds NaN or infinity"),
-        ("head.fc7.weight", "float64", np.inf, "holds NaN or infinity"),
+        *(("head.fc7.weight", "float64", value, "holds NaN or infinity") for value in (np.nan, np.inf)),
         ("head.fc7.weight", "float64", 1e300, "holds float64 numbers beyond the range of float32"),
         ("vgg.conv1_1.weight", "int8", 1, "holds int8"),
         ("vgg.conv1_1.weight", "complex64", 1j, "holds complex64"),
@@ -228,9 +223,8 @@ def test_numbers_that_no_training_leaves_behind_are_refused_by_name(tensor, dtyp
 def test_an_unknown_layout_is_named_by_its_tensors():
     model, variables = build()
     source = {"backbone.stem.weight": np.zeros((3, 3))}
-    with pytest.raises(
-        InputError, match="no known layout has names like backbone.stem.weight; known: fcn_jax, timm-vgg, johnson"
-    ):
+    message = "no known layout has names like backbone.stem.weight; known: fcn_jax, timm-vgg, johnson"
+    with pytest.raises(InputError, match=message):
         weights.load(source, model, variables)
     assert weights.inspect(source).layout is None
     with pytest.raises(InputError, match="unknown layout 'caffe'"):
