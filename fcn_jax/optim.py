@@ -48,8 +48,8 @@ def _is_frozen(path: tuple[Any, ...], config: OptimConfig, freeze_encoder: bool)
 
 
 def _lr_factor(path: tuple[Any, ...], config: OptimConfig) -> float:
-    first, *_, last = _names(path)
-    return (config.bias_lr if last == "bias" else 1.0) * (1.0 if first == "vgg" else config.head_lr)
+    names = _names(path)
+    return (config.bias_lr if names[-1] == "bias" else 1.0) * (1.0 if names[0] == "vgg" else config.head_lr)
 
 
 def make_optimizer(

@@ -396,7 +396,7 @@ READERS = {
     "run": Reader(25, _runs, (json_value,), _read_run),
     "archive": Reader(15, _archives, (), _read_archive),
     "copy": Reader(12, _copies, (json_value,), _read_copy),
-    "checkpoint": Reader(6, _checkpoints, (json_value,), _read_checkpoint),
+    "checkpoint": Reader(10, _checkpoints, (json_value,), _read_checkpoint),
 }
 
 

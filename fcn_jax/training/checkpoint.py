@@ -153,7 +153,7 @@ def restore_newest(folder: Path, like: TrainState, writes: bool = True) -> Resto
             damaged.append((parent / str(step), str(error)))
             continue
         # An older one whose score cannot be read would be in the way of choosing the best.
-        older = [other for other in _steps(folder) if other < step and _metrics(folder, other) is None]
+        older = [other for other in _steps(folder) if other < step and _metrics(folder / str(other)) is None]
         damaged += [(folder / str(other), "its score is lost") for other in older]
         if not writes:
             damaged = []
@@ -292,7 +292,7 @@ def _read_items(path: Path, targets: dict[str, Any]) -> tuple[list[Any], dict[st
         progress = dict(saved["progress"])
         checksums = progress.pop("checksums")
         wrong = [name for name in items if checksums[name] != _checksums({name: saved[name]})[name]]
-        wrong += ["metrics"] if progress.pop("metrics", None) != _metrics(path.parent, int(path.name)) else []
+        wrong += ["metrics"] if progress.pop("metrics", None) != _metrics(path) else []
     except Exception as error:  # whatever the parsers of damaged bytes come to
         raise _Damaged(first_line(error)) from error
     if wrong:
@@ -300,11 +300,12 @@ def _read_items(path: Path, targets: dict[str, Any]) -> tuple[list[Any], dict[st
     return [saved[name] for name in items], progress
 
 
-def _metrics(folder: Path, step: int) -> dict[str, Any] | None:
+def _metrics(path: Path) -> dict[str, Any] | None:
     """Return the metrics that orbax keeps with a checkpoint; None where there are none, or none that can be read."""
+    handler = ocp.CompositeCheckpointHandler(metrics=ocp.JsonCheckpointHandler("metrics"))
     try:
-        with _open(folder, ocp.CheckpointManagerOptions(read_only=True)) as manager:
-            metrics = manager.metrics(step)
+        with ocp.Checkpointer(handler) as reader:
+            metrics = reader.restore(path, ocp.args.Composite(metrics=ocp.args.JsonRestore()))["metrics"]
         return metrics if isinstance(_mean_iu(metrics), float) else None
     except Exception:  # as in _read_items
         return None

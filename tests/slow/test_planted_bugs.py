@@ -30,7 +30,7 @@ BUGS = {
     ),
     "schedule": ("optim.py", "poly_power, steps)", "poly_power, steps - 1)", "unit/test_optim.py", ""),
     "rate of biases": (
-        "optim.py", '(config.bias_lr if last == "bias" else 1.0)', '(config.bias_lr if last != "bias" else 1.0)',
+        "optim.py", 'config.bias_lr if names[-1] == "bias"', 'config.bias_lr if names[-1] != "bias"',
         "unit/test_optim.py", "",
     ),
     "data position": (

@@ -16,7 +16,7 @@ from fcn_jax.preprocessing import normalize
 
 @pytest.fixture(scope="module")
 def network():
-    return make_network("fcn8s", 4, biases=False)
+    return make_network("fcn8s_resize", 4, biases=False, head_features=16)
 
 
 def _images():
