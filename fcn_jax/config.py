@@ -1,4 +1,4 @@
-"""Frozen dataclasses that describe a run: one per room, no logic, no arrays.
+"""Frozen dataclasses that describe a run: one per topic, no logic, no arrays; ``training.config_checks`` checks them.
 
 A recipe (``recipes.py``) is a value of ``Config``; the command line overrides single fields of it; the resolved value
 is written to ``RUN/config.json`` and read back by evaluation and prediction.

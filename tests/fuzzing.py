@@ -54,7 +54,7 @@ from fcn_jax.errors import InputError
 from fcn_jax.models import create_model, init_variables, model_from_config
 from fcn_jax.recipes import RECIPES
 from fcn_jax.training import checkpoint
-from fcn_jax.training.check import check_config
+from fcn_jax.training.config_checks import check_config
 from fcn_jax.training.run import RunFolder
 
 SECONDS = 20.0

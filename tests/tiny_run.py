@@ -120,7 +120,7 @@ import json, os, signal, sys, time
 from rich.console import Console
 from fcn_jax.cli.process import guarded
 from fcn_jax.training import loop
-from fcn_jax.training.check import config_from_json
+from fcn_jax.training.config_checks import config_from_json
 from fcn_jax.training.run import RunFolder
 
 def run(_=None):

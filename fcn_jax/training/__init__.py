@@ -1,1 +1,1 @@
-"""Losses, the optimiser, the step and the loop around it."""
+"""The run around the training step: config checks, devices, processes, loop, log, checkpoints."""

@@ -1,4 +1,4 @@
-"""The folder of a run: config.json, metrics.jsonl, and where checkpoints, events and figures go."""
+"""The folder of a run: config.json and what of it may differ on resume, metrics.jsonl, checkpoints, figures."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from fcn_jax.config import Config
 from fcn_jax.errors import InputError, check_local, first_line
 from fcn_jax.models import init_variables, model_from_config
 from fcn_jax.models.fcn import FCN
-from fcn_jax.training.check import check_config, config_from_json, convert, flatten
+from fcn_jax.training.config_checks import check_config, config_from_json, convert, flatten
 
 # Where and how fast, not what: these may change between stop and resume.
 _FREE_FIELDS = frozenset(

@@ -27,7 +27,7 @@ from fcn_jax.models.fcn import FCN, ScoreFCN
 from fcn_jax.optim import make_optimizer, make_schedule
 from fcn_jax.preprocessing import normalize
 from fcn_jax.step import TrainState, TrainStep, make_train_step, new_state
-from fcn_jax.training.check import check_config, flatten
+from fcn_jax.training.config_checks import check_config, flatten
 from fcn_jax.training.devices import Parallel, make_parallel, pick_devices
 from fcn_jax.training.distributed import check_same, digest, together, writer_first
 from fcn_jax.training.run import open_run

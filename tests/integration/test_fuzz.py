@@ -23,7 +23,7 @@ from fcn_jax import cli
 from fcn_jax.cli import port as cli_port
 from fcn_jax.data import folder
 from fcn_jax.errors import InputError
-from fcn_jax.training.check import config_from_json
+from fcn_jax.training.config_checks import config_from_json
 from fcn_jax.training.run import open_run
 
 LITTLE = settings(

@@ -17,7 +17,7 @@ from fcn_jax import weights
 from fcn_jax.cli.port import main as port_command
 from fcn_jax.config import Config, DataConfig, TrainConfig
 from fcn_jax.errors import InputError
-from fcn_jax.training.check import check_config
+from fcn_jax.training.config_checks import check_config
 from fcn_jax.training.trainer import starting_variables
 
 
