@@ -78,7 +78,7 @@ class DataConfig:
     unreadable: Literal["error", "skip"] = "error"
     """Images and masks that are not there or cannot be read: stop, or leave them out and say how many."""
     workers: int = 0
-    """Processes that decode and augment (threads of `sprint`; 0: one for each core); the batches are the same for
+    """Processes that decode and augment (0: threads of the training process); the batches are the same for
     every number."""
     shapes_size: tuple[int, int] = (96, 96)
     """`shapes` only: height and width of the generated images."""

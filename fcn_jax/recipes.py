@@ -83,7 +83,7 @@ _RECIPES = (
             train=TrainConfig(batch_size=8, epochs=400, eval_every=20, eval_batch_size=4),
         ),
         source="this project; split and classes of the SegNet tutorial; choices in docs/camvid.md",
-        score="57.0 mean IU on test for FCN-8s from ImageNet weights (Jegou et al. 2017)",
+        score="57.0 mean IoU on test for FCN-8s from ImageNet weights (Jegou et al. 2017)",
         needs="--data.dir CAMVID",
     ),
     Recipe(
@@ -106,7 +106,7 @@ _RECIPES = (
             train=TrainConfig(batch_size=8, epochs=110, eval_every=22, eval_batch_size=4),
         ),
         source="this project: what two CPU cores train in 45 minutes; scores are of the full 360x480 labels",
-        score="53.1 mean IU on test, mean of two seeds (docs/camvid.md)",
+        score="53.1 mean IoU on test, mean of two seeds (docs/camvid.md)",
         needs="--data.dir CAMVID",
     ),
     *(
@@ -122,7 +122,7 @@ _RECIPES = (
                 init_from=init_from,
             ),
             source="Shelhamer, Long & Darrell 2017, 'heavy' learning; solver.prototxt of the reference",
-            score=f"{score} on seg11valid (pixel/mean acc/mean IU/f.w. IU)",
+            score=f"{score} on seg11valid (pixel/mean acc/mean IoU/f.w. IoU)",
             needs="--data.dir ROOT",
         )
         for name, model, lr, steps, init, init_from, score in _PAPER_STAGES
@@ -161,7 +161,7 @@ _RECIPES = (
         ),
         source="Tramac's awesome-semantic-segmentation-pytorch; scores here are of whole images over the whole set, "
         "there of centre crops averaged by image",
-        score="47.38 mean IU, 87.12 pixel accuracy (a rerun; 48.87 and 85.02 in the repository's table)",
+        score="47.38 mean IoU, 87.12 pixel accuracy (a rerun; 48.87 and 85.02 in the repository's table)",
         needs="--data.dir ROOT",
     ),
     Recipe(

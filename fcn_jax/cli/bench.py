@@ -25,9 +25,9 @@ from rich.console import Console
 from fcn_jax.cli.process import make_folder
 from fcn_jax.compare import bench, import_torch_adapter
 from fcn_jax.compare.bench import Settings, make_settings, pipeline_rates, run_row
+from fcn_jax.compare.bench_rows import make_network, matmul_row, network_rows, operator_rows
 from fcn_jax.compare.jax_adapter import step_collectives
 from fcn_jax.compare.report import bench_tables, collectives_table, matmul_rate, pipeline_table, save_json
-from fcn_jax.compare.bench_rows import make_network, matmul_row, network_rows, operator_rows
 from fcn_jax.errors import InputError, Stopped, unknown
 from fcn_jax.models.kernels import plain_kernels
 from fcn_jax.recipes import RECIPES

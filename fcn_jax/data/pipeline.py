@@ -1,4 +1,4 @@
-"""Batches: an endless, shuffled stream for training that can be taken up anywhere, and a finite one for evaluation."""
+"""Batches: an endless, shuffled stream for training that can be resumed anywhere, and a finite one for evaluation."""
 
 from __future__ import annotations
 

@@ -45,10 +45,10 @@ def _mean_iu(metrics: dict[str, Any]) -> float:
 
 
 class Checkpoints:
-    """Saves a run's states: the newest few, the best by mean IU, and those at a fixed interval for good.
+    """Saves a run's states: the newest few, the best by mean IoU, and those at a fixed interval for good.
 
     Each holds three items: ``variables`` (params, batch_stats), ``training`` (optimiser state, step, key) and
-    ``progress`` (what the loop gives, and the checksums of the other two), with the mean IU as its metric. Saving goes
+    ``progress`` (what the loop gives, and the checksums of the other two), with the mean IoU as its metric. Saving goes
     on in the background; ``close`` waits for it.
     """
 
@@ -101,7 +101,7 @@ class Checkpoints:
                 manager.wait_until_finished()
 
     def best_step(self) -> int | None:
-        """Return the saved step of the best mean IU, or None."""
+        """Return the saved step of the best mean IoU, or None."""
         return _best(self._manager)
 
     def close(self) -> None:
@@ -186,7 +186,7 @@ def load_variables(folder: Path, which: str, like: Any) -> tuple[dict[str, Any],
 
     Args:
         folder: the run's checkpoints.
-        which: "best" (by mean IU), "last", or a step's number.
+        which: "best" (by mean IoU), "last", or a step's number.
         like: variables of the model, for shapes and placement.
 
     Returns:

@@ -33,7 +33,7 @@ class Events:
     """
 
     def __init__(self, folder: Path | None, step: int):
-        """Begin a file in the folder, for a run that is taken up at a step; events of later steps are superseded.
+        """Begin a file in the folder, for a run that is resumed at a step; events of later steps are superseded.
 
         Without a folder nothing is written.
         """

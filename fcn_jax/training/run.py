@@ -222,7 +222,7 @@ class RunFolder:
                     yield row
 
     def drop_rows_after(self, step: int, with_validation: bool = True) -> int:
-        """Forget what a run that is taken up at a step writes again: the rows of later steps.
+        """Drop the rows of later steps, which a run that is resumed at a step writes again.
 
         Args:
             step: that was saved.

@@ -5,11 +5,11 @@ from __future__ import annotations
 import re
 
 from fcn_jax.weights.layouts.layout import Layout, Shapes, encoder_of, encoder_stages
-from fcn_jax.weights.layouts.tutorials import BOOSTCAMP, FANRENCLI, FCN1
 from fcn_jax.weights.layouts.pochih import POCHIH
 from fcn_jax.weights.layouts.pytorch_fcn import PYTORCH_FCN
 from fcn_jax.weights.layouts.torchvision import JOHNSON, TIMM, TORCHVISION
 from fcn_jax.weights.layouts.tramac import TRAMAC
+from fcn_jax.weights.layouts.tutorials import BOOSTCAMP, FANRENCLI, FCN1
 
 
 def _encoder(shapes: Shapes) -> str | None:
