@@ -18,6 +18,7 @@ test: $(VENV)/ready-dev
 
 # What the quick tests have a sample of: every kill, fault, layout, family, width and dtype, and 2,000 damaged files. Hours.
 test-slow: $(VENV)/ready-dev
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m slow tests/unit tests/parity tests/integration
 	$(BIN)/python -m pytest -n 2 --dist loadfile tests/slow
 	$(BIN)/python tests/slow/soak.py --kills 10
 

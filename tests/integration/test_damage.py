@@ -161,6 +161,7 @@ def test_a_save_that_fails_is_named_and_what_was_saved_is_good(undisturbed, tmp_
     assert_same(config, undisturbed)
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_one_line_and_what_was_saved_is_good(undisturbed, tmp_path):
     config = in_folder(tmp_path)
     code = (

@@ -22,7 +22,7 @@ def run(tmp_path, name="run", **changes):
     return list(RunFolder(config.run).rows()), text
 
 
-@pytest.mark.parametrize("parallel", ["pmap", "mesh"])
+@pytest.mark.parametrize("parallel", ["pmap", pytest.param("mesh", marks=pytest.mark.slow)])
 def test_nothing_is_compiled_after_the_first_step_and_the_first_validation(parallel, tmp_path, monkeypatch):
     compiled, at_validation = [], []
 
@@ -47,7 +47,7 @@ def test_nothing_is_compiled_after_the_first_step_and_the_first_validation(paral
     assert len(at_validation) == 3 and at_validation[1] == at_validation[2]
 
 
-@pytest.mark.parametrize("parallel", ["pmap", "mesh"])
+@pytest.mark.parametrize("parallel", ["pmap", pytest.param("mesh", marks=pytest.mark.slow)])
 def test_an_array_that_was_not_placed_stops_the_step(parallel, tmp_path, monkeypatch):
     rows = (2, 2) if parallel == "pmap" else (4,)
     place_batches(monkeypatch, lambda batch, _: {k: np.reshape(v, (*rows, *v.shape[1:])) for k, v in batch.items()})
@@ -55,6 +55,7 @@ def test_an_array_that_was_not_placed_stops_the_step(parallel, tmp_path, monkeyp
         run(tmp_path, parallel=parallel)
 
 
+@pytest.mark.slow
 def test_the_share_of_time_that_steps_waited_for_data_is_logged(tmp_path, monkeypatch):
     rows, text = run(tmp_path, "quick")
     shares = [row["data_wait"] for row in rows if row["kind"] == "train"]
@@ -84,6 +85,7 @@ def test_compiled_programs_are_kept_unless_jax_is_told_otherwise(tmp_path):
     assert cache(HOME="/proc") == "None"  # nothing can be written there
 
 
+@pytest.mark.slow
 def test_a_second_start_reads_what_the_first_compiled(tmp_path):
     code = (
         "import jax, fcn_jax; from fcn_jax.cli.process import keep_compiled; keep_compiled();"

@@ -30,6 +30,7 @@ def test_every_recipe_becomes_a_step_on_its_own_data(recipe, tmp_path, monkeypat
     assert recipe in title and RECIPES[recipe].score in title
 
 
+@pytest.mark.slow
 def test_resuming_does_not_need_the_weights_it_started_from(tmp_path, capsys):
     common = [*shrink("shapes", tmp_path), "--train.steps", "1"]
     assert train_command([*common, "--run", str(tmp_path / "first")]) == 0

@@ -175,6 +175,7 @@ def test_training_step_that_sums_the_loss_instead_of_averaging_gives_code_1(caps
     assert "train-fcn8s_resize (wrong)" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_gpu_settings_run_on_the_cpu_in_a_smoke_run(tmp_path, capsys):
     only = ["upsample-k16-s8", "pool-4x4x32", "inference-fcn8s_resize"]
     assert bench("--smoke", "--device", "gpu", "--out", tmp_path, "--only", *only) == 0
@@ -187,6 +188,7 @@ def test_gpu_settings_run_on_the_cpu_in_a_smoke_run(tmp_path, capsys):
     assert "no GPU here" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_without_torch_only_our_side_is_timed_and_the_pools_are_summed(capsys, monkeypatch):
     results = []
     monkeypatch.setattr(cli_bench, "run_row", lambda *args: results.append(run_row(*args)) or results[-1])
@@ -222,6 +224,7 @@ def test_ctrl_c_says_where_the_rows_are(monkeypatch, capsys):
     assert "rows that were done" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_commands_run_where_data_libraries_are_absent():
     code = """
 import sys

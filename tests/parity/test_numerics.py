@@ -185,6 +185,7 @@ def test_float32_report_tells_which_side_is_off(tmp_path):
     check_low_precision("float32", tmp_path)
 
 
+@pytest.mark.slow
 def test_several_devices_equal_torch_with_the_whole_batch(network):
     report = against_torch(Case(*network, "float64", steps=1), devices=2)
     # the order of sums over examples beside that within them
@@ -270,6 +271,7 @@ def test_folder_that_cannot_be_written_is_reported_before_anything_is_computed(t
     fails(cli_parity.main, [*COMMAND, *out], "name a folder that can be written to")
 
 
+@pytest.mark.slow
 def test_example_of_the_docs_runs():
     (example,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs/numerics.md").read_text(), re.DOTALL)
     names = {}

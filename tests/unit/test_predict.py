@@ -45,6 +45,7 @@ def test_tiles_give_the_classes_of_the_whole_image(name, width):
     check_tiles(name, width)
 
 
+@pytest.mark.slow
 def test_the_context_of_tiles_is_needed(monkeypatch):
     model, variables = make_network("fcn8s", biases=False)
     image = color_blocks(600, 70)
