@@ -17,7 +17,8 @@ import pytest
 import fcn_jax
 from fcn_jax.cli import bench as cli_bench
 from fcn_jax.cli.process import guarded
-from fcn_jax.compare import jax_adapter, rows
+from fcn_jax.compare import bench_rows as rows
+from fcn_jax.compare import jax_adapter
 from fcn_jax.compare.bench import Row, Runner, alternate, differences, make_settings, pipeline_rates, run_row
 from fcn_jax.compare.jax_adapter import count_collectives, step_collectives
 from fcn_jax.compare.report import bench_tables, matmul_rate, pool_sum
