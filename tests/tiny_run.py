@@ -147,7 +147,6 @@ def heard():
 
 KILL = """
 import shutil
-
 def killing(owner, name, when, after=False):
     original = getattr(owner, name)
     def instead(*args, **kwargs):
@@ -156,13 +155,11 @@ def killing(owner, name, when, after=False):
             os.kill(os.getpid(), signal.SIGKILL)
         return result if after else original(*args, **kwargs)
     setattr(owner, name, instead)
-
 def half_is_written(self, row):
     if row["step"] == 6:
         with self.metrics_file.open("a") as file:
             file.write(json.dumps(row)[:20])
     return row["step"] == 6
-
 calls = []
 MOMENTS = {
     "in a step": [(loop.Logger, "step", lambda self, step, *rest: step == 7)],
