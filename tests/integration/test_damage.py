@@ -119,6 +119,7 @@ def test_an_older_checkpoint_without_its_score_does_not_stand_in_the_way(damage,
     assert load_variables(folder, "best", saved_variables())[1] == 6
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("heard")
 def test_a_run_with_a_damaged_checkpoint_comes_to_the_same_end(undisturbed, tmp_path, monkeypatch):
     config = in_folder(tmp_path)
@@ -141,6 +142,7 @@ def test_a_run_with_a_damaged_checkpoint_comes_to_the_same_end(undisturbed, tmp_
 # --- places that cannot be written
 
 
+@pytest.mark.slow
 def test_a_save_that_fails_is_named_and_what_was_saved_is_good(undisturbed, tmp_path, monkeypatch):
     config = in_folder(tmp_path)
     checkpoints, aside = Path(config.run) / "checkpoints", tmp_path / "aside"
