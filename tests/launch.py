@@ -138,5 +138,5 @@ def assert_equal_runs(run, reference):
 
 def assert_lost_another(process_code, printed):
     """Check that a process ended because another one did, by our line or by JAX's own."""
-    ours = process_code == 1 and re.search(LOST, printed.splitlines()[-1]) and "Traceback" not in printed
+    ours = process_code == 1 and re.search(LOST, printed, re.MULTILINE) and "Traceback" not in printed
     assert ours or (process_code == -6 and re.search(LOST_BY_JAX, printed)), (process_code, printed[-2000:])

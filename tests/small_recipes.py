@@ -61,7 +61,7 @@ SHRUNK = {
     "camvid": f"{SCORE_NET} {CROP} --data.workers 0",
     "camvid-cpu": f"{SCORE_NET} {CROP} --data.input-size 16 20",
     **{f"voc-paper-{net}": f"{SCORE_NET} --optim.lr 1e-7" for net in ("32s", "16s", "8s", "8s-atonce")},
-    "voc-cvpr": f"{SCORE_NET} {CROP} --optim.lr 1e-3",
+    "voc-cvpr": f"{SCORE_NET} {CROP} --optim.lr 1e-3 --model.dropout-rate 0",
     "voc-tramac": f"{OTHER_NET} {CROP} --optim.lr 1e-2 --data.base-size 20 --data.workers 0",
     "binary-bce": f"{OTHER_NET} --data.input-size 32 32 --train.pictures-every 4 --train.keep-every 6",
     "scratch-fcn1": f"{OTHER_NET} --data.input-size 32 32",

@@ -107,7 +107,8 @@ def test_the_sum_is_the_mean_times_its_weight():
 
         parallel, rng = make_parallel("pmap", make_step, jax.devices()[:2]), np.random.default_rng(0)
         batch = parallel.place_batch({"image": rng.normal(size=(4, 5, 5, 4)), "label": rng.integers(0, 4, (4, 5, 5))})
-        return parallel.step(parallel.place_state(new_state({"params": params}, optimizer)), batch)[1]
+        state = parallel.place_state(new_state({"params": params}, optimizer))
+        return jax.device_get(parallel.step(state, batch)[1])
 
     summed, mean = sums("sum"), sums("mean")
     assert summed.loss == pytest.approx(mean.loss * mean.pixels, rel=1e-12)
