@@ -178,7 +178,8 @@ def _last_words(error: BaseException) -> tuple[str, int]:
         return f"error: {error}", 2
     if isinstance(error, KeyboardInterrupt):
         return "stopped; the same commands go on from the last checkpoint", 130
-    if isinstance(error, jax.errors.JaxRuntimeError) and _OF_ANOTHER.search(str(error)):
+    # JAX calls it a ValueError where the program ends before its call returns.
+    if isinstance(error, jax.errors.JaxRuntimeError | ValueError) and _OF_ANOTHER.search(str(error)):
         again = "start all of them again, and they go on from the last checkpoint"
         return f"error: another process of the run ended or cannot be reached; {again} ({first_line(error)})", 1
     return "".join(traceback.format_exception(error)), 1
