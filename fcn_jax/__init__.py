@@ -5,10 +5,12 @@ Long, Shelhamer & Darrell, "Fully Convolutional Networks for Semantic Segmentati
 
 from fcn_jax import losses, metrics, optim, weights
 from fcn_jax.models import create_model, init_variables
+from fcn_jax.models.kernels import cpu_kernels
 from fcn_jax.preprocessing import normalize
 from fcn_jax.step import make_train_step, new_state
 
 __all__ = [
+    "cpu_kernels",
     "create_model",
     "init_variables",
     "losses",

@@ -21,6 +21,7 @@ from fcn_jax import weights
 from fcn_jax.compare.experiments import cancelled_biases, random_batch, random_variables
 from fcn_jax.compare.torch_adapter import load_twin
 from fcn_jax.losses import IGNORE
+from fcn_jax.models.kernels import cpu_kernels
 
 NUM_CLASSES = 4
 
@@ -55,7 +56,8 @@ def _run_jax(model, variables, images, labels):
             out = out if isinstance(out, tuple) else (out,)
             return sum(_cross_entropy(o, labels) * w for o, w in zip(out, (1.0, 0.4))), (out, updated)  # noqa: B905
 
-        grads, (out, updated) = jax.grad(loss, has_aux=True)(variables["params"])
+        with cpu_kernels():  # as the training step has them; derivative_cases.py has those of plain JAX
+            grads, (out, updated) = jax.grad(loss, has_aux=True)(variables["params"])
         return model.apply(variables, images), out, grads, updated
 
     evaluated, out, grads, updated = both(variables, images)

@@ -29,7 +29,7 @@ from fcn_jax.compare.bench_rows import make_network, matmul_row, network_rows, o
 from fcn_jax.compare.jax_adapter import step_collectives
 from fcn_jax.compare.report import bench_tables, collectives_table, matmul_rate, pipeline_table, save_json
 from fcn_jax.errors import InputError, Stopped, unknown
-from fcn_jax.models.kernels import plain_kernels
+from fcn_jax.models.kernels import cpu_kernels
 from fcn_jax.recipes import RECIPES
 
 _DEVICE_COUNTS = (1, 2, 4, 8)
@@ -85,7 +85,7 @@ def main(arguments: Sequence[str]) -> int:
         console.print("no GPU here: the GPU's settings are used on the CPU, the times mean nothing")
     run = _collectives if given.collectives else _pipeline if given.pipeline is not None else _rows
     try:
-        with plain_kernels() if given.plain_kernels else contextlib.nullcontext():
+        with cpu_kernels(False) if given.plain_kernels else contextlib.nullcontext():
             code = run(given, settings, record, console)
     except KeyboardInterrupt:
         raise Stopped("stopped; the rows that were done are in --out, where it was given", signal.SIGINT) from None

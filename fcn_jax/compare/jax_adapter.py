@@ -24,7 +24,7 @@ from fcn_jax.errors import InputError
 from fcn_jax.losses import make_loss
 from fcn_jax.models import init_variables, summarize
 from fcn_jax.models.fcn import FCN
-from fcn_jax.models.kernels import plain_kernels
+from fcn_jax.models.kernels import cpu_kernels
 from fcn_jax.models.layers import BatchNorm
 from fcn_jax.models.upsample import TransposedConv
 from fcn_jax.optim import make_optimizer
@@ -75,11 +75,9 @@ def _apply(model: FCN, axis_name: str | None, interceptor: Any) -> Callable[...,
 def step_on_devices(model: FCN, optimizer: Any, mode: str, devices: Any, interceptor: Any = None) -> Parallel:
     """Make the training step of train.py (mean softmax cross-entropy) on some devices; mode is "pmap" or "mesh"."""
 
-    def make_step(axis_name: str | None) -> Any:
-        apply_fn = _apply(model, axis_name, interceptor)
-        return make_train_step(apply_fn, optimizer, make_loss("softmax"), axis_name=axis_name, pass_example_ids=True)
-
-    return make_parallel(mode, make_step, devices)
+    apply_fn = _apply(model, AXIS, interceptor)
+    step = make_train_step(apply_fn, optimizer, make_loss("softmax"), axis_name=AXIS, pass_example_ids=True)
+    return make_parallel(mode, cpu_kernels(devices[0].platform == "cpu")(step), devices)
 
 
 def make_jax_side(
@@ -125,6 +123,7 @@ def make_jax_side(
         apply = _apply(model, AXIS if mode == "pmap" else None, interceptor)
         collections = ["intermediates", "batch_stats"]
         function = functools.partial(apply, train=train, capture_intermediates=wanted, mutable=collections)
+        function = cpu_kernels(chosen[0].platform == "cpu")(function)
         if mode == "mesh":
             return jax.jit(function)
         return jax.pmap(function, axis_name=AXIS, in_axes=(None, 0), devices=list(chosen))
@@ -176,7 +175,8 @@ def _planned_bytes(jitted: Any, *arguments: Any) -> int | None:
 
 def function_runner(function: Callable[..., Any], arguments: Any, numbers: Callable[[Any], Numbers]) -> Runner:
     """Make the runner of a function of arrays, jitted here; the arguments are placed on the first device."""
-    jitted, placed = jax.jit(function), jax.device_put(arguments, jax.devices()[0])
+    jitted = jax.jit(cpu_kernels(jax.default_backend() == "cpu")(function))
+    placed = jax.device_put(arguments, jax.devices()[0])
     planned = functools.partial(_planned_bytes, jitted, *placed)
     return Runner(lambda: jitted(*placed), jax.block_until_ready, numbers, planned)
 
@@ -247,7 +247,7 @@ def step_collectives(model: FCN, mode: str, devices: Any, size: tuple[int, int],
     image = jax.ShapeDtypeStruct((*lead, *size, 3), jnp.float32)
     batch = {"image": image, "label": jax.ShapeDtypeStruct(image.shape[:-1], jnp.int32)}
     step: Any = parallel.step  # the results of jit and pmap have more methods than their type says
-    with plain_kernels():
+    with cpu_kernels(False):
         compiled = step.lower(jax.eval_shape(lambda v: new_state(v, optimizer), variables), batch).compile()
     found = count_collectives(compiled.as_text())
     gradient = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(variables["params"]))

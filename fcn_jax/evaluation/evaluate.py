@@ -16,6 +16,7 @@ from fcn_jax import metrics
 from fcn_jax.errors import InputError
 from fcn_jax.evaluation.padding import padded_logits
 from fcn_jax.models.fcn import FCN
+from fcn_jax.models.kernels import cpu_kernels
 from fcn_jax.preprocessing import normalize
 
 Predictor = Callable[..., np.ndarray]
@@ -117,7 +118,8 @@ def make_predictor(model: FCN, preprocessing: str, mesh: Mesh | None = None, vie
                     scores += jax.nn.softmax(logits_of(variables, scaled[:, :, ::-1], size)[:, :, ::-1])
         return jnp.argmax(scores, axis=-1).astype(jnp.uint8)
 
-    compiled = jax.jit(forward, static_argnums=2)
+    platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
+    compiled = jax.jit(cpu_kernels(platform == "cpu")(forward), static_argnums=2)
 
     def predict(variables: Mapping[str, Any], images: Any, size: tuple[int, int], extents: Any = None) -> np.ndarray:
         placed: Any = (images, extents)

@@ -13,6 +13,7 @@ import numpy as np
 from fcn_jax.evaluation.evaluate import make_predictor
 from fcn_jax.evaluation.padding import merge_padded_maps, padded_maps
 from fcn_jax.models.fcn import FCN, ResizeFCN, ScoreFCN, check_size, serves
+from fcn_jax.models.kernels import cpu_kernels
 from fcn_jax.models.vgg import ENCODERS
 from fcn_jax.preprocessing import normalize
 
@@ -90,6 +91,7 @@ def make_image_predictor(
         return [predictor(variables, images, images.shape[1:3], extents)]
 
     @jax.jit
+    @cpu_kernels(jax.default_backend() == "cpu")
     def maps_of(variables: Mapping[str, Any], images: jax.Array, extents: jax.Array) -> list[jax.Array]:
         return padded_maps(network, variables, normalize(images, preprocessing, model.param_dtype), extents)
 

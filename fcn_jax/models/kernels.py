@@ -1,8 +1,7 @@
-"""Kernels that are faster than XLA's own on the CPU, and the one switch between them and plain JAX.
+"""Kernels that are faster than XLA's own on the CPU, behind one switch: ``cpu_kernels``.
 
-They compute the same sums in another order. Within ``plain_kernels`` nothing here has a custom derivative; programs for
-other platforms contain the plain convolutions and products in any case. Dimensions are b h w c; a kernel's height and
-width are k and k'.
+They compute the same sums as plain JAX, which is the default on every platform, in another order and with derivatives
+of their own: reverse mode only. Dimensions are b h w c; a kernel's height and width are k and k'.
 """
 
 from __future__ import annotations
@@ -10,7 +9,6 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from contextvars import ContextVar
 from typing import Any, NamedTuple
 
 import jax
@@ -19,55 +17,51 @@ import numpy as np
 
 Padding = tuple[tuple[int, int], ...]
 
-_PLAIN: ContextVar[bool] = ContextVar("plain_kernels", default=False)
+# Part of the key of jit's cache: a function that was traced within the context is traced anew outside of it.
+_CPU_KERNELS: Any = jax.make_user_context(default_value=None)
 
 
 @contextmanager
-def plain_kernels() -> Iterator[None]:
-    """Trace the plain implementations on the CPU too, for example where it stands in for another device."""
-    token = _PLAIN.set(True)
-    try:
+def cpu_kernels(enabled: bool = True) -> Iterator[None]:
+    """Trace the networks with the CPU's kernels: faster there, and differentiable once, in reverse mode.
+
+    For programs that are compiled for the CPU. The context also decorates a function that is to be traced. Within
+    ``cpu_kernels(False)`` they stay off, whatever is entered there.
+    """
+    with _CPU_KERNELS(enabled and _CPU_KERNELS.value is not False):
         yield
-    finally:
-        _PLAIN.reset(token)
+
+
+def cpu_kernels_enabled() -> bool:
+    """Tell whether what is traced now may use the CPU's kernels."""
+    return bool(_CPU_KERNELS.value)
 
 
 def _with_cpu_kernels(
     plain: Callable[..., jax.Array], forward: Callable[..., jax.Array], gradients: Callable[..., Any]
 ) -> Callable[..., jax.Array]:
-    """Return an operation that is ``plain``, with other kernels where the program is compiled for the CPU.
+    """Return an operation that is ``plain``, with other kernels within ``cpu_kernels``.
 
     ``plain`` and ``forward``: (x, kernel, geometry, precision) -> y, the last two hashable; ``gradients``:
     (x, kernel, dy, geometry, precision) -> (dx, dkernel).
     """
-
-    @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-    def run(x: jax.Array, kernel: jax.Array, *fixed: Any) -> jax.Array:
-        return jax.lax.platform_dependent(x, kernel, cpu=_bind(forward, *fixed), default=_bind(plain, *fixed))
+    run = jax.custom_vjp(forward, nondiff_argnums=(2, 3))
 
     def run_forward(x: jax.Array, kernel: jax.Array, *fixed: Any) -> Any:
-        return run(x, kernel, *fixed), (x, kernel)
+        return forward(x, kernel, *fixed), (x, kernel)
 
     def run_backward(geometry: Any, precision: Any, saved: tuple[jax.Array, jax.Array], dy: jax.Array) -> Any:
-        def plain_gradients(x: jax.Array, kernel: jax.Array, dy: jax.Array) -> Any:
-            return jax.vjp(_bind(plain, geometry, precision), x, kernel)[1](dy)
-
-        cpu_gradients = _bind(gradients, geometry, precision)
-        return jax.lax.platform_dependent(*saved, dy, cpu=cpu_gradients, default=plain_gradients)
+        return gradients(*saved, dy, geometry, precision)
 
     run.defvjp(run_forward, run_backward)
-    return lambda *arguments: (plain if _PLAIN.get() else run)(*arguments)
-
-
-def _bind(function: Callable[..., Any], *fixed: Any) -> Callable[..., Any]:
-    """Return the function of its first arguments, with the last ones fixed."""
-    return lambda *arguments: function(*arguments, *fixed)
+    return lambda *arguments: (run if cpu_kernels_enabled() else plain)(*arguments)
 
 
 # Convolution at stride 1
 
 # Pixels of a block in the gradient of the kernel: 64 channels of it stay in a core's cache.
 _BLOCK_PIXELS = 4096
+_NHWC = ("NHWC", "HWIO", "NHWC")
 
 
 def conv2d(
@@ -76,33 +70,39 @@ def conv2d(
     strides: Sequence[int],
     padding: str | Sequence[tuple[int, int]],
     *,
+    lhs_dilation: Sequence[int] = (1, 1),
+    rhs_dilation: Sequence[int] = (1, 1),
+    feature_group_count: int = 1,
+    dimension_numbers: Any = _NHWC,
     precision: Any = None,
-    **fixed: Any,
 ) -> jax.Array:
-    """Convolve at stride 1: y[p, q] = sum over i, j of x[p + i - top, q + j - left] kernel[i, j].
-
-    Its signature is what ``flax.linen.Conv`` calls.
+    """Convolve as ``jax.lax.conv_general_dilated``, whose signature it has: it serves ``flax.linen.Conv``.
 
     Args:
         x: (b, h, w, c_in).
-        kernel: (k, k', c_in, c_out).
-        strides: 1, 1.
+        kernel: (k, k', c_in / groups, c_out).
+        strides: of the output; like dilations and groups, other than 1 they have no kernel for the CPU.
         padding: "SAME", "VALID", or ((top, bottom), (left, right)).
+        lhs_dilation: of x.
+        rhs_dilation: of the kernel.
+        feature_group_count: the groups.
+        dimension_numbers: NHWC, HWIO, NHWC, as lax or Flax write them.
         precision: of the products, see ``jax.lax.Precision``.
-        fixed: what else Flax passes: dilations and groups of 1, the order of dimensions.
 
     Returns:
-        (b, h + top + bottom - k + 1, w + left + right - k' + 1, c_out).
+        (b, h', w', c_out); at stride 1 y[p, q] = sum over i, j of x[p + i - top, q + j - left] kernel[i, j].
     """
-    del fixed
+    special = {*strides, *lhs_dilation, *rhs_dilation, feature_group_count} != {1}
+    if special or not cpu_kernels_enabled():
+        geometry = (strides, padding, lhs_dilation, rhs_dilation, dimension_numbers, feature_group_count)
+        return jax.lax.conv_general_dilated(x, kernel, *geometry, precision=precision)
     if isinstance(padding, str):
         padding = jax.lax.padtype_to_pads(x.shape[1:3], kernel.shape[:2], strides, padding)
     return _conv(x, kernel, tuple((int(low), int(high)) for low, high in padding), precision)
 
 
 def _conv_plain(x: jax.Array, kernel: jax.Array, padding: Padding, precision: Any) -> jax.Array:
-    dimensions = ("NHWC", "HWIO", "NHWC")
-    return jax.lax.conv_general_dilated(x, kernel, (1, 1), padding, dimension_numbers=dimensions, precision=precision)
+    return jax.lax.conv_general_dilated(x, kernel, (1, 1), padding, dimension_numbers=_NHWC, precision=precision)
 
 
 def _conv_product(x: jax.Array, kernel: jax.Array, padding: Padding, precision: Any) -> jax.Array:
@@ -122,7 +122,7 @@ def _has_few_pixels(y: Any, kernel: jax.Array, share: float) -> bool:
 
 
 def _conv_cpu(x: jax.Array, kernel: jax.Array, padding: Padding, precision: Any) -> jax.Array:
-    y = jax.eval_shape(_bind(_conv_plain, padding, precision), x, kernel)
+    y = jax.eval_shape(functools.partial(_conv_plain, padding=padding, precision=precision), x, kernel)
     return (_conv_product if _has_few_pixels(y, kernel, 1 / 4) else _conv_plain)(x, kernel, padding, precision)
 
 
@@ -278,7 +278,7 @@ def _phases_gradients_by_row(
     patches: jax.Array, kernel: jax.Array, dy: jax.Array, window: Window, precision: Any
 ) -> tuple[jax.Array, jax.Array]:
     if not _has_whole_cells(patches, kernel, window):
-        return jax.vjp(_bind(_phases_plain, window, precision), patches, kernel)[1](dy)
+        return jax.vjp(functools.partial(_phases_plain, window=window, precision=precision), patches, kernel)[1](dy)
     b, _, columns, n = patches.shape
     s, c = kernel.shape[0], kernel.shape[2] // kernel.shape[0]
     padding, height, width = window
@@ -312,14 +312,23 @@ _phases = _with_cpu_kernels(_phases_plain, _phases_by_row, _phases_gradients_by_
 # Max pooling
 
 
-def max_pool_even(x: jax.Array) -> jax.Array:
-    """Take the maximum of 2x2 windows at stride 2, of a map (b, h, w, c) of even sides; NaN wins.
+def max_pool_2x2(x: jax.Array, padding: tuple[int, int]) -> jax.Array:
+    """Take the maximum of 2x2 windows at stride 2; NaN wins.
 
     Of equal maxima the first in row-major order takes the gradient.
+
+    Args:
+        x: (b, h, w, c).
+        padding: rows at the bottom and columns at the right that are added first, as minus infinity.
+
+    Returns:
+        (b, h', w', c) with h' = (h + rows) // 2, and w' likewise; a last odd row or column is dropped.
     """
-    if _PLAIN.get():
-        return jax.lax.reduce_window(x, -np.inf, jax.lax.max, (1, 2, 2, 1), (1, 2, 2, 1), "VALID")
-    return _max_pool(x)
+    margins = ((0, 0), (0, padding[0]), (0, padding[1]), (0, 0))
+    if not cpu_kernels_enabled():
+        return jax.lax.reduce_window(x, -np.inf, jax.lax.max, (1, 2, 2, 1), (1, 2, 2, 1), margins)
+    x = jnp.pad(x, margins, constant_values=-np.inf)
+    return _max_pool(x[:, : x.shape[1] // 2 * 2, : x.shape[2] // 2 * 2])
 
 
 def _corners(x: jax.Array) -> list[jax.Array]:

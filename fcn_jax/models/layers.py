@@ -12,9 +12,8 @@ from typing import Any, Literal
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from fcn_jax.models.kernels import conv2d, max_pool_even
+from fcn_jax.models.kernels import conv2d, max_pool_2x2
 
 
 @dataclass(frozen=True)
@@ -44,14 +43,15 @@ def conv(
     padding: int | str = "SAME",
     bias: bool = True,
     zero: bool = False,
+    kind: type[nn.Conv] = nn.Conv,
     name: str | None = None,
-) -> nn.Conv:
+) -> Any:
     """Make a stride-1 convolution of a kernel x kernel window.
 
     ``padding`` is pixels added on every side, "SAME" or "VALID". The kernel starts from He's normal distribution or at
-    ``zero``, as the paper has it for score layers; the bias starts at zero.
+    ``zero``, as the paper has it for score layers; the bias starts at zero. ``kind`` is the module's class.
     """
-    return nn.Conv(
+    return kind(
         features,
         (kernel, kernel),
         padding=padding if isinstance(padding, str) else ((padding, padding), (padding, padding)),
@@ -65,6 +65,24 @@ def conv(
     )
 
 
+class PooledConv(nn.Conv):
+    """A convolution of which only the pooled maxima are used.
+
+    A bias moves all pixels of a window alike, so its gradient is the sum over the pooled map: the whole map, four times
+    larger, need not be read for it.
+    """
+
+    def param(self, name: str, *args: Any, **options: Any) -> Any:
+        """Return a parameter; the bias is a constant to the convolution itself."""
+        value = super().param(name, *args, **options)
+        return jax.lax.stop_gradient(value) if name == "bias" else value
+
+    def max_pool(self, y: jax.Array, mode: Literal["ceil", "floor"]) -> jax.Array:
+        """Pool what ``__call__`` returned, and add zero with the gradient of the bias."""
+        bias: jax.Array = self.get_variable("params", "bias").astype(y.dtype)
+        return max_pool(y, mode) + (bias - jax.lax.stop_gradient(bias))
+
+
 def max_pool(x: jax.Array, mode: Literal["ceil", "floor"]) -> jax.Array:
     """Take the maximum of 2x2 windows at stride 2.
 
@@ -73,11 +91,7 @@ def max_pool(x: jax.Array, mode: Literal["ceil", "floor"]) -> jax.Array:
     its own ("ceil", Caffe) or is dropped ("floor").
     """
     _, h, w, _ = x.shape
-    if mode == "ceil":
-        x = jnp.pad(x, ((0, 0), (0, h % 2), (0, w % 2), (0, 0)), constant_values=-np.inf)
-    else:
-        x = x[:, : h - h % 2, : w - w % 2]
-    return max_pool_even(x)
+    return max_pool_2x2(x, (h % 2, w % 2) if mode == "ceil" else (0, 0))
 
 
 class BatchNorm(nn.Module):
@@ -102,7 +116,7 @@ class BatchNorm(nn.Module):
         x = x.astype(stat_dtype)
         if train:
             mean, var, unbiased = self._statistics(x)
-            if not self.is_initializing() and self.is_mutable_collection("batch_stats"):
+            if not self.is_initializing():
                 running_mean.value = 0.9 * running_mean.value + 0.1 * mean
                 running_var.value = 0.9 * running_var.value + 0.1 * unbiased
         else:
@@ -121,10 +135,13 @@ class BatchNorm(nn.Module):
         if self.compute.axis_name is not None:
             count = count * jax.lax.axis_size(self.compute.axis_name)
             mean = jax.lax.pmean(mean, self.compute.axis_name)
-        # As the mean moves the variance stands still: its derivative is the sum of x - mean, which is zero.
-        var = jnp.mean(jnp.square(x - jax.lax.stop_gradient(mean)), axes)
+        # By way of the constant the gradient needs no sum over x - mean, which is zero; what is subtracted is zero too,
+        # with its first derivative, and the second derivative needs it.
+        constant = jax.lax.stop_gradient(mean)
+        var = jnp.mean(jnp.square(x - constant), axes)
         if self.compute.axis_name is not None:
             var = jax.lax.pmean(var, self.compute.axis_name)
+        var = var - jnp.square(mean - constant)
         # One value has no unbiased variance: torch refuses such a batch, here it counts as zero.
         return mean, var, var * (count / max(count - 1, 1))
 

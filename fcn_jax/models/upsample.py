@@ -1,8 +1,8 @@
-"""Upsampling: transposed convolution by phases with its bilinear start, and bilinear interpolation.
+"""Upsampling: transposed convolution with its bilinear start, and bilinear interpolation.
 
-Output pixels that share their *phase*, the remainder of their padded position by the stride s, meet the same
-ceil(k / s) taps of a kernel of side k per axis. A *cell* is the s x s block of output pixels, one of each phase, that
-meet the same input pixels. So both directions are dense products, without inserted zeros.
+Output pixels that share their *phase*, the remainder of their position by the stride s, meet the same ceil(k / s) taps
+of a kernel of side k per axis. A *cell* is an s x s block of output pixels, one of each phase. So a transposed
+convolution is a convolution at stride 1 from input pixels to cells, without inserted zeros.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fcn_jax.models.kernels import Window, conv2d, multiply_phases
+from fcn_jax.models.kernels import Window, conv2d, cpu_kernels_enabled, multiply_phases
 from fcn_jax.models.layers import Compute
 
 
@@ -39,6 +39,11 @@ def transposed_conv(
     _, h, w, c_in = x.shape
     k, c_out = kernel.shape[0], kernel.shape[3]
     out_h, out_w = ((n - 1) * stride - 2 * padding + k + output_padding for n in (h, w))
+    if not cpu_kernels_enabled():
+        if stride > 2:
+            return _by_cells(x, kernel, stride, padding, (out_h, out_w), precision)
+        margins = [(k - 1 - padding, k - 1 - padding + output_padding)] * 2
+        return conv2d(x, kernel[::-1, ::-1], (1, 1), margins, lhs_dilation=(stride, stride), precision=precision)
     if stride == 2 and k % 2 and padding <= k - 2:
         return _doubled(x, kernel, padding, (out_h, out_w), precision)  # its phases differ in their taps
     taps = -(-k // stride)
@@ -51,6 +56,31 @@ def transposed_conv(
     x = jnp.pad(x, ((0, 0), margin, margin, (0, 0)))
     shifts = [x[:, i : i + rows, j : j + columns] for i in reversed(range(taps)) for j in reversed(range(taps))]
     return multiply_phases(jnp.concatenate(shifts, axis=-1), kernel, Window(padding, out_h, out_w), precision)
+
+
+def _by_cells(
+    x: jax.Array, kernel: jax.Array, stride: int, padding: int, size: tuple[int, int], precision: Any
+) -> jax.Array:
+    """Convolve at stride 1 to all pixels of a cell, and put them in their places; ``size`` is h', w'.
+
+    With p = d s + e: out[n s + r] = sum over t of x[n + d - t] kernel[t s + r + e], per axis. Where e > 0, t starts at
+    -1, and the kernel gets s - e zeros in front.
+    """
+    (_, h, w, c_in), (k, _, _, c_out), s = x.shape, kernel.shape, stride
+    front = -padding % s
+    taps = -(-(front + k) // s)
+    margin = (front, taps * s - front - k)
+    kernel = jnp.pad(kernel, (margin, margin, (0, 0), (0, 0))).reshape(taps, s, taps, s, c_in, c_out)[::-1, :, ::-1]
+    kernel = kernel.transpose(0, 2, 4, 1, 3, 5).reshape(taps, taps, c_in, s * s * c_out)
+    shift = -(-padding // s)
+    rows, columns = (-(-n // s) for n in size)
+    margins = [(taps - 1 - shift, cells - n + shift) for cells, n in ((rows, h), (columns, w))]
+    cells = conv2d(x, kernel, (1, 1), margins, precision=precision).reshape(-1, rows, columns, s, s, c_out)
+    # The columns of a row are put in order by a product with ones and zeros, which is exact: compilers for TPUs then
+    # keep them side by side in memory, where a transposition leaves the few classes there, padded to 128.
+    order = jnp.eye(columns * s, dtype=x.dtype).reshape(-1, columns, s)
+    y = jnp.einsum("Wwq,bhwrqc->bhrWc", order, cells, precision=jax.lax.Precision.HIGHEST)
+    return y.reshape(-1, rows * s, columns * s, c_out)[:, : size[0], : size[1]]
 
 
 def _doubled(x: jax.Array, kernel: jax.Array, padding: int, size: tuple[int, int], precision: Any) -> jax.Array:

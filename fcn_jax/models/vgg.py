@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fcn_jax.models.layers import BatchNorm, Compute, FullyConvolutionalHead, conv, max_pool, scaled
+from fcn_jax.models.layers import BatchNorm, Compute, FullyConvolutionalHead, PooledConv, conv, max_pool, scaled
 
 # Convolutions per stage: configurations A, B, D, E of Simonyan & Zisserman 2015, Table 1.
 ENCODERS: dict[str, tuple[int, ...]] = {
@@ -49,14 +49,20 @@ class VGG(nn.Module):
 
     def _stage(self, x: jax.Array, index: int, train: bool) -> jax.Array:
         features = scaled(STAGE_CHANNELS[index], self.width)
-        for layer in range(1, self.convs[index] + 1):
-            name = f"{index + 1}_{layer}"
+        count = self.convs[index]
+        for number in range(1, count + 1):
+            name = f"{index + 1}_{number}"
             padding = self.margin if name == "1_1" else 1
-            x = conv(features, 3, self.compute, padding=padding, name=f"conv{name}")(x)
+            pooled = number == count and self.norm is None
+            layer = conv(
+                features, 3, self.compute, padding=padding, kind=PooledConv if pooled else nn.Conv, name=f"conv{name}"
+            )
+            x = layer(x)
             if self.norm == "batch":
                 x = BatchNorm(self.compute, name=f"bn{name}")(x, train)
-            x = nn.relu(x)
-        return max_pool(x, self.pool)
+            # The maximum of ReLUs is the ReLU of the maximum.
+            x = nn.relu(layer.max_pool(x, self.pool) if pooled else x)
+        return max_pool(x, self.pool) if self.norm == "batch" else x
 
 
 def _bins(size: int, bins: int) -> np.ndarray:

@@ -16,7 +16,6 @@ from fcn_jax.step import Batch, StepSums, TrainState, TrainStep
 AXIS = "batch"
 Devices = Sequence[Any]
 """Of ``jax.Device``, which type checkers take for a variable."""
-MakeStep = Callable[[str | None], TrainStep]
 
 
 @dataclass(frozen=True)
@@ -82,10 +81,10 @@ def _spread(batch: Any, mesh: Mesh) -> Any:
     return local if jax.process_count() == 1 else _rewrap(local, NamedSharding(mesh, PartitionSpec(AXIS)))
 
 
-def _pmap(make_step: MakeStep, mesh: Mesh) -> tuple[Any, Any]:
+def _pmap(train_step: TrainStep, mesh: Mesh) -> tuple[Any, Any]:
     """The state goes in and comes out unstacked (``in_axes=None``): one replicated copy, not one row per device."""
     step: Any = jax.pmap(
-        make_step(AXIS),
+        train_step,
         axis_name=AXIS,
         in_axes=(None, 0),
         out_axes=(None, None),
@@ -104,24 +103,28 @@ def _pmap(make_step: MakeStep, mesh: Mesh) -> tuple[Any, Any]:
     return step if jax.process_count() == 1 else step_together, place_batch
 
 
-def _mesh(make_step: MakeStep, mesh: Mesh) -> tuple[Any, Any]:
-    """Under jit the batch is one global array; XLA inserts the sums over devices."""
-    everywhere, spread = NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, PartitionSpec(AXIS))
-    step = jax.jit(
-        make_step(None), in_shardings=(everywhere, spread), out_shardings=(everywhere, everywhere), donate_argnums=(0,)
-    )
+def _mesh(train_step: TrainStep, mesh: Mesh) -> tuple[Any, Any]:
+    """Under jit the batch is one global array; the step sees a device's part of it, and sums over the axis itself.
+
+    Left to XLA the gradient of a bfloat16 network would be summed over the devices in bfloat16.
+    """
+    whole, part = PartitionSpec(), PartitionSpec(AXIS)
+    # A replicated value is one that the step makes so, by its sums; JAX need not derive it.
+    step = jax.shard_map(train_step, mesh=mesh, in_specs=(whole, part), out_specs=whole, check_vma=False)
+    everywhere, spread = NamedSharding(mesh, whole), NamedSharding(mesh, part)
+    step = jax.jit(step, in_shardings=(everywhere, spread), out_shardings=everywhere, donate_argnums=(0,))
     return step, lambda batch: _spread(dict(batch), mesh)
 
 
-PARALLEL: dict[str, Callable[[MakeStep, Mesh], tuple[Any, Any]]] = {"pmap": _pmap, "mesh": _mesh}
+PARALLEL: dict[str, Callable[[TrainStep, Mesh], tuple[Any, Any]]] = {"pmap": _pmap, "mesh": _mesh}
 
 
-def make_parallel(mode: str, make_step: MakeStep, devices: Devices) -> Parallel:
+def make_parallel(mode: str, train_step: TrainStep, devices: Devices) -> Parallel:
     """Set a step up on some devices.
 
     Args:
         mode: "pmap" or "mesh"; both give the same numbers.
-        make_step: makes the step for a pmap axis name, or for None where the batch is global.
+        train_step: the step of a device's part of the batch, which sums over the axis ``AXIS``.
         devices: the devices to use.
 
     Raises:
@@ -130,7 +133,7 @@ def make_parallel(mode: str, make_step: MakeStep, devices: Devices) -> Parallel:
     if mode not in PARALLEL:
         raise unknown("parallel", mode, PARALLEL)
     mesh = make_mesh(devices)
-    step, place_batch = PARALLEL[mode](make_step, mesh)
+    step, place_batch = PARALLEL[mode](train_step, mesh)
     everywhere = NamedSharding(mesh, PartitionSpec())
     if jax.process_count() == 1:
         return Parallel(mesh, step, lambda state: jax.device_put(state, everywhere), place_batch, lambda tree: tree)

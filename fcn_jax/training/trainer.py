@@ -24,11 +24,12 @@ from fcn_jax.losses import Loss, make_loss, median_frequency_weights
 from fcn_jax.models import create_model, init_variables, model_from_config
 from fcn_jax.models.catalog import describe_model
 from fcn_jax.models.fcn import FCN, ScoreFCN
+from fcn_jax.models.kernels import cpu_kernels
 from fcn_jax.optim import make_optimizer, make_schedule
 from fcn_jax.preprocessing import normalize
-from fcn_jax.step import TrainState, TrainStep, make_train_step, new_state
+from fcn_jax.step import TrainState, make_train_step, new_state
 from fcn_jax.training.config_checks import check_config, flatten
-from fcn_jax.training.devices import Parallel, make_parallel, pick_devices
+from fcn_jax.training.devices import AXIS, Parallel, make_parallel, pick_devices
 from fcn_jax.training.distributed import check_same, digest, together, writer_first
 from fcn_jax.training.run import open_run
 from fcn_jax.weights.names import COUNTER
@@ -110,23 +111,22 @@ def make_trainer(config: Config, resuming: bool = False) -> Trainer:
     if config.train.accumulate > 1 and "batch_stats" in variables:
         notes += ("gradient accumulation with batch norm: each part is normalised by its own statistics",)
 
-    def make_step(axis_name: str | None) -> TrainStep:
-        network = model.clone(axis_name=axis_name)
+    network = model.clone(axis_name=AXIS)
 
-        def apply_fn(variables: Any, images: jax.Array, **options: Any) -> Any:
-            return network.apply(variables, normalize(images, config.data.preprocessing, model.param_dtype), **options)
+    def apply_fn(variables: Any, images: jax.Array, **options: Any) -> Any:
+        return network.apply(variables, normalize(images, config.data.preprocessing, model.param_dtype), **options)
 
-        return make_train_step(
-            apply_fn,
-            optimizer,
-            loss,
-            reduction=config.loss.reduction,
-            accumulate=config.train.accumulate,
-            axis_name=axis_name,
-            pass_example_ids=True,
-        )
-
-    parallel = make_parallel(config.parallel, make_step, devices)
+    train_step = make_train_step(
+        apply_fn,
+        optimizer,
+        loss,
+        reduction=config.loss.reduction,
+        accumulate=config.train.accumulate,
+        axis_name=AXIS,
+        pass_example_ids=True,
+    )
+    train_step = cpu_kernels(devices[0].platform == "cpu")(train_step)
+    parallel = make_parallel(config.parallel, train_step, devices)
     predict = make_predictor(model, config.data.preprocessing, parallel.mesh.local_mesh)
     return Trainer(
         model=model,

@@ -13,7 +13,7 @@ from fcn_jax.losses import make_loss
 from fcn_jax.optim import make_optimizer
 from fcn_jax.preprocessing import normalize
 from fcn_jax.step import make_train_step, new_state
-from fcn_jax.training.devices import make_parallel
+from fcn_jax.training.devices import AXIS, make_parallel
 
 BATCH = 16
 OPTIONS = {
@@ -45,16 +45,14 @@ def take_steps(name, mode, devices, steps=2, **options):
     variables["params"] = jax.tree.unflatten(tree, leaves)
     optimizer = make_optimizer(variables["params"], OptimConfig(lr=0.05, bias_lr=2.0, bias_decay=False), 10)
 
-    def make_step(axis_name):
-        network = model.clone(axis_name=axis_name)
+    network = model.clone(axis_name=AXIS)
 
-        def apply_fn(variables, images, **keywords):
-            return network.apply(variables, normalize(images, "imagenet", jnp.float64), **keywords)
+    def apply_fn(variables, images, **keywords):
+        return network.apply(variables, normalize(images, "imagenet", jnp.float64), **keywords)
 
-        loss = make_loss("softmax", WEIGHTS)
-        return make_train_step(apply_fn, optimizer, loss, axis_name=axis_name, pass_example_ids=True, **options)
-
-    parallel = make_parallel(mode, make_step, jax.devices()[:devices])
+    loss = make_loss("softmax", WEIGHTS)
+    step = make_train_step(apply_fn, optimizer, loss, axis_name=AXIS, pass_example_ids=True, **options)
+    parallel = make_parallel(mode, step, jax.devices()[:devices])
     start = new_state(variables, optimizer, seed=3)
     state, placed = parallel.place_state(jax.tree.map(jnp.copy, start)), parallel.place_batch(make_batch())
     for _ in range(steps):
@@ -100,12 +98,10 @@ def test_the_sum_is_the_mean_times_its_weight():
         params = {"w": jnp.ones(())}
         optimizer = make_optimizer(params, OptimConfig(), 1)
 
-        def make_step(axis_name):
-            loss = make_loss("softmax", WEIGHTS)
-            options = {"axis_name": axis_name, "reduction": reduction}
-            return make_train_step(lambda v, x, **_: (x * v["params"]["w"], {}), optimizer, loss, **options)
-
-        parallel, rng = make_parallel("pmap", make_step, jax.devices()[:2]), np.random.default_rng(0)
+        options = {"axis_name": AXIS, "reduction": reduction}
+        loss = make_loss("softmax", WEIGHTS)
+        step = make_train_step(lambda v, x, **_: (x * v["params"]["w"], {}), optimizer, loss, **options)
+        parallel, rng = make_parallel("pmap", step, jax.devices()[:2]), np.random.default_rng(0)
         batch = parallel.place_batch({"image": rng.normal(size=(4, 5, 5, 4)), "label": rng.integers(0, 4, (4, 5, 5))})
         state = parallel.place_state(new_state({"params": params}, optimizer))
         return jax.device_get(parallel.step(state, batch)[1])

@@ -1,8 +1,8 @@
-"""The CPU's kernels compute what plain JAX does, and other platforms get plain JAX alone."""
+"""The CPU's kernels compute what plain JAX does, and without their context there is plain JAX alone."""
 
 import functools
-import re
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,7 +10,7 @@ import pytest
 from small_networks import make_network
 
 from fcn_jax.models import kernels
-from fcn_jax.models.kernels import conv2d, plain_kernels
+from fcn_jax.models.kernels import conv2d, cpu_kernels
 from fcn_jax.models.upsample import transposed_conv
 
 # (b, h, w, c_in), (k or k and k', c_out), padding: what the networks have, at odd sizes.
@@ -29,6 +29,7 @@ def lax_conv(x, kernel, padding):
     return jax.lax.conv_general_dilated(x, kernel, (1, 1), padding, dimension_numbers=("NHWC", "HWIO", "NHWC"))
 
 
+@cpu_kernels()
 def our_conv(x, kernel, padding, precision=None):
     return conv2d(x, kernel, (1, 1), padding, precision=precision)
 
@@ -78,8 +79,8 @@ PRODUCTS = {
     "copies of x": (lambda x, w, p: our_conv(x, w, "SAME", p), (2, 9, 7, 3), (3, 3, 3, 8)),
     "copies of dy": (lambda x, w, p: our_conv(x, w, "SAME", p), (2, 9, 7, 8), (3, 3, 8, 8)),
     "product": (lambda x, w, p: our_conv(x, w, "SAME", p), (2, 2, 3, 5), (7, 7, 5, 64)),
-    "transposed": (lambda x, w, p: transposed_conv(x, w, 2, 1, 0, p), (2, 4, 3, 3), (4, 4, 3, 5)),
-    "transposed, odd": (lambda x, w, p: transposed_conv(x, w, 2, 1, 1, p), (2, 4, 3, 3), (3, 3, 3, 5)),
+    "transposed": (cpu_kernels()(lambda x, w, p: transposed_conv(x, w, 2, 1, 0, p)), (2, 4, 3, 3), (4, 4, 3, 5)),
+    "transposed, odd": (cpu_kernels()(lambda x, w, p: transposed_conv(x, w, 2, 1, 1, p)), (2, 4, 3, 3), (3, 3, 3, 5)),
 }
 
 
@@ -126,21 +127,28 @@ def test_products_work_under_remat_scan_and_pmap(case):
     assert_equal([over_devices(w, x[:, None], dy[:, None])[0]], [expected], 1e-14)
 
 
-@pytest.mark.parametrize("platform", ["cuda", "tpu"])
-@pytest.mark.parametrize("case", ["copies of x", "copies of dy", "product", "1x1"])
-def test_other_platforms_get_the_convolutions_of_lax_and_nothing_else(case, platform):
-    x, kernel, padding, dy = operands(case, jnp.float32)
+OPTIONS = {
+    "stride": ({"strides": (2, 2)}, 3), "dilated kernel": ({"rhs_dilation": (2, 2)}, 3),
+    "dilated input": ({"lhs_dilation": (1, 2)}, 3), "groups": ({"feature_group_count": 3}, 1),
+}  # fmt: skip
 
-    def program(conv):
-        def run(x, kernel, dy):
-            return output_and_gradients(conv, x, kernel, padding, dy)
 
-        text = jax.jit(run).trace(x, kernel, dy).lower(lowering_platforms=(platform,)).as_text()
-        operation = r"stablehlo\.(?!case|constant|return)\w+|dim_numbers = \S+ \S+ \S+ \S+"
-        return sorted(re.findall(operation, text))
-
-    assert program(our_conv) == program(lax_conv)
-    assert program(our_conv).count("stablehlo.convolution") == 3
+@pytest.mark.parametrize("case", OPTIONS)
+def test_strides_dilations_and_groups_are_left_to_lax(case):
+    options, c_in = OPTIONS[case]
+    rng = np.random.default_rng(0)
+    x, kernel = jnp.asarray(rng.normal(size=(1, 7, 9, 3))), jnp.asarray(rng.normal(size=(3, 3, c_in, 6)))
+    layer = nn.Conv(
+        6, (3, 3), options.get("strides", 1), ((1, 1), (1, 1)), use_bias=False, conv_general_dilated=conv2d,
+        input_dilation=options.get("lhs_dilation", 1), kernel_dilation=options.get("rhs_dilation", 1),
+        feature_group_count=options.get("feature_group_count", 1),
+    )  # fmt: skip
+    with cpu_kernels():
+        ours = layer.apply({"params": {"kernel": kernel}}, x)
+        plain = jax.jvp(lambda x: layer.apply({"params": {"kernel": kernel}}, x), (x,), (x,))[1]
+    theirs = layer.clone(conv_general_dilated=None).apply({"params": {"kernel": kernel}}, x)
+    np.testing.assert_array_equal(ours, theirs)
+    np.testing.assert_array_equal(plain, theirs)  # forward mode, and linear
 
 
 def test_large_maps_are_never_unrolled_into_patches():
@@ -161,35 +169,27 @@ def test_a_transposed_convolution_by_rows_equals_the_plain_one(k, s, p):
 
         return jax.value_and_grad(value, (0, 1), has_aux=True)(x, w)
 
-    def loops_and_products(platform):
-        text = jax.jit(run).trace(x, w).lower(lowering_platforms=(platform,)).as_text()
-        return text.count("stablehlo.while"), text.count("stablehlo.dot_general")
-
-    assert loops_and_products("cuda") == loops_and_products("tpu") == (0, 3)
+    by_rows = cpu_kernels()(run)
+    assert "stablehlo.while" not in jax.jit(run).lower(x, w).as_text()
     whole = (2 * s - 2 * p + k) % s == 0
-    assert (loops_and_products("cpu")[0] > 0) is whole
-    ours = jax.jit(run)(x, w)
-    with plain_kernels():
-        plain = jax.jit(lambda x, w: run(x, w))(x, w)  # a new function: not traced before
-    assert_equal(jax.tree.leaves(ours), jax.tree.leaves(plain), 1e-14)
+    assert ("stablehlo.while" in jax.jit(by_rows).lower(x, w).as_text()) is whole
+    assert_equal(jax.tree.leaves(jax.jit(by_rows)(x, w)), jax.tree.leaves(jax.jit(run)(x, w)), 1e-14)
 
 
-def test_plain_kernels_leave_no_custom_derivative():
+def test_a_function_jitted_within_the_context_is_traced_anew_outside_of_it():
     model, variables = make_network("fcn8s")
     images = jnp.asarray(np.random.default_rng(0).normal(size=(1, 9, 9, 3)))
+    forward = jax.jit(lambda images: model.apply(variables, images))
 
-    def forward(images):
-        return model.apply(variables, images)
+    def has_custom_derivatives():
+        return "custom_vjp" in str(jax.make_jaxpr(forward)(images))
 
-    def program():
-        jaxpr = jax.make_jaxpr(lambda images: forward(images))(images)  # a new function: not traced before
-        return {name for name in ("custom_vjp", "platform_index") if name in str(jaxpr)}
-
-    assert program() == {"custom_vjp", "platform_index"}
-    with plain_kernels():
-        assert program() == set()
-        # In forward mode the derivative along a direction is what differences say.
-        direction = jnp.ones_like(images)
-        slope = jax.jit(lambda x: jax.jvp(forward, (x,), (direction,))[1])(images)
-        difference = jax.jit(lambda x: forward(x + 1e-6 * direction) - forward(x - 1e-6 * direction))(images) / 2e-6
-    np.testing.assert_allclose(slope, difference, rtol=1e-6, atol=1e-7 * float(jnp.abs(slope).max()))
+    with cpu_kernels():
+        forward(images)
+        assert has_custom_derivatives()
+        with pytest.raises(TypeError, match="forward-mode"):
+            jax.jvp(forward, (images,), (images,))
+        with cpu_kernels(False), cpu_kernels():
+            assert not has_custom_derivatives()
+    assert not has_custom_derivatives()
+    jax.jvp(forward, (images,), (images,))

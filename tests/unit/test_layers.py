@@ -7,21 +7,30 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from fcn_jax.models.kernels import cpu_kernels
 from fcn_jax.models.layers import BatchNorm, Compute, Dropout, conv, max_pool, scaled
 
 FLOAT64 = Compute(jnp.float64, jnp.float64)
+
+
+@pytest.fixture(params=[False, True], ids=["plain", "cpu kernels"])
+def kernels(request):
+    with cpu_kernels(request.param):
+        yield
 
 
 def image(rows):
     return jnp.asarray(rows, jnp.float64)[None, :, :, None]
 
 
+@pytest.mark.usefixtures("kernels")
 def test_pooling_by_hand_at_an_odd_size():
     x = image([[1, 2, 9], [3, 4, 8], [7, 5, -6]])
     np.testing.assert_array_equal(max_pool(x, "ceil")[0, :, :, 0], [[4, 9], [7, -6]])
     np.testing.assert_array_equal(max_pool(x, "floor")[0, :, :, 0], [[4]])
 
 
+@pytest.mark.usefixtures("kernels")
 @pytest.mark.parametrize("mode", ["ceil", "floor"])
 @pytest.mark.parametrize("size", [(2, 2), (5, 7), (6, 3)])
 def test_pooling_and_its_gradient_equal_torch_with_many_ties(mode, size):
@@ -36,12 +45,14 @@ def test_pooling_and_its_gradient_equal_torch_with_many_ties(mode, size):
     np.testing.assert_array_equal(pullback(jnp.asarray(cotangent))[0], tx.grad.permute(0, 2, 3, 1))
 
 
+@pytest.mark.usefixtures("kernels")
 def test_of_equal_maxima_the_first_takes_the_whole_gradient():
     gradient = jax.grad(lambda x: max_pool(x, "floor").sum())
     np.testing.assert_array_equal(gradient(image([[5, 5], [5, 5]]))[0, :, :, 0], [[1, 0], [0, 0]])
     np.testing.assert_array_equal(gradient(image([[1, 5], [5, 2]]))[0, :, :, 0], [[0, 1], [0, 0]])
 
 
+@pytest.mark.usefixtures("kernels")
 @pytest.mark.parametrize("size", [(1, 1), (1, 4), (3, 5)])
 def test_a_window_of_minus_infinities_gives_its_gradient_to_the_first_and_none_to_the_margin(size):
     gradient = jax.grad(lambda x: max_pool(x, "ceil").sum())(jnp.full((1, *size, 2), -jnp.inf))

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from fcn_jax.models import upsample
-from fcn_jax.models.kernels import conv2d
+from fcn_jax.models.kernels import conv2d, cpu_kernels
 from fcn_jax.models.layers import Compute
 from fcn_jax.models.upsample import TransposedConv, bilinear_kernel, resize_bilinear, transposed_conv
 
@@ -25,8 +25,9 @@ def relative(ours, theirs):
     return np.linalg.norm(np.asarray(ours) - theirs) / max(np.linalg.norm(theirs), 1e-300)
 
 
+@pytest.mark.parametrize("kernels", [False, True])
 @pytest.mark.parametrize(("k", "s", "p", "op"), GEOMETRIES)
-def test_transposed_conv_and_its_gradients_equal_torch(k, s, p, op):
+def test_transposed_conv_and_its_gradients_equal_torch(k, s, p, op, kernels):
     rng = np.random.default_rng(0)
     w, sizes = rng.normal(size=(k, k, 3, 5)), ((1, 1), (1, 4), (3, 2))
     inputs = [rng.normal(size=(2, *size, 3)) for size in sizes]
@@ -41,6 +42,7 @@ def test_transposed_conv_and_its_gradients_equal_torch(k, s, p, op):
         expected.append([tensor.detach().numpy() for tensor in (*tensors, tw.grad.permute(2, 3, 0, 1))])
 
     @jax.jit
+    @cpu_kernels(kernels)
     def run(w, inputs, cotangents):
         results = []
         for x, dy in zip(inputs, cotangents, strict=True):
@@ -63,7 +65,8 @@ def test_phases_of_an_odd_kernel_multiply_every_tap_once(k, p, monkeypatch):
         return conv2d(x, kernel, *args, **kwargs)
 
     monkeypatch.setattr(upsample, "conv2d", recording)
-    transposed_conv(jnp.zeros((1, 4, 4, 2)), jnp.zeros((k, k, 2, 2)), 2, p, 1)
+    with cpu_kernels():
+        transposed_conv(jnp.zeros((1, 4, 4, 2)), jnp.zeros((k, k, 2, 2)), 2, p, 1)
     assert len(shapes) == 4 and sum(rows * columns for rows, columns in shapes) == k * k
 
 

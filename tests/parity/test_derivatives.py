@@ -1,0 +1,44 @@
+"""`model.apply` is plain JAX: differentiable in every mode and order, and exported with symbolic sizes."""
+
+import derivative_cases
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from small_networks import make_network
+
+# The cheapest of what can go wrong: batch norm, pooling, upsampling; every other combination is in the slow tier.
+QUICK = {
+    derivative_cases.check_modes: [("fcn8s_resize", "batch", True)],
+    derivative_cases.check_hessian_against_torch: [("fcn8s", None, False), ("fcn8s_resize", "batch", True)],
+    derivative_cases.check_vmap: [("fcn8s", "batch", True)],
+}
+CASES = [
+    pytest.param(check, *case, marks=[] if case in quick else pytest.mark.slow)
+    for check, quick in QUICK.items()
+    for case in derivative_cases.CASES
+]
+
+
+@pytest.mark.parametrize(("check", "family", "norm", "train"), CASES)
+def test_derivatives(check, family, norm, train):
+    check(family, norm, train)
+
+
+# `resize` makes its interpolation matrices on the host: the size has to be known.
+SYMBOLIC = {
+    "fcn8s": "b, 32*h, 32*w, 3", "fcn8s_pad100": "b, 32*h, 32*w, 3", "fcn8s_ladder": "b, 32*h, 32*w, 3",
+    "fcn8s_resize": "b, 64, 96, 3",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("family", SYMBOLIC)
+def test_a_network_is_exported_with_symbolic_batch_and_size(family):
+    model, variables = make_network(family, encoder_norm="batch")
+    shape = jax.export.symbolic_shape(SYMBOLIC[family])
+    apply = jax.jit(lambda images: model.apply(variables, images))
+    exported = jax.export.export(apply)(jax.ShapeDtypeStruct(shape, jnp.float64))
+    rng = np.random.default_rng(0)
+    for size in [(1, 64, 96, 3), (2, 96, 64, 3)] if family != "fcn8s_resize" else [(1, 64, 96, 3), (2, 64, 96, 3)]:
+        images = jnp.asarray(rng.normal(size=size))
+        np.testing.assert_allclose(exported.call(images), apply(images), rtol=0, atol=1e-12)
