@@ -13,11 +13,11 @@ demo: $(VENV)/ready
 	$(BIN)/python eval.py --run runs/demo --split shapes/test
 	@echo "the same for your own data: python train.py --help; your own images: fcn-jax predict --run runs/demo IMAGE --out DIR"
 
-test: $(VENV)/ready-dev
+test: $(VENV)/ready-dev $(VENV)/compilers/libtpu
 	$(BIN)/python -m pytest -n 2 --dist loadfile tests/unit tests/parity tests/integration
 
 # What the quick tests have a sample of: every kill, fault, layout, family, width and dtype, and 2,000 damaged files. Hours.
-test-slow: $(VENV)/ready-dev
+test-slow: $(VENV)/ready-dev $(VENV)/compilers/libtpu $(VENV)/compilers/jax_plugins
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m slow tests/unit tests/parity tests/integration
 	$(BIN)/python -m pytest -n 2 --dist loadfile tests/slow
 	$(BIN)/python tests/slow/soak.py --kills 10
@@ -47,6 +47,17 @@ format: $(VENV)/ready-dev
 
 clean:
 	rm -rf .venv-* build *.egg-info .pytest_cache .ruff_cache .mypy_cache
+
+# XLA's compilers for TPUs and GPUs, for the tests alone: beside the environment, where JAX would look for a TPU at every
+# start. Linux x86-64 only; elsewhere the tests are skipped.
+COMPILERS := -m pip install --quiet --no-deps --upgrade --target $(VENV)/compilers
+
+$(VENV)/compilers/libtpu: | $(VENV)/ready-dev
+	-$(BIN)/python $(COMPILERS) libtpu
+
+$(VENV)/compilers/jax_plugins: | $(VENV)/ready-dev
+	-version=$$($(BIN)/python -c "import jaxlib; print(jaxlib.__version__)") && \
+	$(BIN)/python $(COMPILERS) jax-cuda12-pjrt==$$version jax-cuda12-plugin==$$version nvidia-cuda-nvcc-cu12
 
 $(BIN)/python:
 	@$(PYTHON) -c "import sys; sys.exit(0 if sys.version_info >= (3, 11) else 'Python >= 3.11 is needed: make demo PYTHON=python3.11')"

@@ -19,6 +19,7 @@ COMMANDS = {
     "export": "write a run's weights to a file, in our names or a PyTorch project's",
     "parity": "compare a network with PyTorch or with itself, layer by layer and step by step",
     "bench": "measure speed against PyTorch, after checking that both compute the same",
+    "compile": "memory, FLOPs, collectives and estimated cycles of a step on a TPU or GPU that need not be there",
     "cache": "show or empty the prepared copies of data sets and the compiled programs",
 }
 """What each module of this package does; its ``main(arguments)`` returns the exit code."""

@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import fnmatch
 import gc
-import itertools
 import os
 import signal
 import sys
@@ -25,14 +24,11 @@ from rich.console import Console
 from fcn_jax.cli.process import make_folder
 from fcn_jax.compare import bench, import_torch_adapter
 from fcn_jax.compare.bench import Settings, make_settings, pipeline_rates, run_row
-from fcn_jax.compare.bench_rows import make_network, matmul_row, network_rows, operator_rows
-from fcn_jax.compare.jax_adapter import step_collectives
-from fcn_jax.compare.report import bench_tables, collectives_table, matmul_rate, pipeline_table, save_json
+from fcn_jax.compare.bench_rows import matmul_row, network_rows, operator_rows
+from fcn_jax.compare.report import bench_tables, matmul_rate, pipeline_table, save_json
 from fcn_jax.errors import InputError, Stopped, unknown
 from fcn_jax.models.kernels import cpu_kernels
 from fcn_jax.recipes import RECIPES
-
-_DEVICE_COUNTS = (1, 2, 4, 8)
 
 
 @dataclass(frozen=True)
@@ -56,8 +52,6 @@ class BenchArguments:
     batch_size: int | None = None
     plain_kernels: bool = False
     """On the CPU: leave out its own kernels, to see what they gain."""
-    collectives: bool = False
-    """Count the collective operations of a training step."""
     pipeline: str | None = None
     """Measure how many images a second the input pipeline of this recipe gives."""
     data_dir: str | None = None
@@ -83,7 +77,7 @@ def main(arguments: Sequence[str]) -> int:
     record |= {"date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), **bench.describe()}
     if settings.kind == "gpu" and not settings.on_gpu:
         console.print("no GPU here: the GPU's settings are used on the CPU, the times mean nothing")
-    run = _collectives if given.collectives else _pipeline if given.pipeline is not None else _rows
+    run = _pipeline if given.pipeline is not None else _rows
     try:
         with cpu_kernels(False) if given.plain_kernels else contextlib.nullcontext():
             code = run(given, settings, record, console)
@@ -112,8 +106,6 @@ def _configure(given: BenchArguments) -> None:
     with contextlib.suppress(RuntimeError):
         if given.device == "cpu":
             jax.config.update("jax_platforms", "cpu")
-        if given.collectives:
-            jax.config.update("jax_num_cpu_devices", max(_DEVICE_COUNTS))
 
 
 def _wanted(names: Iterable[str], only: Sequence[str]) -> list[str]:
@@ -160,18 +152,6 @@ def _rows(given: BenchArguments, settings: Settings, record: dict[str, Any], con
     if bad:
         console.print(f"not timed: {', '.join(bad)}", style="bold red")
     return 1 if bad else 0
-
-
-def _collectives(given: BenchArguments, settings: Settings, record: dict[str, Any], console: Console) -> int:
-    steps, size = [], (settings.image_size, settings.image_size)
-    counts = [count for count in _DEVICE_COUNTS if count <= len(jax.devices())]
-    for name, mode, count in itertools.product(_wanted(bench.NETWORKS, given.only), ("pmap", "mesh"), counts):
-        console.print(f"{name} {mode} on {count} ...", style="dim")
-        model, devices = make_network(name, settings), jax.devices()[:count]
-        steps.append({"network": name} | step_collectives(model, mode, devices, size, settings.batch_size * count))
-    console.print(collectives_table(steps))
-    _save(given, record | {"collectives": steps})
-    return 0
 
 
 def _pipeline(given: BenchArguments, settings: Settings, record: dict[str, Any], console: Console) -> int:

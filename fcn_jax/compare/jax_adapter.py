@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import functools
 import itertools
-import math
-import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -22,7 +20,7 @@ from fcn_jax.compare.parity import Arrays, Gradient, Side, TrainedStep
 from fcn_jax.config import OptimConfig
 from fcn_jax.errors import InputError
 from fcn_jax.losses import make_loss
-from fcn_jax.models import init_variables, summarize
+from fcn_jax.models import summarize
 from fcn_jax.models.fcn import FCN
 from fcn_jax.models.kernels import cpu_kernels
 from fcn_jax.models.layers import BatchNorm
@@ -30,11 +28,6 @@ from fcn_jax.models.upsample import TransposedConv
 from fcn_jax.optim import make_optimizer
 from fcn_jax.step import make_train_step, new_state
 from fcn_jax.training.devices import AXIS, Parallel, make_parallel, pick_devices
-
-_KINDS = "all-reduce|all-gather|reduce-scatter|collective-permute|all-to-all|collective-broadcast"
-_OPERATION = re.compile(rf"^\s*(?:ROOT )?%?\S+ = (.+?) ({_KINDS})(-start)?\((.*)$", re.MULTILINE)
-_ARRAY = re.compile(r"\b(pred|[a-z]+\d+\w*)\[([\d,]*)\]")
-_SINGLE = re.compile(r"replica_groups=\{(\{\d+\},?)+\}|replica_groups=\[\d+,1\]")
 
 
 def without_dropout(model: FCN) -> FCN:
@@ -74,7 +67,6 @@ def _apply(model: FCN, axis_name: str | None, interceptor: Any) -> Callable[...,
 
 def step_on_devices(model: FCN, optimizer: Any, mode: str, devices: Any, interceptor: Any = None) -> Parallel:
     """Make the training step of train.py (mean softmax cross-entropy) on some devices; mode is "pmap" or "mesh"."""
-
     apply_fn = _apply(model, AXIS, interceptor)
     step = make_train_step(apply_fn, optimizer, make_loss("softmax"), axis_name=AXIS, pass_example_ids=True)
     return make_parallel(mode, cpu_kernels(devices[0].platform == "cpu")(step), devices)
@@ -205,51 +197,3 @@ def train_runner(model: FCN, variables: Any, batch: tuple[Any, Any], optim: Opti
         return _planned_bytes(parallel.step, state, placed)
 
     return Runner(call, lambda _: jax.block_until_ready(state), numbers, planned)
-
-
-def count_collectives(hlo: str) -> list[dict[str, Any]]:
-    """Count the collective operations of a compiled program that connect two devices or more.
-
-    An operation within a loop counts once. Of an asynchronous pair the start is counted; its tuple holds operands and
-    results except for all-reduce, whose tuple is the results. ``hlo`` is ``compiled.as_text()``. The entries have
-    "kind", "count" and "bytes" (of the results on one device), and are sorted by kind.
-    """
-    found: dict[str, list[int]] = {}
-    for shape, kind, start, rest in _OPERATION.findall(hlo):
-        if _SINGLE.search(rest):
-            continue  # a device's sum with itself
-        arrays = [_bytes(dtype, sizes) for dtype, sizes in _ARRAY.findall(shape)]
-        if start and kind != "all-reduce":
-            arrays = arrays[len(arrays) // 2 :] if kind != "collective-permute" else arrays[1:2]
-        found.setdefault(kind, []).append(sum(arrays))
-    return [{"kind": kind, "count": len(sizes), "bytes": sum(sizes)} for kind, sizes in sorted(found.items())]
-
-
-def _bytes(dtype: str, sizes: str) -> int:
-    """Return the bytes of an array that the program's text calls ``f32[3,3]``."""
-    bits = 8 if dtype == "pred" else int(re.findall(r"\d+", dtype)[0])
-    return math.prod(int(size) for size in sizes.split(",") if size) * bits // 8
-
-
-def step_collectives(model: FCN, mode: str, devices: Any, size: tuple[int, int], batch_size: int) -> dict[str, Any]:
-    """Compile the training step of train.py for some devices and count its collective operations.
-
-    The CPU's own kernels are left out: on a mesh, their loops over rows would sum over the devices in every round.
-    The mode is "pmap" or "mesh", ``size`` the images' height and width in pixels, ``batch_size`` of the global batch.
-    The result has "mode", "devices", "gradient_bytes" (of all parameters), "found" (see ``count_collectives``), and
-    "bytes" of all kinds together.
-    """
-    variables = jax.eval_shape(lambda key: init_variables(model, key), jax.random.key(0))
-    optimizer = make_optimizer(variables["params"], OptimConfig(), 1)
-    parallel = step_on_devices(model, optimizer, mode, devices)
-    # The shapes of ``Parallel.place_batch``'s result: pmap has an axis of devices in front.
-    lead = (len(devices), batch_size // len(devices)) if mode == "pmap" else (batch_size,)
-    image = jax.ShapeDtypeStruct((*lead, *size, 3), jnp.float32)
-    batch = {"image": image, "label": jax.ShapeDtypeStruct(image.shape[:-1], jnp.int32)}
-    step: Any = parallel.step  # the results of jit and pmap have more methods than their type says
-    with cpu_kernels(False):
-        compiled = step.lower(jax.eval_shape(lambda v: new_state(v, optimizer), variables), batch).compile()
-    found = count_collectives(compiled.as_text())
-    gradient = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(variables["params"]))
-    total = sum(each["bytes"] for each in found)
-    return {"mode": mode, "devices": len(devices), "gradient_bytes": gradient, "found": found, "bytes": total}

@@ -169,18 +169,6 @@ def bench_tables(results: Sequence[Result], title: str) -> Iterator[Table]:
         yield setup
 
 
-def collectives_table(steps: Sequence[Mapping[str, Any]]) -> Table:
-    """Make the table of the collective operations of training steps, see ``jax_adapter.step_collectives``."""
-    columns = ("network", "mode", "devices", "operations", "bytes", "gradient", "the rest")
-    table = _table("collectives of a training step, bytes on one device", *columns, left=2)
-    for step in steps:
-        operations = ", ".join(f"{each['count']} {each['kind']}" for each in step["found"]) or "none"
-        rest = f"{step['bytes'] - step['gradient_bytes']:,}" if step["found"] else ""
-        numbers = (f"{step['bytes']:,}", f"{step['gradient_bytes']:,}", rest)
-        table.add_row(step["network"], step["mode"], str(step["devices"]), operations, *numbers)
-    return table
-
-
 def pipeline_table(recipe: str, rates: Sequence[Mapping[str, Any]]) -> Table:
     """Make the table of an input pipeline's speed, see ``bench.pipeline_rates``."""
     table = _table(f"input pipeline of {recipe}", "workers", "images/s", "images/s per core", left=0)

@@ -44,7 +44,8 @@ def summarize(model: FCN, image_size: tuple[int, int], batch: int = 1) -> list[L
             shapes = {name: value.shape for name, value in module.variables.get("params", {}).items()}
             count = sum(math.prod(shape) for shape in shapes.values())
             flops = _flops(module, args[0].shape, out.shape, shapes)
-            rows.append(LayerRow("/".join(module.path), type(module).__name__, out.shape, count, flops))
+            kind = "Conv" if isinstance(module, nn.Conv) else type(module).__name__
+            rows.append(LayerRow("/".join(module.path), kind, out.shape, count, flops))
         return out
 
     def forward(key: jax.Array, images: jax.Array) -> Any:

@@ -29,7 +29,7 @@ from fcn_jax.optim import make_optimizer, make_schedule
 from fcn_jax.preprocessing import normalize
 from fcn_jax.step import TrainState, make_train_step, new_state
 from fcn_jax.training.config_checks import check_config, flatten
-from fcn_jax.training.devices import AXIS, Parallel, make_parallel, pick_devices
+from fcn_jax.training.devices import AXIS, Devices, Parallel, make_parallel, pick_devices
 from fcn_jax.training.distributed import check_same, digest, together, writer_first
 from fcn_jax.training.run import open_run
 from fcn_jax.weights.names import COUNTER
@@ -111,6 +111,23 @@ def make_trainer(config: Config, resuming: bool = False) -> Trainer:
     if config.train.accumulate > 1 and "batch_stats" in variables:
         notes += ("gradient accumulation with batch norm: each part is normalised by its own statistics",)
 
+    parallel = make_parallel_step(config, model, optimizer, loss, devices)
+    predict = make_predictor(model, config.data.preprocessing, parallel.mesh.local_mesh)
+    return Trainer(
+        model=model,
+        train=train,
+        val=val,
+        length=length,
+        schedule=make_schedule(config.optim, length.steps),
+        parallel=parallel,
+        predict=lambda variables, *rest, **options: predict(parallel.local(variables), *rest, **options),
+        state=parallel.place_state(new_state(variables, optimizer, config.train.seed)),
+        notes=notes,
+    )
+
+
+def make_parallel_step(config: Config, model: FCN, optimizer: Any, loss: Loss, devices: Devices) -> Parallel:
+    """Make the training step of a run on its devices, from 8-bit images."""
     network = model.clone(axis_name=AXIS)
 
     def apply_fn(variables: Any, images: jax.Array, **options: Any) -> Any:
@@ -126,19 +143,7 @@ def make_trainer(config: Config, resuming: bool = False) -> Trainer:
         pass_example_ids=True,
     )
     train_step = cpu_kernels(devices[0].platform == "cpu")(train_step)
-    parallel = make_parallel(config.parallel, train_step, devices)
-    predict = make_predictor(model, config.data.preprocessing, parallel.mesh.local_mesh)
-    return Trainer(
-        model=model,
-        train=train,
-        val=val,
-        length=length,
-        schedule=make_schedule(config.optim, length.steps),
-        parallel=parallel,
-        predict=lambda variables, *rest, **options: predict(parallel.local(variables), *rest, **options),
-        state=parallel.place_state(new_state(variables, optimizer, config.train.seed)),
-        notes=notes,
-    )
+    return make_parallel(config.parallel, train_step, devices)
 
 
 def _fetched(given: str | None) -> str | None:

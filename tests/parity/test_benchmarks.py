@@ -20,7 +20,6 @@ from fcn_jax.cli.process import guarded
 from fcn_jax.compare import bench_rows as rows
 from fcn_jax.compare import jax_adapter
 from fcn_jax.compare.bench import Row, Runner, alternate, differences, make_settings, pipeline_rates, run_row
-from fcn_jax.compare.jax_adapter import count_collectives, step_collectives
 from fcn_jax.compare.report import bench_tables, matmul_rate, pool_sum
 from fcn_jax.models import kernels, summarize
 
@@ -177,6 +176,7 @@ def test_training_step_that_sums_the_loss_instead_of_averaging_gives_code_1(caps
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("default:Guards may run slower:RuntimeWarning")  # torch.compile of Python 3.13.0
 def test_gpu_settings_run_on_the_cpu_in_a_smoke_run(tmp_path, capsys):
     only = ["upsample-k16-s8", "pool-4x4x32", "inference-fcn8s_resize"]
     assert bench("--smoke", "--device", "gpu", "--out", tmp_path, "--only", *only) == 0
@@ -206,7 +206,7 @@ def test_without_torch_only_our_side_is_timed_and_the_pools_are_summed(capsys, m
     ("arguments", "named"),
     [
         ("--device gpu", ["GPU", "--device cpu"]), ("--only pool-9", ["pool-9", "pool-256x256x64", "train-fcn8s"]),
-        ("--collectives --only fcn9s", ["fcn9s", "fcn8s_ladder"]), ("--rounds 0", ["--rounds"]),
+        ("--only fcn9s", ["fcn9s", "fcn8s_ladder"]), ("--rounds 0", ["--rounds"]),
         ("--seconds nan", ["--seconds"]), ("--image-size 100", ["--image-size", "32"]),
         ("--smoke --only pool-4* --out /dev/null/b.json", ["/dev/null"]),
         ("--pipeline nosuch", ["nosuch", "camvid"]), ("--pipeline camvid", ["--data.dir"]),
@@ -270,45 +270,3 @@ def test_input_pipeline_is_measured(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(cli_bench, "pipeline_rates", functools.partial(pipeline_rates, workers=(0,)))
     (rate,) = check_pipeline(tmp_path, monkeypatch, capsys)
     assert rate["workers"] == 0 and rate["images_per_core_s"] > 0
-
-
-# --- collectives
-
-HLO = """
-  %all-reduce.11 = (f32[3,3,3,64]{3,2,1,0}, f32[], /*index=2*/bf16[8]{0}) all-reduce(%a, %b, %c), channel_id=1, \
-replica_groups={{0,1}}, to_apply=%add
-  %get-tuple-element.1 = f32[] get-tuple-element(%all-reduce.11), index=1
-  ROOT %psum.2 = f32[31]{0} all-reduce(%d), channel_id=2, replica_groups={{0}}, to_apply=%add
-  %psum.3 = f32[31]{0} all-reduce(%d), channel_id=2, replica_groups=[1,2]<=[2], to_apply=%add
-  %ag = (f32[4]{0}, f32[8]{0}) all-gather-start(%e), replica_groups={{0,1}}, dimensions={0}
-  %ag.1 = f32[8]{0} all-gather-done(%ag)
-  %cp = pred[16]{0} collective-permute(%f), source_target_pairs={{0,1},{1,0}}
-"""
-
-
-def test_collectives_are_read_from_the_text_of_a_program():
-    gradient = 4 * (3 * 3 * 3 * 64 + 1) + 2 * 8
-    assert [tuple(each.values()) for each in count_collectives(HLO)] == [
-        ("all-gather", 1, 32),
-        ("all-reduce", 2, gradient + 4 * 31),  # a device's sum with itself is left out
-        ("collective-permute", 1, 16),
-    ]
-
-
-def check_step_collectives(mode, norm):
-    """Check that a step on two devices sums the gradient once, and otherwise a few numbers alone."""
-    options = {"encoder": "vgg11", "encoder_norm": norm, "width": 0.1, "fc_features": 64, "fc6_kernel": 3}
-    model = fcn_jax.create_model("fcn32s", 5, **options)
-    found = step_collectives(model, mode, jax.devices()[:2], (32, 32), batch_size=4)
-    variables = jax.eval_shape(lambda: fcn_jax.init_variables(model, jax.random.key(0)))
-    parameters = sum(x.size for x in jax.tree.leaves(variables["params"]))
-    assert found["gradient_bytes"] == 4 * parameters and found["devices"] == 2
-    # Loss and weight; of each channel under a batch norm: mean and variance, and what the gradient hands back to each.
-    channels = sum(x.size for x in jax.tree.leaves(variables.get("batch_stats", {}))) // 2
-    assert [each["kind"] for each in found["found"]] == ["all-reduce"]
-    assert found["bytes"] == 4 * (parameters + 2 + 4 * channels)
-
-
-@pytest.mark.parametrize("mode", ["pmap", "mesh"])
-def test_step_sums_over_devices_the_gradient_once_and_otherwise_only_batch_statistics(mode):
-    check_step_collectives(mode, "batch")

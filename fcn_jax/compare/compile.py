@@ -1,0 +1,298 @@
+"""Compile what train.py and predict would run for accelerators that need not be there, and read it from the programs.
+
+XLA's compilers for TPUs and GPUs run on any Linux x86-64 machine. What they do not tell is left out.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+from collections import Counter, defaultdict
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from importlib import resources
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import topologies
+
+from fcn_jax.config import Config
+from fcn_jax.errors import InputError, first_line
+from fcn_jax.evaluation.evaluate import make_class_maps
+from fcn_jax.losses import make_loss
+from fcn_jax.models import init_variables, model_from_config, summarize
+from fcn_jax.models.fcn import FCN
+from fcn_jax.models.kernels import cpu_kernels
+from fcn_jax.optim import make_optimizer
+from fcn_jax.step import new_state
+from fcn_jax.training.trainer import make_parallel_step
+
+_GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Chip:
+    """What vendors say of a chip."""
+
+    memory: int
+    """Bytes."""
+    flops_per_cycle: int = 0
+    """Of the matrix units in bfloat16: the published rate over the clock. 0: not known."""
+    example: str = ""
+    """A target's name."""
+
+
+# cloud.google.com/tpu/docs: v5e 197 TFLOP/s (at 1.5 GHz), v5p 459 and v6e 918 (at 1.75 GHz).
+CHIPS = {
+    "v5e": Chip(16 * _GIB, 2**17, "v5e:2x2"),
+    "v5p": Chip(95 * _GIB, 2**18, "v5p:2x2x2"),
+    "v6e": Chip(32 * _GIB, 2**19, "v6e:2x2"),
+    "h100": Chip(84_929_347_584, example="h100:8"),
+    "cpu": Chip(0, example="cpu:8"),
+}
+# The GPU's compiler times kernels on the device, which is not there; Triton's gemms need that.
+_GPU_OPTIONS = {"xla_gpu_autotune_level": 0, "xla_gpu_enable_triton_gemm": False}
+DEFAULT_PRECISION = {"tpu": "one bfloat16 pass", "gpu": "TF32", "cpu": "float32"}
+"""How products of float32 are computed by platform, where no precision is asked for."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """The devices to compile for."""
+
+    name: str
+    chip: Chip
+    devices: list[Any]
+
+    @property
+    def platform(self) -> str:
+        """Return "tpu", "gpu" or "cpu"."""
+        return self.devices[0].platform
+
+
+def open_target(name: str) -> Target:
+    """Make the devices of a target; ``FAMILY:AxB[xC]`` for TPUs, ``h100:N``, ``cpu:N``.
+
+    Raises:
+        InputError: an unknown target, or its compiler is not installed.
+    """
+    family, _, shape = name.partition(":")
+    if family not in CHIPS or not re.fullmatch(r"\d+" if family in ("h100", "cpu") else r"\d+(x\d+){1,2}", shape):
+        known = ", ".join(chip.example for chip in CHIPS.values())
+        raise InputError(f"unknown target {name!r}; choose a family and its shape, as in {known}")
+    # All devices are described here; JAX need not look for any of its own.
+    jax.config.update("jax_platforms", "cpu")
+    if family == "cpu":
+        with contextlib.suppress(RuntimeError):  # JAX runs already
+            jax.config.update("jax_num_cpu_devices", int(shape))
+        if len(devices := jax.devices("cpu")) < int(shape):
+            raise InputError(f"target {name}: JAX runs with {len(devices)} CPU devices already; start another process")
+        return Target(name, CHIPS[family], devices[: int(shape)])
+    os.environ.update(TPU_SKIP_MDS_QUERY="1", ALLOW_MULTIPLE_LIBTPU_LOAD="1")
+    plugins = "jax-cuda12-pjrt jax-cuda12-plugin nvidia-cuda-nvcc-cu12"
+    try:
+        if family == "h100":
+            config = (resources.files(__package__) / "targets" / "h100.txtpb").read_text()
+            described = topologies.get_topology_desc(platform="cuda", target_config=config, topology=f"1x1x{shape}")
+        else:
+            described = topologies.get_topology_desc(platform="tpu", topology_name=name)
+    except jax.errors.JaxRuntimeError as error:
+        raise InputError(f"target {name}: {first_line(error)}") from error
+    except (RuntimeError, OSError, KeyError, AttributeError) as error:
+        packages = f"pip install --no-deps {plugins}, of jaxlib's version" if family == "h100" else "pip install libtpu"
+        raise InputError(f"target {name}: no compiler for it here ({first_line(error)}); {packages}") from error
+    return Target(name, CHIPS[family], list(described.devices))
+
+
+@dataclass(frozen=True)
+class Work:
+    """What to compile."""
+
+    config: Config
+    num_classes: int
+    size: tuple[int, int]
+    """Height and width of the images."""
+    batch_size: int
+    """Of all devices together."""
+    inference: bool = False
+
+    @property
+    def model(self) -> FCN:
+        """Make the network."""
+        return model_from_config(self.config.model, self.num_classes, self.config.train.remat)
+
+
+def lower(work: Work, target: Target) -> Any:
+    """Trace the training step of train.py, or the class maps of eval.py on one device, to a ``jax.stages.Lowered``."""
+    config, model, shape = work.config, work.model, (*work.size, 3)
+    variables = jax.eval_shape(lambda key: init_variables(model, key), jax.random.key(0))
+    if work.inference:
+        kernels = cpu_kernels(target.platform == "cpu")
+        function = jax.jit(kernels(make_class_maps(model, config.data.preprocessing)), static_argnums=2)
+        on_device = jax.sharding.SingleDeviceSharding(target.devices[0])
+        images = jax.ShapeDtypeStruct((work.batch_size, *shape), jnp.uint8, sharding=on_device)
+        return function.lower(variables, images, work.size, None)
+    optimizer = make_optimizer(variables["params"], config.optim, 1000, config.model.freeze_encoder)
+    # Weights that follow from the data are numbers like any others.
+    class_weights = None if config.loss.class_weights == "none" else np.ones(work.num_classes)
+    loss = make_loss(config.loss.kind, class_weights, config.loss.hard_fraction, config.loss.aux_weight)
+    parallel = make_parallel_step(config, model, optimizer, loss, target.devices)
+    count = len(target.devices)
+    lead = (count, work.batch_size // count) if config.parallel == "pmap" else (work.batch_size,)
+    batch = {
+        "image": jax.ShapeDtypeStruct((*lead, *shape), jnp.uint8),
+        "label": jax.ShapeDtypeStruct((*lead, *work.size), jnp.uint8),
+    }
+    step: Any = parallel.step  # the results of jit and pmap have more methods than their type says
+    return step.lower(jax.eval_shape(lambda v: new_state(v, optimizer), variables), batch)
+
+
+@dataclass
+class CompileReport:
+    """What a compiled program says of itself; per device where not said otherwise."""
+
+    memory: dict[str, int] = field(default_factory=dict)
+    """Bytes that the compiler plans: arguments, outputs, temporaries, reused (outputs in arguments' place), total."""
+    flops: float | None = None
+    bytes_accessed: float | None = None
+    cycles: dict[str, dict[str, int]] = field(default_factory=dict)
+    """Layer -> "forward" and "backward": the TPU compiler's own estimate, without waiting for other chips."""
+    largest: list[dict[str, Any]] = field(default_factory=list)
+    """The instructions of the most estimated cycles."""
+    collectives: list[dict[str, Any]] = field(default_factory=list)
+    products: list[dict[str, Any]] = field(default_factory=list)
+    """Convolutions and matrix products by dtype of their operands and the precision that they ask for."""
+    text: str = field(default="", repr=False)
+    """The compiled program."""
+
+
+def compile_work(work: Work, target: Target) -> CompileReport:
+    """Compile for a target and read the program.
+
+    Raises:
+        InputError: the program does not fit, or does not compile; the compiler's first line says why.
+    """
+    lowered = lower(work, target)
+    try:
+        compiled = lowered.compile(_GPU_OPTIONS if target.platform == "gpu" else None)
+    except jax.errors.JaxRuntimeError as error:
+        raise InputError(f"{target.name} does not compile a batch of {work.batch_size}: {first_line(error)}") from error
+    report = CompileReport(products=count_products(lowered.as_text()))
+    if (plan := compiled.memory_analysis()) is not None:
+        parts = {
+            "arguments": plan.argument_size_in_bytes,
+            "outputs": plan.output_size_in_bytes,
+            "temporaries": plan.temp_size_in_bytes,
+            "reused": plan.alias_size_in_bytes,
+        }
+        report.memory = parts | {"total": sum(parts.values()) - 2 * parts["reused"]}
+    report.text = compiled.as_text()
+    report.collectives = count_collectives(report.text)
+    if target.platform == "tpu":
+        costs = compiled.cost_analysis()
+        report.flops, report.bytes_accessed = costs["flops"], costs["bytes accessed"]
+        layers = [row.path.split("/")[-1] for row in summarize(work.model, work.size)]
+        report.cycles, report.largest = estimated_cycles(report.text, layers)
+    return report
+
+
+def fits(work: Work, target: Target) -> bool:
+    """Tell whether the program compiles and its planned memory is within the chip's."""
+    try:
+        report = compile_work(work, target)
+    except InputError:
+        return False
+    return not target.chip.memory or report.memory.get("total", 0) <= target.chip.memory
+
+
+def largest(fits: Callable[[int], bool], unit: int) -> int:
+    """Return the largest multiple of ``unit`` that fits, by doubling and halving; 0 if none does."""
+    low, high = 0, unit
+    while fits(high):
+        low, high = high, 2 * high
+    while high - low > unit:
+        middle = (low + high) // (2 * unit) * unit
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
+
+
+# Reading programs
+
+_KINDS = "all-reduce|all-gather|reduce-scatter|collective-permute|all-to-all|collective-broadcast"
+_OPERATION = re.compile(rf"^\s*(?:ROOT )?%?\S+ = (.+?) ({_KINDS})(-start)?\((.*)$", re.MULTILINE)
+_ARRAY = re.compile(r"\b(pred|[a-z]+\d+\w*)\[([\d,]*)\]")
+_SINGLE = re.compile(r"replica_groups=\{(\{\d+\},?)+\}|replica_groups=\[\d+,1\]")
+_PRODUCT = re.compile(r"stablehlo\.(convolution|dot_general)\b.*?\((tensor<\S+?>), (tensor<\S+?>)\) ->")
+_CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
+_NAMES = re.compile(r'^\s*(?:ROOT )?%?(\S+) = (\(?[^\s{(]+)|op_name="([^"]*)"')
+
+
+def count_collectives(hlo: str) -> list[dict[str, Any]]:
+    """Count the collective operations of a compiled program that connect two devices or more.
+
+    An operation within a loop counts once. Of an asynchronous pair the start is counted; its tuple holds operands and
+    results except for all-reduce, whose tuple is the results. ``hlo`` is ``compiled.as_text()``. The entries have
+    "kind", "dtype", "count" (of operations with such a result) and "bytes" (of the results on one device).
+    """
+    counts: Counter[tuple[str, str]] = Counter()
+    sizes: Counter[tuple[str, str]] = Counter()
+    for shape, kind, start, rest in _OPERATION.findall(hlo):
+        if _SINGLE.search(rest):
+            continue  # a device's sum with itself
+        arrays = _ARRAY.findall(shape)
+        if start and kind != "all-reduce":
+            arrays = arrays[len(arrays) // 2 :] if kind != "collective-permute" else arrays[1:2]
+        counts.update({(kind, dtype) for dtype, _ in arrays})
+        for dtype, lengths in arrays:
+            bits = 8 if dtype == "pred" else int(re.findall(r"\d+", dtype)[0])
+            sizes[kind, dtype] += int(np.prod([int(n) for n in lengths.split(",") if n])) * bits // 8
+    return [
+        {"kind": kind, "dtype": dtype, "count": count, "bytes": sizes[kind, dtype]}
+        for (kind, dtype), count in sorted(counts.items())
+    ]
+
+
+def count_products(stablehlo: str) -> list[dict[str, Any]]:
+    """Count convolutions and matrix products of a lowered program, ``lowered.as_text()``."""
+    found: Counter[tuple[str, str, str]] = Counter()
+    for line in stablehlo.splitlines():
+        if match := _PRODUCT.search(line):
+            operands = " x ".join(dict.fromkeys(re.split("[x<>]", operand)[-2] for operand in match.groups()[1:]))
+            precision = re.search(r"(DEFAULT|HIGHEST|HIGH)\b", line)
+            found[match[1], operands, precision[1] if precision else "DEFAULT"] += 1
+    return [
+        {"operation": operation, "operands": operands, "precision": precision, "count": count}
+        for (operation, operands, precision), count in sorted(found.items())
+    ]
+
+
+def estimated_cycles(hlo: str, layers: list[str]) -> tuple[dict[str, dict[str, int]], list[dict[str, Any]]]:
+    """Add up the cycles that the TPU's compiler notes beside instructions, by layer, and list the largest ten.
+
+    What belongs to no layer is "other": loss, preprocessing, optimiser. Loops are not counted: their bodies have no
+    estimate as a whole.
+    """
+    cycles: dict[str, dict[str, int]] = defaultdict(lambda: {"forward": 0, "backward": 0})
+    rows = []
+    for line in hlo[hlo.index("\nENTRY") :].splitlines():
+        if not (match := _CYCLES.search(line)):
+            continue
+        count, names = int(match[1]), _NAMES.findall(line)
+        path = next((name for *_, name in names if name), "")
+        parts = [part.partition(".")[0] for part in path.split("/")]
+        layer = next((part for part in parts if part in layers), "other")
+        cycles[layer]["backward" if "transpose(" in path else "forward"] += count
+        rows.append({"cycles": count, "instruction": names[0][0], "result": names[0][1], "operation": path})
+    order = {layer: cycles[layer] for layer in [*dict.fromkeys(layers), "other"] if layer in cycles}
+    return order, sorted(rows, key=lambda row: -row["cycles"])[:10]
+
+
+def to_json(work: Work, target: Target, report: CompileReport) -> Mapping[str, Any]:
+    """Return the report without the program's text, with what was compiled."""
+    numbers = {name: value for name, value in vars(report).items() if name != "text"}
+    what = {"target": target.name, "devices": len(target.devices), "size": work.size, "batch_size": work.batch_size}
+    what |= {"network": work.config.model.name, "dtype": work.config.model.dtype, "parallel": work.config.parallel}
+    return what | {"inference": work.inference, "chip_memory": target.chip.memory} | numbers
