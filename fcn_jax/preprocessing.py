@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fcn_jax.errors import unknown
+from fcn_jax.errors import InputError, unknown
 
 # ImageNet RGB mean and standard deviation in [0, 1]: torchvision's VGG weights (models/vgg.py).
 _IMAGENET_MEAN = np.array([0.485, 0.456, 0.406])
@@ -37,13 +37,18 @@ def normalize(images: jax.Array, preprocessing: str, dtype: jnp.dtype = jnp.floa
     """Normalise RGB images (b, h, w, 3) of values 0 ... 255 for the encoder.
 
     Args:
-        images: 8-bit or float.
+        images: 8-bit, or other numbers in 0 ... 255; the range is not checked within ``jax.jit``.
         preprocessing: "imagenet" (RGB, mean and standard deviation of [0, 1] values) or "caffe" (BGR minus its mean).
         dtype: of the result.
 
     Raises:
-        InputError: another preprocessing.
+        InputError: another preprocessing, or images of another range.
     """
     if preprocessing not in PREPROCESSINGS:
         raise unknown("preprocessing", preprocessing, PREPROCESSINGS)
+    if images.dtype != np.uint8 and images.size and not isinstance(images, jax.core.Tracer):
+        low, high = float(images.min()), float(images.max())
+        if images.dtype == bool or low < 0 or high > 255 or 0 < high <= 1:
+            hint = "multiply images in 0 ... 1 by 255" if 0 <= low and high <= 1 else "give 8-bit RGB"
+            raise InputError(f"expected images in 0 ... 255, got {images.dtype} in {low:g} ... {high:g}; {hint}")
     return PREPROCESSINGS[preprocessing](images.astype(dtype))

@@ -71,7 +71,9 @@ def main(arguments: Sequence[str]) -> int:
     if given.max_batch:
         if not target.chip.memory:
             raise InputError(f"target {target.name} has no memory of its own; choose a TPU or GPU for --max-batch")
-        most = compiling.largest(lambda batch: compiling.fits(replace(work, batch_size=batch), target), unit)
+        most = compiling.largest(
+            lambda batch: compiling.fits(replace(work, batch_size=batch), target), unit, batch_size
+        )
         console.print(f"largest batch that fits: {most}, {most // count} on each device")
         if not most:
             return 1

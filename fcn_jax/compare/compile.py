@@ -208,9 +208,9 @@ def fits(work: Work, target: Target) -> bool:
     return not target.chip.memory or report.memory.get("total", 0) <= target.chip.memory
 
 
-def largest(fits: Callable[[int], bool], unit: int) -> int:
-    """Return the largest multiple of ``unit`` that fits, by doubling and halving; 0 if none does."""
-    low, high = 0, unit
+def largest(fits: Callable[[int], bool], unit: int, start: int) -> int:
+    """Return the largest multiple of ``unit`` that fits, by doubling ``start`` and halving; 0 if none does."""
+    low, high = 0, start
     while fits(high):
         low, high = high, 2 * high
     while high - low > unit:

@@ -66,16 +66,16 @@ class ScoreFCN(FCN):
     skip_bias: bool = True
     upsample_bias: bool = True
 
-    def head(self, padding: Literal["SAME", "VALID"]) -> FullyConvolutionalHead:
+    def make_head(self, padding: Literal["SAME", "VALID"]) -> FullyConvolutionalHead:
         """Make fc6 and fc7."""
         features, kernel, compute = self.fc_features, self.fc6_kernel, self.compute
         return FullyConvolutionalHead(features, kernel, padding, self.dropout_rate, self.dropout, compute, name="head")
 
-    def score(self, name: str, bias: bool = True) -> nn.Conv:
+    def make_score(self, name: str, bias: bool = True) -> nn.Conv:
         """Make a 1x1 score layer."""
         return conv(self.num_classes, 1, self.compute, bias=bias, zero=True, name=name)
 
-    def upsample(self, name: str, factor: int, padding: int = 0) -> TransposedConv:
+    def make_upsampling(self, name: str, factor: int, padding: int = 0) -> TransposedConv:
         """Make a transposed convolution of k = 2s."""
         n, bias = self.num_classes, self.upsample_bias
         return TransposedConv(n, 2 * factor, factor, self.compute, padding=padding, use_bias=bias, name=name)
@@ -93,17 +93,17 @@ class SameFCN(ScoreFCN):
         _, h, w, _ = images.shape
         check_size(self, (h, w))
         _, _, pool3, pool4, pool5 = self.encode(images, train, self.pool)
-        x = self.head("SAME")(pool5, train, example_ids)
-        x = self.score("score_fr")(x)
+        x = self.make_head("SAME")(pool5, train, example_ids)
+        x = self.make_score("score_fr")(x)
         if self.stride <= 16:
-            x = self.upsample("upscore2", 2, padding=1)(x)
-            skip = self.score("score_pool4", self.skip_bias)(pool4 * self.skip_scales[0])
+            x = self.make_upsampling("upscore2", 2, padding=1)(x)
+            skip = self.make_score("score_pool4", self.skip_bias)(pool4 * self.skip_scales[0])
             x = x[:, : skip.shape[1], : skip.shape[2]] + skip
         if self.stride <= 8:
-            x = self.upsample("upscore_pool4", 2, padding=1)(x)
-            skip = self.score("score_pool3", self.skip_bias)(pool3 * self.skip_scales[1])
+            x = self.make_upsampling("upscore_pool4", 2, padding=1)(x)
+            skip = self.make_score("score_pool3", self.skip_bias)(pool3 * self.skip_scales[1])
             x = x[:, : skip.shape[1], : skip.shape[2]] + skip
-        x = self.upsample(f"upscore{self.stride}", self.stride, padding=self.stride // 2)(x)
+        x = self.make_upsampling(f"upscore{self.stride}", self.stride, padding=self.stride // 2)(x)
         return x[:, :h, :w]
 
 
@@ -125,17 +125,17 @@ class Pad100FCN(ScoreFCN):
         check_size(self, (h, w))
         at_pool4, at_pool3, at_output = self.crop
         _, _, pool3, pool4, pool5 = self.encode(images, train, self.pool, margin=100)
-        x = self.head("VALID")(pool5, train, example_ids)
-        x = self.score("score_fr")(x)
+        x = self.make_head("VALID")(pool5, train, example_ids)
+        x = self.make_score("score_fr")(x)
         if self.stride <= 16:
-            x = self.upsample("upscore2", 2)(x)
-            skip = self.score("score_pool4", self.skip_bias)(pool4 * self.skip_scales[0])
+            x = self.make_upsampling("upscore2", 2)(x)
+            skip = self.make_score("score_pool4", self.skip_bias)(pool4 * self.skip_scales[0])
             x = x + _crop(skip, at_pool4, x.shape[1:3])
         if self.stride <= 8:
-            x = self.upsample("upscore_pool4", 2)(x)
-            skip = self.score("score_pool3", self.skip_bias)(pool3 * self.skip_scales[1])
+            x = self.make_upsampling("upscore_pool4", 2)(x)
+            skip = self.make_score("score_pool3", self.skip_bias)(pool3 * self.skip_scales[1])
             x = x + _crop(skip, at_pool3, x.shape[1:3])
-        x = self.upsample(f"upscore{self.stride}", self.stride)(x)
+        x = self.make_upsampling(f"upscore{self.stride}", self.stride)(x)
         return _crop(x, at_output, (h, w))
 
 

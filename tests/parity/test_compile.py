@@ -79,7 +79,8 @@ def test_estimated_cycles_are_added_up_by_layer():
 
 @pytest.mark.parametrize("most", [0, 1, 5, 8, 13])
 def test_the_largest_batch_is_found_by_halving(most):
-    assert largest(lambda batch: batch <= 4 * most, unit=4) == 4 * most
+    for start in (4, 20):
+        assert largest(lambda batch: batch <= 4 * most, unit=4, start=start) == 4 * most
 
 
 WITHOUT_NORM = [pytest.param(None, mode, marks=pytest.mark.slow) for mode in ("pmap", "mesh")]
