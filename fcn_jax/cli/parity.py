@@ -16,12 +16,21 @@ import tyro
 
 from fcn_jax import weights
 from fcn_jax.cli.process import make_folder
-from fcn_jax.compare.experiments import Case, against_jax, against_torch, random_batch, random_variables
+from fcn_jax.compare.experiments import (
+    Case,
+    against_jax,
+    against_record,
+    against_torch,
+    random_batch,
+    random_variables,
+    save_record,
+)
 from fcn_jax.compare.parity import PARTS, Part
 from fcn_jax.compare.report import parity_tables, save_figure, save_json, summary_table
 from fcn_jax.config import OptimConfig
 from fcn_jax.errors import InputError
 from fcn_jax.models import create_model
+from fcn_jax.models.catalog import describe_model
 from fcn_jax.models.fcn import FCN
 from fcn_jax.training.run import environment
 
@@ -32,8 +41,11 @@ class ParityArguments:
 
     model: tyro.conf.Positional[str]
     """A name from the catalogue."""
-    against: Literal["torch", "jax"] = "torch"
-    """torch: the twin; jax: pmap, mesh and one device, float32 and float64, precisions, upsampling, remat."""
+    against: str = "torch"
+    """torch: the twin; jax: pmap, mesh and one device, float32 and float64, precisions, upsampling, remat; FILE: what
+    --save has written, on another machine, with another JAX, dtype or precision."""
+    save: Path | None = None
+    """Write our side to FILE.safetensors for --against, and compare nothing; it holds the parameters of every step."""
     dtype: Literal["float64", "float32", "bfloat16"] = "float32"
     precision: Literal["default", "high", "highest"] = "highest"
     """Of JAX's products; the CPU computes all three alike."""
@@ -80,8 +92,19 @@ def main(arguments: Sequence[str]) -> int:
     images, labels = random_batch(given.image_size, model.num_classes, given.batch_size, given.seed)
     optim = OptimConfig(lr=given.lr, momentum=given.momentum, weight_decay=given.weight_decay)
     case = Case(model, variables, images, labels, given.dtype, given.steps, optim, given.max_error)
-    reports = list(against_jax(case, devices)) if given.against == "jax" else [against_torch(case, devices)]
-    if given.against == "torch":
+    about = _about(given, model, devices)
+    if given.save is not None:
+        make_folder(given.save.parent)
+        save_record(case, given.save, about)
+        print(f"{about['name']}: in {given.save}")
+        return 0
+    if given.against == "jax":
+        reports = list(against_jax(case, devices))
+    elif given.against == "torch":
+        reports = [against_torch(case, devices)]
+    else:
+        reports = [against_record(case, Path(given.against), about)]
+    if given.against != "jax":
         rich.print(*parity_tables(reports[0]))
         if reports[0].unmatched:
             rich.print("on one side only:", ", ".join(reports[0].unmatched))
@@ -126,6 +149,16 @@ def _configure(given: ParityArguments) -> int:
         jax.config.update("jax_enable_x64", True)
     default = 2 if given.against == "jax" and len(jax.devices()) > 1 and given.batch_size % 2 == 0 else 1
     return default if given.devices is None else given.devices
+
+
+def _about(given: ParityArguments, model: FCN, devices: int) -> dict[str, Any]:
+    """Say what is computed; whatever is not in it may differ between the two sides, and the name tells it."""
+    device = jax.devices()[0]
+    name = f"{device.device_kind} {given.dtype} {given.precision}, jax {jax.__version__}"
+    network, options = describe_model(model)
+    about = {"name": name, "network": network, "num_classes": model.num_classes, "options": options}
+    work = ("image_size", "batch_size", "steps", "seed", "weights", "lr", "momentum", "weight_decay")
+    return about | {key: getattr(given, key) for key in work}
 
 
 def _make_model(given: ParityArguments) -> tuple[FCN, Any]:

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
+import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -14,9 +17,9 @@ import numpy as np
 
 from fcn_jax.compare import import_torch_adapter
 from fcn_jax.compare.jax_adapter import dilated_upsampling, make_jax_side
-from fcn_jax.compare.parity import Report, Side, compare
+from fcn_jax.compare.parity import Gradient, Report, Side, TrainedStep, compare
 from fcn_jax.config import OptimConfig
-from fcn_jax.errors import InputError
+from fcn_jax.errors import InputError, first_line
 from fcn_jax.losses import IGNORE
 from fcn_jax.models.catalog import init_variables
 from fcn_jax.models.fcn import FCN, ResizeFCN
@@ -158,3 +161,57 @@ def against_jax(case: Case, devices: int = 2) -> Iterator[Report]:
         yield pair(renamed("polyphase"), case.jax_side("dilated", model, interceptor=dilated_upsampling))
     names = ("kept", "remat") if model.remat else ("remat", "kept")
     yield pair(case.jax_side(names[0], model.clone(remat=not model.remat)), renamed(names[1]))
+
+
+def save_record(case: Case, path: Path, about: Mapping[str, Any]) -> None:
+    """Write what our side computes to a .safetensors file: layers, loss, gradient, statistics, every step of training.
+
+    ``about`` says what was computed; ``against_record`` refuses to compare other work.
+    """
+    import safetensors.numpy
+
+    side = case.jax_side(str(about["name"]), case.model)
+    arrays = {
+        f"layers/{mode}/{name}": value
+        for mode in ("eval", "train")
+        for name, value in side.layers(case.images, mode == "train").items()
+    }
+    if side.gradient and side.train:
+        gradient = side.gradient(case.images, case.labels)
+        arrays["loss"] = np.asarray(gradient.loss)
+        arrays |= {f"gradients/{name}": value for name, value in gradient.gradients.items()}
+        arrays |= {f"statistics/{name}": value for name, value in gradient.statistics.items()}
+        for number, step in enumerate(side.train(case.images, case.labels, case.steps)):
+            arrays[f"steps/{number}/loss"] = np.asarray(step.loss)
+            arrays |= {f"steps/{number}/parameters/{name}": np.array(x) for name, x in step.parameters.items()}
+    metadata = {"about": json.dumps(about), "order": json.dumps(list(arrays))}
+    safetensors.numpy.save_file({name: np.asarray(x, order="C") for name, x in arrays.items()}, path, metadata)
+
+
+def against_record(case: Case, path: Path, about: Mapping[str, Any]) -> Report:
+    """Compare our side with a file of ``save_record``; an InputError where the file is none, or of other work."""
+    import safetensors
+
+    try:
+        with safetensors.safe_open(path, "numpy") as file:
+            metadata, arrays = file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        theirs, order = json.loads(metadata["about"]), json.loads(metadata["order"])
+    except (OSError, KeyError, ValueError, safetensors.SafetensorError) as error:
+        message = f"--against {path}: not a file of fcn-jax parity --save ({first_line(error)})"
+        raise InputError(f"{message}; give one, or torch or jax") from error
+    mine = json.loads(json.dumps(about))
+    if differs := [key for key in mine if key != "name" and theirs.get(key) != mine[key]]:
+        pairs = ", ".join(f"{key} {theirs.get(key)} (here {mine[key]})" for key in differs)
+        raise InputError(f"--against {path} has other work: {pairs}; give the same options")
+
+    def under(prefix: str) -> dict[str, np.ndarray]:
+        return {name.removeprefix(prefix): arrays[name] for name in order if name.startswith(prefix)}
+
+    def train(images: np.ndarray, labels: np.ndarray, steps: int) -> Iterator[TrainedStep]:
+        for number in itertools.islice(itertools.count(), steps):
+            yield TrainedStep(float(arrays[f"steps/{number}/loss"]), under(f"steps/{number}/parameters/"))
+
+    gradient = Gradient(arrays["loss"], under("gradients/"), under("statistics/"))
+    layers = {train: under(f"layers/{mode}/") for mode, train in (("eval", False), ("train", True))}
+    side = Side(theirs["name"], lambda images, train: layers[train], lambda images, labels: gradient, train)
+    return case.compare(case.jax_side(str(about["name"]), case.model), side)

@@ -106,6 +106,17 @@ class StepRow:
     """|q - q1| / |q1|: how far their parameters have moved since the first step."""
 
 
+@dataclasses.dataclass(frozen=True)
+class Predictions:
+    """How far the classes of two sides' logits agree, over all pixels."""
+
+    agreement: float
+    """Share of pixels with the same class."""
+    kl_mean: float
+    """Mean of sum_c q_c log(q_c / p_c), q the other side's softmax and p ours, in nats."""
+    kl_max: float
+
+
 @dataclasses.dataclass
 class Report:
     """The result of ``compare``."""
@@ -115,6 +126,8 @@ class Report:
     threshold: float
     layers: dict[str, list[Row]] = dataclasses.field(default_factory=dict)
     """By mode, "eval" and "train", in the order in which they run."""
+    predictions: dict[str, Predictions] = dataclasses.field(default_factory=dict)
+    """By mode, of the logits."""
     loss: Row | None = None
     gradients: list[Row] = dataclasses.field(default_factory=list)
     statistics: list[Row] = dataclasses.field(default_factory=list)
@@ -255,6 +268,14 @@ def compare_arrays(
     return rows
 
 
+def compare_predictions(ours: np.ndarray, theirs: np.ndarray) -> Predictions:
+    """Compare logits (..., num_classes) of one shape by what is predicted from them."""
+    x, y = (np.asarray(logits, np.float64) for logits in (ours, theirs))
+    log_p, log_q = (z - np.logaddexp.reduce(z, axis=-1, keepdims=True) for z in (x, y))
+    kl = np.maximum(np.sum(np.exp(log_q) * (log_q - log_p), axis=-1), 0.0)  # below zero by rounding alone
+    return Predictions(float(np.mean(x.argmax(-1) == y.argmax(-1))), float(kl.mean()), float(kl.max()))
+
+
 def compare(
     ours: Side,
     theirs: Side,
@@ -291,6 +312,8 @@ def compare(
         a, b = ours.layers(images, train), theirs.layers(images, train)
         report.layers[mode] = compare_arrays(a, b, reference.layers(images, train) if reference else {})
         unmatched |= a.keys() ^ b.keys()
+        if a.keys() & b.keys() >= {"logits"}:
+            report.predictions[mode] = compare_predictions(a["logits"], b["logits"])
     if ours.gradient and theirs.gradient:
         g, h = ours.gradient(images, labels), theirs.gradient(images, labels)
         none = Gradient(0.0, {}, {})

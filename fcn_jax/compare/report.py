@@ -57,6 +57,11 @@ def parity_tables(report: Report) -> Iterator[Table]:
     """Make one table for each part of a report."""
     for mode, rows in report.layers.items():
         yield _arrays(f"layers, {mode} mode: {report.ours} against {report.theirs}", rows, report, True, True)
+    if report.predictions:
+        table = _table("predictions", "mode", "pixels of one class", "KL mean", "KL max")
+        for mode, each in report.predictions.items():
+            table.add_row(mode, f"{each.agreement:.4%}", _error(each.kl_mean), _error(each.kl_max))
+        yield table
     if report.loss is not None:
         yield _arrays("loss", [report.loss], report, True)
     if report.gradients:

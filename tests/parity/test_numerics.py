@@ -19,6 +19,7 @@ from fcn_jax.cli.process import guarded
 from fcn_jax.compare import compare_arrays, error_norm, experiments, first_over, measure, ulp_distance
 from fcn_jax.compare.experiments import Case, against_jax, against_torch, random_batch
 from fcn_jax.compare.jax_adapter import dilated_upsampling
+from fcn_jax.compare.parity import compare_predictions
 from fcn_jax.compare.report import parity_tables, save_figure
 from fcn_jax.compare.torch_adapter import load_twin
 from fcn_jax.config import OptimConfig
@@ -262,6 +263,30 @@ def test_exit_code_follows_the_limit_and_the_parts_it_applies_to(report, monkeyp
 )  # fmt: skip
 def test_mistake_gives_one_line_and_code_2(arguments, named, fails):
     fails(cli_parity.main, arguments, *named)
+
+
+def test_another_machines_record_is_compared_and_other_work_is_refused(tmp_path, fails, capsys):
+    saved = tmp_path / "a" / "cpu.safetensors"
+    command = [*COMMAND, "--steps", 2]
+    assert parity(*command, "--dtype", "float64", "--save", saved) == 0
+    assert parity(*command, "--dtype", "float64", "--against", saved, "--max-error", 0) == 0
+    assert parity(*command, "--against", saved, "--out", tmp_path / "b") == 0
+    assert "one class" in capsys.readouterr().out
+    (report,) = json.loads((tmp_path / "b/parity.json").read_text())["reports"]
+    assert 0 < report["worst"]["layers"][1] < 1e-5 and 0 < report["worst"]["steps"][1] < 1e-3
+    assert report["theirs"].endswith(f"float64 highest, jax {jax.__version__}") and len(report["steps"]) == 2
+    assert report["predictions"]["eval"]["agreement"] > 0.99
+    fails(cli_parity.main, [*command, "--seed", 1, "--against", saved], "seed 0 (here 1)")
+    (tmp_path / "other").write_text("no record")
+    fails(cli_parity.main, [*command, "--against", tmp_path / "other"], "other", "--save", "torch or jax")
+
+
+def test_predictions_are_compared_by_class_and_by_divergence():
+    ours, theirs = np.log([[0.5, 0.5], [0.9, 0.1]]), np.log([[0.25, 0.75], [0.8, 0.2]])
+    found = compare_predictions(ours, theirs + 3.0)  # a constant changes no softmax
+    each = [0.25 * np.log(0.5) + 0.75 * np.log(1.5), 0.8 * np.log(8 / 9) + 0.2 * np.log(2)]
+    assert found.agreement == 0.5
+    assert (found.kl_mean, found.kl_max) == pytest.approx((np.mean(each), max(each)))
 
 
 def test_folder_that_cannot_be_written_is_reported_before_anything_is_computed(tmp_path, fails, monkeypatch):
