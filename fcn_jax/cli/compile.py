@@ -101,6 +101,8 @@ def _print(console: Console, work: compiling.Work, target: compiling.Target, rep
     if report.flops is not None and report.bytes_accessed is not None:
         flops, read = report.flops / 1e12, report.bytes_accessed / 1e9
         console.print(f"on a device: {flops:.3f} TFLOP, {read:.2f} GB read and written")
+    if report.unreadable:
+        console.print(f"no cycles and no collectives: the compiler cannot print its program ({report.unreadable})")
     if report.cycles:
         _print_cycles(console, chip, report)
     for each in report.collectives:

@@ -167,6 +167,8 @@ class CompileReport:
     """Convolutions and matrix products by dtype of their operands and the precision that they ask for."""
     text: str = field(default="", repr=False)
     """The compiled program."""
+    unreadable: str = ""
+    """Why there is no text, cycles or collective operations: some compilers cannot print what they make."""
 
 
 def compile_work(work: Work, target: Target) -> CompileReport:
@@ -189,11 +191,16 @@ def compile_work(work: Work, target: Target) -> CompileReport:
             "reused": plan.alias_size_in_bytes,
         }
         report.memory = parts | {"total": sum(parts.values()) - 2 * parts["reused"]}
-    report.text = compiled.as_text()
-    report.collectives = count_collectives(report.text)
     if target.platform == "tpu":
         costs = compiled.cost_analysis()
         report.flops, report.bytes_accessed = costs["flops"], costs["bytes accessed"]
+    try:
+        report.text = compiled.as_text()
+    except jax.errors.JaxRuntimeError as error:
+        report.unreadable = first_line(error)
+        return report
+    report.collectives = count_collectives(report.text)
+    if target.platform == "tpu":
         layers = [row.path.split("/")[-1] for row in summarize(work.model, work.size)]
         report.cycles, report.largest = estimated_cycles(report.text, layers)
     return report
