@@ -73,6 +73,7 @@ def test_a_loss_of_nan_names_the_step_and_the_images_and_can_be_skipped(tmp_path
     assert "at step 4" in train(replace(config, train=replace(config.train, nonfinite="skip")))
 
 
+@pytest.mark.slow
 def test_steps_that_are_skipped_without_end_stop_the_run(tmp_path, monkeypatch):
     config = in_folder(tmp_path, train=replace(TINY.train, nonfinite="skip", steps=30, eval_every=30 * 4 / 16))
     place_batches(monkeypatch, lambda batch, place: place({**batch, "image": batch["image"] * np.float32(np.nan)}))

@@ -26,6 +26,7 @@ def numbers(text):
     return [float(number) for number in re.findall(r"\b\d+(?:\.\d+)?(?:e-?\d+)?\b", text)]
 
 
+@pytest.mark.slow
 def test_training_on_arrays_learns(example, capsys):
     example("train_on_arrays", "40")
     held_out = capsys.readouterr().out.splitlines()[-1]
@@ -38,6 +39,7 @@ def test_power_iteration_finds_an_eigenvector(example, capsys):
     assert parameters > 10_000 and value > 0 and residual < 0.05
 
 
+@pytest.mark.slow
 def test_the_mean_of_the_examples_gradients_is_the_batchs(example, capsys):
     example("per_example_gradients")
     norms, difference = map(numbers, capsys.readouterr().out.splitlines())

@@ -20,7 +20,10 @@ def test_a_run_that_is_killed_in_a_save_comes_to_the_same_end(undisturbed, tmp_p
     assert_same(config, undisturbed)
 
 
-@pytest.mark.parametrize(("number", "moment", "saved"), [(signal.SIGTERM, "step", 7), (signal.SIGINT, "validation", 8)])
+MOMENTS = [(signal.SIGTERM, "step", 7), pytest.param(signal.SIGINT, "validation", 8, marks=pytest.mark.slow)]
+
+
+@pytest.mark.parametrize(("number", "moment", "saved"), MOMENTS)
 @pytest.mark.usefixtures("heard")
 def test_a_signal_stops_after_the_step_with_the_state_saved(number, moment, saved, undisturbed, tmp_path, monkeypatch):
     check_stop(number, moment, saved, undisturbed, tmp_path, monkeypatch)

@@ -266,6 +266,7 @@ def check_pipeline(path, monkeypatch, capsys):
     return rates
 
 
+@pytest.mark.slow
 def test_input_pipeline_is_measured(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(cli_bench, "pipeline_rates", functools.partial(pipeline_rates, workers=(0,)))
     (rate,) = check_pipeline(tmp_path, monkeypatch, capsys)
