@@ -16,7 +16,8 @@ class ModelConfig:
 
     name: str = "fcn8s"
     """A name from the catalogue; an unknown one lists them."""
-    encoder: Literal["vgg11", "vgg13", "vgg16", "vgg19"] | None = None
+    encoder: Literal["vgg11", "vgg13", "vgg16", "vgg19", "resnet50", "resnet101"] | None = None
+    """The ResNets belong to `dilated`, whose names say which."""
     encoder_norm: Literal["batch"] | None = None
     """Batch norm after each encoder convolution, as torchvision's vgg16_bn has it."""
     width: float = 1.0
@@ -35,8 +36,9 @@ class ModelConfig:
     skip_bias: bool | None = None
     upsample_bias: bool | None = None
     aux_head: bool | None = None
-    freeze_encoder: bool = False
-    """Keep the encoder as it is: no update, no gradient, batch norm by its running statistics."""
+    freeze_stages: int = 0
+    """Keep so many stages of the encoder, from the image on, as they are: no update, no gradient, batch norm by its
+    running statistics. 5 is the whole encoder."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """What layers compute in; parameters and loss stay in float32."""
     precision: Literal["default", "high", "highest"] | None = None

@@ -9,6 +9,7 @@ import optax
 
 from fcn_jax.config import OptimConfig
 from fcn_jax.errors import unknown
+from fcn_jax.models.fcn import ENCODER_SCOPES, encoder_stage
 
 SCHEDULES = ("fixed", "poly", "step")
 
@@ -42,18 +43,20 @@ def _names(path: tuple[Any, ...]) -> list[str]:
     return [str(entry.key) for entry in path]
 
 
-def _is_frozen(path: tuple[Any, ...], config: OptimConfig, freeze_encoder: bool) -> bool:
-    first = _names(path)[0]
-    return (freeze_encoder and first == "vgg") or (config.freeze_upsampling and first.startswith("upscore"))
+def _is_frozen(path: tuple[Any, ...], config: OptimConfig, freeze_stages: int) -> bool:
+    names = _names(path)
+    if names[0] in ENCODER_SCOPES:
+        return encoder_stage(names) <= freeze_stages
+    return config.freeze_upsampling and names[0].startswith("upscore")
 
 
 def _lr_factor(path: tuple[Any, ...], config: OptimConfig) -> float:
     names = _names(path)
-    return (config.bias_lr if names[-1] == "bias" else 1.0) * (1.0 if names[0] == "vgg" else config.head_lr)
+    return (config.bias_lr if names[-1] == "bias" else 1.0) * (1.0 if names[0] in ENCODER_SCOPES else config.head_lr)
 
 
 def make_optimizer(
-    params: Any, config: OptimConfig, steps: int, freeze_encoder: bool = False
+    params: Any, config: OptimConfig, steps: int, freeze_stages: int = 0
 ) -> optax.GradientTransformation:
     """Make the optimiser: v <- momentum v + g + decay w; w <- w - lr v, with factors on lr and decay by parameter.
 
@@ -64,13 +67,13 @@ def make_optimizer(
         params: the parameters, for their names.
         config: rates and factors, in the ranges that ``training.trainer.check_config`` checks.
         steps: length of the run, for the schedule.
-        freeze_encoder: leave the encoder as it is.
+        freeze_stages: leave so many stages of the encoder as they are.
 
     Raises:
         InputError: an unknown schedule.
     """
     map_with_path = jax.tree_util.tree_map_with_path
-    trained = map_with_path(lambda path, _: not _is_frozen(path, config, freeze_encoder), params)
+    trained = map_with_path(lambda path, _: not _is_frozen(path, config, freeze_stages), params)
     frozen = jax.tree.map(lambda each: not each, trained)
 
     def decays(params: Any) -> Any:

@@ -17,6 +17,7 @@ from fcn_jax.compare.torch_adapter import Way, load_twin
 
 FAMILIES = ("fcn8s", "fcn8s_pad100", "fcn8s_ladder", "fcn8s_resize")
 CASES = list(itertools.product(FAMILIES, (None, "batch"), (False, True)))
+CASES += [("fcn_resnet50", "batch", False), ("fcn_resnet50", "batch", True)]  # never without batch norm
 # Rounding, in float64, of sums of a few thousand terms over 20 layers, forward and back.
 ROUNDING = 1e-10
 
@@ -24,7 +25,8 @@ ROUNDING = 1e-10
 def make_case(family, norm, train, dropout=0.0):
     """Return model, variables, images, labels, and the loss as a function of the parameters as one vector."""
     options = {"dropout_rate": dropout} if family != "fcn8s_ladder" else {}
-    model, variables = make_network(family, encoder_norm=norm, **options)
+    options |= {"encoder_norm": norm} if family != "fcn_resnet50" else {}
+    model, variables = make_network(family, **options)
     images, labels = random_batch((64, 96), model.num_classes)
     images = jnp.asarray(images, jnp.float64)
     vector, unravel = ravel_pytree(variables["params"])

@@ -26,7 +26,8 @@ def zeros(model):
 
 
 def create(name="fcn32s", num_classes=3, **options):
-    return fcn_jax.create_model(name, num_classes, **{"encoder": "vgg11", "width": WIDTH, **options})
+    default = {} if "resnet" in name else {"encoder": "vgg11"}
+    return fcn_jax.create_model(name, num_classes, **{**default, "width": WIDTH, **options})
 
 
 def build(name="fcn32s", num_classes=3, seed=0, **options):

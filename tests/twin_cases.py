@@ -29,7 +29,7 @@ NUM_CLASSES = 4
 def _make_inputs(name: str, options: dict[str, Any], size: tuple[int, int], dtype: str) -> Any:
     """Return model, variables, images and labels."""
     given = {"width": 0.0625, **options, "dtype": dtype, "param_dtype": dtype}
-    if "resize" in name:
+    if "resize" in name or "resnet" in name:
         given |= {"head_features": 6, "dropout_rate": 0.0}
     elif "ladder" not in name:
         given |= {"fc_features": 16, "dropout_rate": 0.0}

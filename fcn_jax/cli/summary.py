@@ -23,7 +23,8 @@ class SummaryArguments:
     image_size: tuple[int, int] = (500, 500)
     """Height and width in pixels."""
     num_classes: int = 21
-    encoder: Literal["vgg11", "vgg13", "vgg16", "vgg19"] = "vgg16"
+    encoder: Literal["vgg11", "vgg13", "vgg16", "vgg19"] | None = None
+    """By default vgg16, and the ResNet that a name says."""
     encoder_norm: Literal["batch"] | None = None
     width: float = 1.0
 
@@ -31,14 +32,14 @@ class SummaryArguments:
 def main(arguments: Sequence[str]) -> int:
     """Print the table; the exit code."""
     given = tyro.cli(SummaryArguments, prog="fcn-jax summary", args=list(arguments))
-    model = create_model(
-        given.model, given.num_classes, encoder=given.encoder, encoder_norm=given.encoder_norm, width=given.width
-    )
+    chosen = {"encoder": given.encoder, "encoder_norm": given.encoder_norm}
+    options = {name: value for name, value in chosen.items() if value is not None}
+    model = create_model(given.model, given.num_classes, width=given.width, **options)
     height, width = given.image_size
     if min(given.image_size) < 1:
         raise InputError(f"expected --image-size of at least 1 1, got {height} {width}")
     rows = summarize(model, given.image_size)
-    table = Table(title=f"{given.model}, {given.encoder}, image {height}x{width}")
+    table = Table(title=f"{given.model}, {model.encoder}, image {height}x{width}")
     for column in ("layer", "kind", "output b h w c"):
         table.add_column(column, overflow="fold")
     table.add_column("parameters", justify="right")

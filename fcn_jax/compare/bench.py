@@ -24,7 +24,7 @@ from fcn_jax.config import Config
 from fcn_jax.errors import InputError, first_line
 from fcn_jax.training.run import environment
 
-NETWORKS = ("fcn8s", "fcn32s_pad100", "fcn8s_pad100", "fcn8s_ladder", "fcn8s_resize")
+NETWORKS = ("fcn8s", "fcn32s_pad100", "fcn8s_pad100", "fcn8s_ladder", "fcn8s_resize", "fcn_resnet50")
 """One of each family, and the largest map of scores."""
 NUM_CLASSES = 21
 """PASCAL VOC with its background."""

@@ -12,8 +12,8 @@ from fcn_jax.compare.bench import NETWORKS, NUM_CLASSES, Numbers, Row, Runner, S
 from fcn_jax.compare.experiments import random_batch, random_variables
 from fcn_jax.compare.jax_adapter import function_runner, train_runner, without_dropout
 from fcn_jax.config import OptimConfig
-from fcn_jax.models import create_model, summarize
-from fcn_jax.models.fcn import FCN
+from fcn_jax.models import MODELS, create_model, summarize
+from fcn_jax.models.fcn import FCN, DilatedFCN
 from fcn_jax.models.layers import Compute, conv, max_pool, scaled
 from fcn_jax.models.upsample import transposed_conv
 from fcn_jax.models.vgg import ENCODERS, STAGE_CHANNELS, VGG
@@ -139,7 +139,9 @@ def _conv_row(settings: Settings, size: int, c_in: int, c_out: int, part: str) -
 
 def make_network(name: str, settings: Settings, **options: Any) -> FCN:
     """Make a network of the catalogue with the benchmark's encoder, width, dtype and classes."""
-    options |= {"encoder": settings.encoder, "width": settings.width, "dtype": settings.jax_dtype}
+    options |= {"width": settings.width, "dtype": settings.jax_dtype}
+    if MODELS[name].family is not DilatedFCN:  # whose name says its encoder
+        options["encoder"] = settings.encoder
     return create_model(name, NUM_CLASSES, **options)
 
 
@@ -186,7 +188,7 @@ def _network(kind: str, name: str, model: FCN, settings: Settings) -> Row:
         return ours, theirs
 
     tolerances = {quantity: _TOLERANCES[settings.dtype][quantity] for quantity in _QUANTITIES[kind]}
-    about = {"encoder": settings.encoder, "width": settings.width, "num_classes": NUM_CLASSES}
+    about = {"encoder": model.encoder, "width": settings.width, "num_classes": NUM_CLASSES}
     about |= {"images_shape": [batch_size, *size, 3], "dtype": settings.dtype}
     variants = _NETWORK_VARIANTS[settings.kind]
     return Row(f"{kind}-{name}", "networks", open_row, tolerances, variants, flops, batch_size, about)

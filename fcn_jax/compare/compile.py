@@ -135,7 +135,7 @@ def lower(work: Work, target: Target) -> Any:
         on_device = jax.sharding.SingleDeviceSharding(target.devices[0])
         images = jax.ShapeDtypeStruct((work.batch_size, *shape), jnp.uint8, sharding=on_device)
         return function.lower(variables, images, work.size, None)
-    optimizer = make_optimizer(variables["params"], config.optim, 1000, config.model.freeze_encoder)
+    optimizer = make_optimizer(variables["params"], config.optim, 1000, config.model.freeze_stages)
     # Weights that follow from the data are numbers like any others.
     class_weights = None if config.loss.class_weights == "none" else np.ones(work.num_classes)
     loss = make_loss(config.loss.kind, class_weights, config.loss.hard_fraction, config.loss.aux_weight)

@@ -22,7 +22,7 @@ from fcn_jax.config import OptimConfig
 from fcn_jax.errors import InputError, first_line
 from fcn_jax.losses import IGNORE
 from fcn_jax.models.catalog import init_variables
-from fcn_jax.models.fcn import FCN, ResizeFCN
+from fcn_jax.models.fcn import FCN, DilatedFCN, InterpolatedFCN, encoder_stage
 
 THRESHOLDS = {"float64": 1e-9, "float32": 1e-5, "bfloat16": 5e-2}
 """The error over which a layer is named: a few thousand roundings of each dtype."""
@@ -104,9 +104,10 @@ def random_batch(size: tuple[int, int], num_classes: int, batch_size: int = 2, s
 
 def cancelled_biases(model: FCN) -> list[str]:
     """Return the biases whose true gradient is zero, because the batch norm after them subtracts the mean."""
-    if model.encoder_norm is None or model.freeze_encoder:
+    if model.encoder_norm is None or isinstance(model, DilatedFCN):  # the convolutions of ResNets have none
         return []
-    return [f"vgg.{name}.bias" for name in _shapes(model)["params"]["vgg"] if name.startswith("conv")]
+    convs = [name for name in _shapes(model)["params"]["vgg"] if name.startswith("conv")]
+    return [f"vgg.{name}.bias" for name in convs if encoder_stage(("vgg", name)) > model.freeze_stages]
 
 
 def against_torch(case: Case, devices: int = 1) -> Report:
@@ -157,7 +158,7 @@ def against_jax(case: Case, devices: int = 2) -> Iterator[Report]:
     highest = at("highest")
     for precision in ("default", "high"):
         yield pair(at(precision), highest)
-    if not isinstance(model, ResizeFCN):
+    if not isinstance(model, InterpolatedFCN):
         yield pair(renamed("polyphase"), case.jax_side("dilated", model, interceptor=dilated_upsampling))
     names = ("kept", "remat") if model.remat else ("remat", "kept")
     yield pair(case.jax_side(names[0], model.clone(remat=not model.remat)), renamed(names[1]))

@@ -99,7 +99,7 @@ def make_jax_side(
     if jnp.dtype(model.param_dtype) == np.float64 and not jax.config.read("jax_enable_x64"):
         raise InputError("float64 is turned off in JAX; jax.config.update('jax_enable_x64', True) at the start")
     model, chosen = without_dropout(model), pick_devices(devices)
-    sgd = make_optimizer(variables["params"], optim or OptimConfig(), 1, model.freeze_encoder)
+    sgd = make_optimizer(variables["params"], optim or OptimConfig(), 1, model.freeze_stages)
     # Passes the gradient on and keeps it in the state, for ``gradient``.
     recorder = optax.GradientTransformation(
         lambda params: jax.tree.map(jnp.zeros_like, params), lambda grads, state, params=None: (grads, grads)

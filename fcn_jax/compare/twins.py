@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fcn_jax.models.fcn import FCN, LadderFCN, Pad100FCN, ResizeFCN, SameFCN, ScoreFCN
+from fcn_jax.models.fcn import FCN, DilatedFCN, InterpolatedFCN, LadderFCN, Pad100FCN, ResizeFCN, SameFCN, ScoreFCN
 
 # torchvision's models/vgg.py, `cfgs` A, B, D, E: the convolutions before each pooling; they have _CHANNELS outputs.
 _CFG = {"vgg11": (1, 1, 2, 2, 2), "vgg13": (2, 2, 2, 2, 2), "vgg16": (2, 2, 3, 3, 3), "vgg19": (2, 2, 4, 4, 4)}
@@ -29,7 +29,7 @@ def make_twin(model: FCN) -> nn.Module:
     ``remat``, ``precision`` and ``axis_name`` have no counterpart.
     """
     twins = {SameFCN: _SameTwin, Pad100FCN: _Pad100Twin, LadderFCN: _LadderTwin, ResizeFCN: _ResizeTwin}
-    twin: Any = twins.get(type(model))
+    twin: Any = (twins | {DilatedFCN: _DilatedTwin}).get(type(model))
     if twin is None:
         raise ValueError(f"expected a network of the catalogue, got {type(model).__name__}; use fcn_jax.create_model")
     return twin(model).to({"float64": torch.float64, "float32": torch.float32}[jnp.dtype(model.param_dtype).name])
@@ -39,7 +39,7 @@ def _channels(count: int, width: float) -> int:
     return max(1, round(count * width))
 
 
-def _dropout(model: ScoreFCN | ResizeFCN) -> nn.Module:
+def _dropout(model: ScoreFCN | InterpolatedFCN) -> nn.Module:
     return nn.Dropout2d(model.dropout_rate) if model.dropout == "channel" else nn.Dropout(model.dropout_rate)
 
 
@@ -49,7 +49,7 @@ class _VGG(nn.Module):
     def __init__(self, model: FCN, ceil_mode: bool, margin: int = 1) -> None:
         super().__init__()
         self.stages: list[list[str]] = []
-        self.norm, self.frozen, in_channels = model.encoder_norm == "batch", model.freeze_encoder, 3
+        self.norm, self.frozen, in_channels = model.encoder_norm == "batch", model.freeze_stages, 3
         for stage, (count, channels) in enumerate(zip(_CFG[model.encoder], _CHANNELS, strict=True), start=1):
             self.stages.append([f"{stage}_{layer}" for layer in range(1, count + 1)])
             for name in self.stages[-1]:
@@ -62,17 +62,22 @@ class _VGG(nn.Module):
         self.pool = nn.MaxPool2d(kernel_size=2, stride=2, ceil_mode=ceil_mode)
 
     def train(self, mode: bool = True) -> _VGG:
-        return super().train(mode and not self.frozen)
+        super().train(mode)
+        for names in self.stages[: self.frozen]:
+            for name in names * self.norm:
+                self.get_submodule(f"bn{name}").eval()
+        return self
 
     def forward(self, x: Tensor) -> list[Tensor]:
         pools = []
-        for names in self.stages:
+        for index, names in enumerate(self.stages):
             for name in names:
                 x = self.get_submodule(f"conv{name}")(x)
                 x = F.relu(self.get_submodule(f"bn{name}")(x) if self.norm else x)
             x = self.pool(x)
+            x = x.detach() if index < self.frozen else x
             pools.append(x)
-        return [pool.detach() for pool in pools] if self.frozen else pools
+        return pools
 
 
 class _VGGHead(nn.Module):
@@ -191,15 +196,15 @@ class _LadderTwin(nn.Module):
         return self.classifier(score)[:, :, :h, :w]
 
 
-class _TramacHead(nn.Module):
-    """Tramac's `_FCNHead` with its layers named."""
+class _SmallHead(nn.Module):
+    """Tramac's `_FCNHead`, torchvision's `FCNHead`, with its layers named."""
 
-    def __init__(self, model: ResizeFCN, in_channels: int) -> None:
+    def __init__(self, model: InterpolatedFCN, in_channels: int, features: int) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(in_channels, model.head_features, 3, padding=1, bias=False)
-        self.bn = nn.BatchNorm2d(model.head_features)
+        self.conv = nn.Conv2d(in_channels, features, 3, padding=1, bias=False)
+        self.bn = nn.BatchNorm2d(features)
         self.drop = _dropout(model)
-        self.score = nn.Conv2d(model.head_features, model.num_classes, 1)
+        self.score = nn.Conv2d(features, model.num_classes, 1)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.score(self.drop(F.relu(self.bn(self.conv(x)))))
@@ -212,12 +217,12 @@ class _ResizeTwin(nn.Module):
         super().__init__()
         n, self.stride = model.num_classes, model.stride
         self.vgg = _VGG(model, ceil_mode=False)
-        self.head = _TramacHead(model, self.vgg.out_channels)
+        self.head = _SmallHead(model, self.vgg.out_channels, model.head_features)
         if self.stride <= 16:
             self.score_pool4 = nn.Conv2d(_channels(512, model.width), n, 1)
         if self.stride <= 8:
             self.score_pool3 = nn.Conv2d(_channels(256, model.width), n, 1)
-        self.aux = _TramacHead(model, self.vgg.out_channels) if model.aux_head else None
+        self.aux = _SmallHead(model, self.vgg.out_channels, model.head_features) if model.aux_head else None
 
     def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
         h, w = x.shape[2:]
@@ -235,4 +240,86 @@ class _ResizeTwin(nn.Module):
         if self.aux is not None and self.training:
             aux = F.interpolate(self.aux(pool5), x.size()[2:], mode="bilinear", align_corners=True)
             return out, aux[:, :, :h, :w]
+        return out
+
+
+class _Bottleneck(nn.Module):
+    """torchvision's `Bottleneck` (models/resnet.py)."""
+
+    def __init__(self, inplanes: int, planes: int, stride: int, dilation: int, shortcut: bool) -> None:
+        super().__init__()
+        self.has_shortcut = shortcut
+        self.conv1 = nn.Conv2d(inplanes, planes, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(planes)
+        self.conv2 = nn.Conv2d(planes, planes, 3, stride, padding=dilation, dilation=dilation, bias=False)
+        self.bn2 = nn.BatchNorm2d(planes)
+        self.conv3 = nn.Conv2d(planes, 4 * planes, 1, bias=False)
+        self.bn3 = nn.BatchNorm2d(4 * planes)
+        if shortcut:
+            self.downsample_conv = nn.Conv2d(inplanes, 4 * planes, 1, stride, bias=False)
+            self.downsample_bn = nn.BatchNorm2d(4 * planes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = F.relu(self.bn1(self.conv1(x)))
+        out = F.relu(self.bn2(self.conv2(out)))
+        out = self.bn3(self.conv3(out))
+        if self.has_shortcut:
+            x = self.downsample_bn(self.downsample_conv(x))
+        return F.relu(out + x)
+
+
+class _ResNet(nn.Module):
+    """torchvision's `ResNet` with `_make_layer`, its last two strides replaced by dilation; returns layer3, layer4."""
+
+    def __init__(self, model: DilatedFCN) -> None:
+        super().__init__()
+        inplanes, dilation, self.frozen = _channels(64, model.width), 1, model.freeze_stages
+        self.conv1 = nn.Conv2d(3, inplanes, 7, stride=2, padding=3, bias=False)
+        self.bn1 = nn.BatchNorm2d(inplanes)
+        self.stages: list[list[str]] = [["bn1"]]
+        for layer, blocks in enumerate({"resnet50": (3, 4, 6, 3), "resnet101": (3, 4, 23, 3)}[model.encoder], 1):
+            planes, previous, stride = _channels(64 * 2 ** (layer - 1), model.width), dilation, 2 if layer > 1 else 1
+            if layer >= 3:  # replace_stride_with_dilation
+                dilation, stride = dilation * stride, 1
+            self.stages.append([f"layer{layer}_{index}" for index in range(blocks)])
+            for index, name in enumerate(self.stages[-1]):
+                first = index == 0
+                geometry = (stride, previous) if first else (1, dilation)
+                self.add_module(name, _Bottleneck(inplanes, planes, *geometry, shortcut=first))
+                inplanes = 4 * planes
+        self.out_channels = inplanes
+
+    def train(self, mode: bool = True) -> _ResNet:
+        super().train(mode)
+        for name in sum(self.stages[: self.frozen], []):
+            self.get_submodule(name).eval()
+        return self
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        x = F.max_pool2d(F.relu(self.bn1(self.conv1(x))), kernel_size=3, stride=2, padding=1)
+        x = x.detach() if self.frozen else x
+        maps = []
+        for stage, names in enumerate(self.stages[1:], start=2):
+            for name in names:
+                x = self.get_submodule(name)(x)
+            x = x.detach() if stage <= self.frozen else x
+            maps.append(x)
+        return maps[-2:]
+
+
+class _DilatedTwin(nn.Module):
+    """torchvision's models/segmentation/fcn.py and _utils.py."""
+
+    def __init__(self, model: DilatedFCN) -> None:
+        super().__init__()
+        self.resnet = _ResNet(model)
+        out_channels, features = self.resnet.out_channels, model.head_features
+        self.head = _SmallHead(model, out_channels, features)
+        self.aux = _SmallHead(model, out_channels // 2, max(1, features // 2)) if model.aux_head else None
+
+    def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        layer3, layer4 = self.resnet(x)
+        out = F.interpolate(self.head(layer4), x.shape[-2:], mode="bilinear", align_corners=False)
+        if self.aux is not None and self.training:
+            return out, F.interpolate(self.aux(layer3), x.shape[-2:], mode="bilinear", align_corners=False)
         return out

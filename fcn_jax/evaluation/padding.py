@@ -13,7 +13,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from fcn_jax.models.fcn import FCN, ResizeFCN, map_sides
+from fcn_jax.models.fcn import FCN, InterpolatedFCN, map_sides
 from fcn_jax.models.layers import BatchNorm
 from fcn_jax.models.upsample import TransposedConv
 
@@ -33,27 +33,28 @@ def padded_logits(model: FCN, variables: Mapping[str, Any], images: jax.Array, e
         images: normalised (b, h, w, 3), h and w multiples of ``MULTIPLE``; what lies outside of an image is not read.
         extents: int32 (b, 2), height and width of each image.
     """
-    if isinstance(model, ResizeFCN):
+    if isinstance(model, InterpolatedFCN):
         return merge_padded_maps(model, padded_maps(model, variables, images, extents), extents)
     return _apply(model, variables, images, extents)
 
 
 def padded_maps(
-    model: ResizeFCN, variables: Mapping[str, Any], images: jax.Array, extents: jax.Array
+    model: InterpolatedFCN, variables: Mapping[str, Any], images: jax.Array, extents: jax.Array
 ) -> list[jax.Array]:
-    """Return the score maps at strides 32, 16 and 8, down to the model's; arguments as of ``padded_logits``."""
+    """Return the score maps, one for each stride down to the model's; arguments as of ``padded_logits``."""
     return _apply(model, variables, images, extents, merge=False)
 
 
-def merge_padded_maps(model: ResizeFCN, maps: Sequence[jax.Array], extents: jax.Array) -> jax.Array:
-    """Return the logits of score maps (b, h / s, w / s, c), interpolated between the corners of each image's own."""
-    h, w = (32 * n for n in maps[0].shape[1:3])
+def merge_padded_maps(model: InterpolatedFCN, maps: Sequence[jax.Array], extents: jax.Array) -> jax.Array:
+    """Return the logits of score maps (b, h / s, w / s, c), interpolated within each image's own."""
+    h, w = (model.coarsest * n for n in maps[0].shape[1:3])
     edges = _edges(model, h, extents[:, 0])[0], _edges(model, w, extents[:, 1])[0]
 
     def resize(x: jax.Array, to: tuple[int, ...]) -> jax.Array:
         for axis, letters in ((0, "bHh,bhwc->bHwc"), (1, "bWw,bhwc->bhWc")):
             side = x.shape[1 + axis]
-            weights = _interpolation(edges[axis][side], edges[axis][to[axis]], side, to[axis])
+            ends = edges[axis][side], edges[axis][to[axis]]
+            weights = _interpolation(*ends, side, to[axis], model.align_corners)
             x = jnp.einsum(letters, weights.astype(x.dtype), x, precision=model.precision)
         return x
 
@@ -100,11 +101,15 @@ def _cut(x: jax.Array, rows: _Edges, columns: _Edges) -> jax.Array:
     return jnp.where(inside[..., None], x, 0)
 
 
-def _interpolation(n: jax.Array, new_n: jax.Array, size: int, new_size: int) -> jax.Array:
-    """Return (b, new_size, size) matrices that interpolate n cells to new_n, corners aligned; further rows are zero."""
-    i, gaps = jnp.arange(new_size), jnp.maximum(new_n - 1, 1)[:, None]
-    at = i * (n - 1)[:, None]  # in integers: a rounded position would be off in the last bits of every logit
-    low, share = at // gaps, (at % gaps / gaps)[..., None]
-    low, cells = low[..., None], jnp.arange(size)
-    weights = (cells == low) * (1 - share) + (cells == low + 1) * share
+def _interpolation(n: jax.Array, new_n: jax.Array, size: int, new_size: int, align_corners: bool) -> jax.Array:
+    """Return (b, new_size, size) matrices that interpolate n cells to new_n; further rows are zero."""
+    i, cells = jnp.arange(new_size), jnp.arange(size)
+    # Positions are quotients of integers: rounded ones would be off in the last bits of every logit.
+    if align_corners:
+        at, unit = i * (n - 1)[:, None], jnp.maximum(new_n - 1, 1)[:, None]
+    else:
+        at, unit = jnp.maximum((2 * i + 1) * n[:, None] - new_n[:, None], 0), 2 * new_n[:, None]
+    low, share = (at // unit)[..., None], (at % unit / unit)[..., None]
+    high = jnp.minimum(low + 1, n[:, None, None] - 1)
+    weights = (cells == low) * (1 - share) + (cells == high) * share
     return jnp.where((i < new_n[:, None])[..., None], weights, 0)

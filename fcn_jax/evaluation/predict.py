@@ -12,8 +12,9 @@ import numpy as np
 
 from fcn_jax.evaluation.evaluate import make_predictor
 from fcn_jax.evaluation.padding import merge_padded_maps, padded_maps
-from fcn_jax.models.fcn import FCN, ResizeFCN, ScoreFCN, check_size, serves
+from fcn_jax.models.fcn import FCN, DilatedFCN, InterpolatedFCN, ScoreFCN, check_size, serves
 from fcn_jax.models.kernels import cpu_kernels
+from fcn_jax.models.resnet import RESNETS
 from fcn_jax.models.vgg import ENCODERS
 from fcn_jax.preprocessing import normalize
 
@@ -36,12 +37,18 @@ class _Window(NamedTuple):
 
     def kept(self, stride: int = 1) -> tuple[slice, slice]:
         """Return where the kept part lies in the whole map of a stride, and in the tile's own."""
-        start, first, last = (n // stride for n in self)
+        start, first, last = (-(-n // stride) for n in self)
         return slice(first, last), slice(first - start, last - start)
 
 
 def context(model: FCN) -> int:
     """Return how many pixels around a tile can change its logits, rounded up to a multiple of 32."""
+    if isinstance(model, DilatedFCN):
+        # In pixels: 3 for the 7x7 convolution and 2 for the pooling, then the dilation times the stride of each 3x3
+        # convolution; the scores are interpolated over the whole image.
+        two, three, four = RESNETS[model.encoder][1:]
+        reach = 3 + 2 + 4 * RESNETS[model.encoder][0] + 4 + 8 * (two - 1) + 8 + 16 * (three - 1) + 16 + 32 * (four - 1)
+        return -(-(reach + 8) // 32) * 32
     # A 3x3 convolution at stride s reaches s pixels further, a pooling as well, fc6 half its kernel at stride 32, and
     # the way back up at most two cells of stride 32 on either side.
     reach = sum((convs + 1) * 2**stage for stage, convs in enumerate(ENCODERS[model.encoder]))
@@ -72,8 +79,8 @@ def make_image_predictor(
 ) -> ImagePredictor:
     """Make the function from one image to its class map.
 
-    Tiles see enough around them that their logits are the whole image's up to rounding. The `resize` family
-    interpolates over the whole image, so there the score maps are computed by tiles and merged whole.
+    Tiles see enough around them that their logits are the whole image's up to rounding. Networks that interpolate do so
+    over the whole image, so there the score maps are computed by tiles and merged whole.
 
     Args:
         model: the network.
@@ -111,8 +118,8 @@ def make_image_predictor(
         if len(tiles) == 1 and not (serves(model, height) and serves(model, width)):
             return predictor(variables, image[None], (h, w))[0]  # unusual crops after floor pooling
 
-        by_maps = isinstance(model, ResizeFCN) and len(tiles) > 1
-        strides = [stride for stride in (32, 16, 8) if stride >= model.stride] if by_maps else [1]
+        by_maps = isinstance(model, InterpolatedFCN) and len(tiles) > 1
+        strides = [s for s in (32, 16, 8) if network.coarsest >= s >= model.stride] if by_maps else [1]
         cell, dtype = ((model.num_classes,), model.dtype) if by_maps else ((), np.uint8)
         wholes = [np.zeros((1, _round_up(h) // s, _round_up(w) // s, *cell), dtype) for s in strides]
         for row, column in tiles:

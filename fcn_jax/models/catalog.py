@@ -11,24 +11,26 @@ import jax.numpy as jnp
 
 from fcn_jax.config import ModelConfig
 from fcn_jax.errors import InputError, unknown
-from fcn_jax.models.fcn import FCN, LadderFCN, Pad100FCN, ResizeFCN, SameFCN
+from fcn_jax.models.fcn import FCN, DilatedFCN, LadderFCN, Pad100FCN, ResizeFCN, SameFCN
 from fcn_jax.models.layers import scaled
+from fcn_jax.models.resnet import RESNETS
 from fcn_jax.models.vgg import ENCODERS, STAGE_CHANNELS, VGGClassifier
 
 _SCORE_OPTIONS = frozenset(
     {"fc_features", "fc6_kernel", "pool", "dropout", "dropout_rate", "skip_scales", "skip_bias", "upsample_bias"}
 )
 # How a network is computed, which leaves its shapes and values as they are.
-_COMPUTE_OPTIONS = frozenset({"freeze_encoder", "remat", "dtype", "param_dtype", "precision", "axis_name"})
+_COMPUTE_OPTIONS = frozenset({"freeze_stages", "remat", "dtype", "param_dtype", "precision", "axis_name"})
+_INTERPOLATED_OPTIONS = frozenset({"head_features", "dropout", "dropout_rate", "aux_head"})
 _COMMON_OPTIONS = _COMPUTE_OPTIONS | {"encoder", "encoder_norm", "width"}
 _OPTIONS: dict[type[FCN], frozenset[str]] = {
     SameFCN: _COMMON_OPTIONS | _SCORE_OPTIONS,
     Pad100FCN: _COMMON_OPTIONS | _SCORE_OPTIONS - {"fc6_kernel"} | {"crop"},
     LadderFCN: _COMMON_OPTIONS,
-    ResizeFCN: _COMMON_OPTIONS | {"head_features", "dropout", "dropout_rate", "aux_head"},
+    ResizeFCN: _COMMON_OPTIONS | _INTERPOLATED_OPTIONS,
+    DilatedFCN: _COMMON_OPTIONS - {"encoder_norm"} | _INTERPOLATED_OPTIONS,
 }
 _CHOICES: dict[str, tuple[Any, ...]] = {
-    "encoder": tuple(ENCODERS),
     "encoder_norm": (None, "batch"),
     "pool": ("ceil", "floor"),
     "dropout": ("element", "channel"),
@@ -66,6 +68,8 @@ MODELS = {
     "fcn32s_resize": ModelSpec(ResizeFCN, 32, "small head, bilinear interpolation"),
     "fcn16s_resize": ModelSpec(ResizeFCN, 16, "small head, bilinear interpolation"),
     "fcn8s_resize": ModelSpec(ResizeFCN, 8, "small head, bilinear interpolation"),
+    "fcn_resnet50": ModelSpec(DilatedFCN, 8, "torchvision's, dilated to stride 8", {"encoder": "resnet50"}),
+    "fcn_resnet101": ModelSpec(DilatedFCN, 8, "torchvision's, dilated to stride 8", {"encoder": "resnet101"}),
 }
 
 
@@ -76,8 +80,8 @@ def create_model(name: str, num_classes: int, **options: Any) -> FCN:
         name: a key of ``MODELS``: ``fcn8s``, ``fcn8s_pad100``, ``fcn8s_ladder``, ``fcn8s_resize`` ...
         num_classes: 1 to 255.
         options: of the family, e.g. ``encoder="vgg19"``, ``encoder_norm="batch"``, ``width=0.25``,
-            ``dtype=jnp.bfloat16``. By default ``fc_features`` is 4096 x width, ``head_features`` a quarter of pool5's
-            channels.
+            ``dtype=jnp.bfloat16``. By default ``fc_features`` is 4096 x width, ``head_features`` a quarter of the
+            encoder's channels.
 
     Returns:
         A ``flax.linen`` module: images (b, h, w, 3) -> logits (b, h, w, num_classes).
@@ -89,11 +93,12 @@ def create_model(name: str, num_classes: int, **options: Any) -> FCN:
         raise unknown("model", name, MODELS)
     spec = MODELS[name]
     allowed = _OPTIONS[spec.family]
+    choices = {**_CHOICES, "encoder": tuple(RESNETS if spec.family is DilatedFCN else ENCODERS)}
     for option, value in options.items():
         if option not in allowed:
             raise unknown(f"option of {name}", option, sorted(allowed))
-        if option in _CHOICES and value not in _CHOICES[option]:
-            raise unknown(option, value, map(str, _CHOICES[option]))
+        if option in choices and value not in choices[option]:
+            raise unknown(option, value, map(str, choices[option]))
     if not _is_count(num_classes) or num_classes > 255:
         hint = "give the number of classes without the void label"
         raise InputError(f"expected num_classes in 1 ... 255, got {num_classes!r}; {hint}")
@@ -103,7 +108,8 @@ def create_model(name: str, num_classes: int, **options: Any) -> FCN:
     if "fc_features" in allowed:
         settings.setdefault("fc_features", scaled(4096, width))
     if "head_features" in allowed:
-        settings.setdefault("head_features", max(1, scaled(STAGE_CHANNELS[-1], width) // 4))
+        quarter = scaled(512, width) if spec.family is DilatedFCN else scaled(STAGE_CHANNELS[-1], width) // 4
+        settings.setdefault("head_features", max(1, quarter))
     return spec.family(num_classes=num_classes, stride=spec.stride, **settings)
 
 
@@ -146,6 +152,9 @@ def _check_numbers(settings: dict[str, Any]) -> None:
         value = settings.get(option, 1)
         if not _is_count(value) or value > most:
             raise InputError(f"expected {option} in 1 ... {most}, got {value!r}; leave it out for the default")
+    stages = settings.get("freeze_stages", 0)
+    if not _is_count(stages, 0) or stages > 5:
+        raise InputError(f"expected freeze_stages in 0 ... 5, got {stages!r}; 5 is the whole encoder")
     crop, scales = settings.get("crop", (0, 0, 0)), settings.get("skip_scales", (1.0, 1.0))
     if not isinstance(crop, tuple | list) or len(crop) != 3 or not all(_is_count(offset, 0) for offset in crop):
         raise InputError(f"expected crop to be three offsets in 0 ... {_LARGEST} (pool4, pool3, output), got {crop!r}")

@@ -1,11 +1,12 @@
-"""The four families of fully convolutional networks, from images to logits of the images' own size.
+"""The five families of fully convolutional networks, from images to logits of the images' own size.
 
-They differ in padding, in the head on pool5, and in how coarse scores are upsampled and fused with finer ones.
+They differ in encoder, padding and head, and in how coarse scores are upsampled and fused with finer ones.
 """
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import flax.linen as nn
@@ -14,8 +15,19 @@ import jax.numpy as jnp
 
 from fcn_jax.errors import InputError
 from fcn_jax.models.layers import BatchNorm, Compute, FullyConvolutionalHead, SmallHead, conv, scaled
+from fcn_jax.models.resnet import RESNETS, ResNet
 from fcn_jax.models.upsample import TransposedConv, resize_bilinear
 from fcn_jax.models.vgg import ENCODERS, VGG
+
+ENCODER_SCOPES = ("vgg", "resnet")
+"""The encoder's name in the tree of parameters."""
+
+
+def encoder_stage(names: Sequence[str]) -> int:
+    """Return the stage of an encoder's layer, from 1, by its path: ``("vgg", "conv3_1", ...)`` is in stage 3."""
+    if names[0] == "vgg":
+        return int(names[1].partition("_")[0][-1])
+    return 1 + int(names[1][len("layer")]) if names[1].startswith("layer") else 1
 
 
 class FCN(nn.Module):
@@ -32,7 +44,8 @@ class FCN(nn.Module):
     encoder: str = "vgg16"
     encoder_norm: Literal["batch"] | None = None
     width: float = 1.0
-    freeze_encoder: bool = False
+    freeze_stages: int = 0
+    """Stages of the encoder, from its first, that stay as they are: no gradient, and the running statistics."""
     remat: bool = False
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
@@ -47,11 +60,12 @@ class FCN(nn.Module):
     def encode(
         self, images: jax.Array, train: bool, pool: Literal["ceil", "floor"], margin: int = 1
     ) -> tuple[jax.Array, ...]:
-        """Return pool1 ... pool5. A frozen encoder normalises by its running statistics and passes no gradient."""
-        convs = ENCODERS[self.encoder]
-        vgg = VGG(convs, self.compute, self.encoder_norm, self.width, pool, margin, self.remat, name="vgg")
-        pools = vgg(images.astype(self.dtype), train and not self.freeze_encoder)
-        return jax.lax.stop_gradient(pools) if self.freeze_encoder else pools
+        """Return pool1 ... pool5 of a VGG."""
+        vgg = VGG(
+            ENCODERS[self.encoder], self.compute, self.encoder_norm, self.width, pool, margin, self.remat,
+            self.freeze_stages, name="vgg",
+        )  # fmt: skip
+        return vgg(images.astype(self.dtype), train)
 
 
 class ScoreFCN(FCN):
@@ -170,17 +184,24 @@ class LadderFCN(FCN):
         return x[:, :h, :w]
 
 
-class ResizeFCN(FCN):
-    """Family `resize`: a small head on pool5, interpolated bilinearly to the exact size of each finer map.
-
-    Corners are aligned. Images with a side below 32 are zero-padded to 32 and the logits cut back.
-    Source: ``core/models/fcn.py`` of awesome-semantic-segmentation-pytorch (Tramac).
-    """
+class InterpolatedFCN(FCN):
+    """The networks that interpolate scores bilinearly: a small head, in training with an auxiliary one by option."""
 
     head_features: int = 128
     dropout: Literal["element", "channel"] = "element"
     dropout_rate: float = 0.1
     aux_head: bool = False
+    # Not options of a network, but what its family is: the stride of the first score map, and which pixels line up.
+    coarsest = 32
+    align_corners = True
+
+
+class ResizeFCN(InterpolatedFCN):
+    """Family `resize`: a small head on pool5, interpolated bilinearly to the exact size of each finer map.
+
+    Corners are aligned. Images with a side below 32 are zero-padded to 32 and the logits cut back.
+    Source: ``core/models/fcn.py`` of awesome-semantic-segmentation-pytorch (Tramac).
+    """
 
     @nn.compact
     def __call__(
@@ -216,6 +237,42 @@ class ResizeFCN(FCN):
         return logits
 
 
+class DilatedFCN(InterpolatedFCN):
+    """Family `dilated`: a ResNet dilated to stride 8, a small head on its last stage, interpolated to the image's size.
+
+    Corners are not aligned; the auxiliary head is on the third stage.
+    Source: torchvision's ``models/segmentation/fcn.py`` and ``_utils.py``.
+    """
+
+    encoder: str = "resnet50"
+    encoder_norm: Literal["batch"] | None = "batch"
+    coarsest = 8
+    align_corners = False
+
+    @nn.compact
+    def __call__(
+        self, images: jax.Array, train: bool = False, example_ids: jax.Array | None = None, merge: bool = True
+    ) -> Any:
+        """Return the logits (b, h, w, num_classes); see ``ResizeFCN``, whose score map of stride 8 alone is here."""
+        _, h, w, _ = images.shape
+        resnet = ResNet(RESNETS[self.encoder], self.compute, self.width, self.remat, self.freeze_stages, name="resnet")
+        layer3, layer4 = resnet(images.astype(self.dtype), train)
+
+        def head(x: jax.Array, features: int, name: str) -> jax.Array:
+            layers = SmallHead(features, self.num_classes, self.dropout_rate, self.dropout, self.compute, name=name)
+            return layers(x, train, example_ids)
+
+        scores = head(layer4, self.head_features, "head")
+        if not merge:
+            return [scores]
+        logits = resize_bilinear(scores, (h, w), self.precision, align_corners=False)
+        if self.aux_head and (train or self.is_initializing()):
+            aux = head(layer3, max(1, self.head_features // 2), "aux")
+            aux = resize_bilinear(aux, (h, w), self.precision, align_corners=False)
+            return (logits, aux) if train else logits
+        return logits
+
+
 def _pad_to(images: jax.Array, height: int, width: int) -> jax.Array:
     """Pad with zeros at the bottom and right."""
     return jnp.pad(images, ((0, 0), (0, height - images.shape[1]), (0, width - images.shape[2]), (0, 0)))
@@ -233,6 +290,9 @@ def map_sides(model: FCN, n: Any) -> tuple[list[Any], list[Any]]:
         What convolutions read and write, and what transposed convolutions read.
     """
     ceil = isinstance(model, ScoreFCN) and model.pool == "ceil"
+    if isinstance(model, DilatedFCN):
+        maps = [-(-n // stride) for stride in (1, 2, 4, 8)]
+        return maps, maps
     if isinstance(model, LadderFCN):
         n = -(-n // 32) * 32
     if isinstance(model, ResizeFCN):

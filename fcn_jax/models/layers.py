@@ -41,12 +41,14 @@ def conv(
     compute: Compute,
     *,
     padding: int | str = "SAME",
+    stride: int = 1,
+    dilation: int = 1,
     bias: bool = True,
     zero: bool = False,
     kind: type[nn.Conv] = nn.Conv,
     name: str | None = None,
 ) -> Any:
-    """Make a stride-1 convolution of a kernel x kernel window.
+    """Make a convolution of a kernel x kernel window.
 
     ``padding`` is pixels added on every side, "SAME" or "VALID". The kernel starts from He's normal distribution or at
     ``zero``, as the paper has it for score layers; the bias starts at zero. ``kind`` is the module's class.
@@ -54,6 +56,8 @@ def conv(
     return kind(
         features,
         (kernel, kernel),
+        strides=(stride, stride),
+        kernel_dilation=(dilation, dilation),
         padding=padding if isinstance(padding, str) else ((padding, padding), (padding, padding)),
         use_bias=bias,
         kernel_init=nn.initializers.zeros_init() if zero else nn.initializers.he_normal(),
@@ -189,7 +193,7 @@ class FullyConvolutionalHead(nn.Module):
 
 
 class SmallHead(nn.Module):
-    """3x3 convolution, BN, ReLU, dropout, 1x1 score layer: ``_FCNHead`` of awesome-semantic-segmentation-pytorch."""
+    """3x3 convolution, BN, ReLU, dropout, 1x1 score layer: ``FCNHead`` of torchvision, ``_FCNHead`` of Tramac."""
 
     features: int
     num_classes: int
@@ -199,7 +203,7 @@ class SmallHead(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool, example_ids: jax.Array | None) -> jax.Array:
-        """Map pool5 (b, h, w, c) to scores (b, h, w, num_classes)."""
+        """Map the encoder's last map (b, h, w, c) to scores (b, h, w, num_classes)."""
         x = conv(self.features, 3, self.compute, padding=1, bias=False, name="conv")(x)
         x = nn.relu(BatchNorm(self.compute, name="bn")(x, train))
         x = Dropout(self.dropout_rate, self.dropout, name="drop")(x, train, example_ids)

@@ -147,9 +147,12 @@ class TransposedConv(nn.Module):
         return y
 
 
-def _interpolation(size: int, new_size: int) -> np.ndarray:
-    """Return the (new_size, size) float64 matrix that interpolates linearly between aligned corners."""
-    position = np.arange(new_size) * ((size - 1) / (new_size - 1) if new_size > 1 else 0.0)
+def _interpolation(size: int, new_size: int, align_corners: bool) -> np.ndarray:
+    """Return the (new_size, size) float64 matrix that interpolates linearly."""
+    if align_corners:
+        position = np.arange(new_size) * ((size - 1) / (new_size - 1) if new_size > 1 else 0.0)
+    else:
+        position = np.maximum((np.arange(new_size) + 0.5) * size / new_size - 0.5, 0.0)
     low = np.minimum(np.floor(position).astype(int), size - 1)
     high = np.minimum(low + 1, size - 1)
     matrix = np.zeros((new_size, size))
@@ -158,12 +161,15 @@ def _interpolation(size: int, new_size: int) -> np.ndarray:
     return matrix
 
 
-def resize_bilinear(x: jax.Array, size: tuple[int, ...], precision: Any = None) -> jax.Array:
-    """Resize x (b, h, w, c) bilinearly to ``size`` (height, width), corners aligned, as two matrix products.
+def resize_bilinear(
+    x: jax.Array, size: tuple[int, ...], precision: Any = None, align_corners: bool = True
+) -> jax.Array:
+    """Resize x (b, h, w, c) bilinearly to ``size`` (height, width), as two matrix products.
 
-    Equal to ``torch.nn.functional.interpolate(mode="bilinear", align_corners=True)``.
+    Equal to ``torch.nn.functional.interpolate(mode="bilinear")``: either the centres of the corner pixels line up, or
+    the edges of the images.
     """
-    rows = jnp.asarray(_interpolation(x.shape[1], size[0]), x.dtype)
-    columns = jnp.asarray(_interpolation(x.shape[2], size[1]), x.dtype)
+    rows = jnp.asarray(_interpolation(x.shape[1], size[0], align_corners), x.dtype)
+    columns = jnp.asarray(_interpolation(x.shape[2], size[1], align_corners), x.dtype)
     x = jnp.einsum("Hh,bhwc->bHwc", rows, x, precision=precision)
     return jnp.einsum("Ww,bHwc->bHWc", columns, x, precision=precision)

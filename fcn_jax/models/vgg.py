@@ -36,6 +36,8 @@ class VGG(nn.Module):
     """Padding of conv1_1 in pixels: 1 keeps the size, 100 is the FCN reference's."""
     remat: bool = False
     """Recompute the activations of a stage in the backward pass instead of keeping them."""
+    freeze_stages: int = 0
+    """As of ``FCN``."""
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> tuple[jax.Array, ...]:
@@ -43,7 +45,9 @@ class VGG(nn.Module):
         stage = nn.remat(VGG._stage, static_argnums=(2, 3)) if self.remat else VGG._stage
         pools = []
         for index in range(len(self.convs)):
-            x = stage(self, x, index, train)
+            frozen = index < self.freeze_stages
+            x = stage(self, x, index, train and not frozen)
+            x = jax.lax.stop_gradient(x) if frozen else x
             pools.append(x)
         return tuple(pools)
 

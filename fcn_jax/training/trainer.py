@@ -106,7 +106,7 @@ def make_trainer(config: Config, resuming: bool = False) -> Trainer:
     variables, notes = together(lambda: starting_variables(config, model, resuming))
     # The same name may be another file in another process.
     check_same({"training images": len(train), "validation images": len(val), "starting weights": digest(variables)})
-    optimizer = make_optimizer(variables["params"], config.optim, length.steps, config.model.freeze_encoder)
+    optimizer = make_optimizer(variables["params"], config.optim, length.steps, config.model.freeze_stages)
     loss = run_loss(config, train)
     if config.train.accumulate > 1 and "batch_stats" in variables:
         notes += ("gradient accumulation with batch norm: each part is normalised by its own statistics",)
@@ -219,8 +219,8 @@ def starting_variables(config: Config, model: FCN, resuming: bool = False) -> tu
         filled, report = weights.load_with_report(config.init, model, variables)
         _check_preprocessing(config, report.preprocessing, config.init)
         return filled, (_account(config.init, report), *_warnings(model, filled))
-    if config.model.freeze_encoder:
-        return variables, ("the encoder is frozen at its random start: give --init or --init-from",)
+    if config.model.freeze_stages:
+        return variables, ("stages of the encoder are frozen at their random start: give --init or --init-from",)
     return variables, ()
 
 

@@ -14,12 +14,14 @@ from flax import traverse_util
 
 from fcn_jax.errors import InputError, unknown
 from fcn_jax.models.catalog import create_model, describe_model
-from fcn_jax.models.fcn import FCN
+from fcn_jax.models.fcn import ENCODER_SCOPES, FCN
 from fcn_jax.preprocessing import PREPROCESSINGS
 from fcn_jax.weights.layouts import LAYOUTS, recognise
 from fcn_jax.weights.layouts.layout import Fit, Layout, Network, check_fit, encoder_name, encoder_options, pair_up
 from fcn_jax.weights.names import COUNTER, Parameter, conversion, from_torch, list_parameters
 from fcn_jax.weights.sources import Source, TensorInfo, Tensors, open_source
+
+_ENCODERS = tuple(f"{scope}." for scope in ENCODER_SCOPES)
 
 
 @dataclass(frozen=True)
@@ -250,12 +252,12 @@ class _Loading:
         report, missing = self.report, []
         # Whether the source is, say, the state dict of `vgg16().features`.
         names = {name for name in self.tensors.infos if not name.endswith(f".{COUNTER}")}
-        of_encoder = {theirs for name, theirs in report.filled.items() if name.startswith("vgg.")}
+        of_encoder = {theirs for name, theirs in report.filled.items() if name.startswith(_ENCODERS)}
         encoder_alone = isinstance(self.model, FCN) and not self.is_network and names <= of_encoder
         for name, parameter in parameters.items():
             if name in report.filled or name in report.left:
                 continue
-            if encoder_alone and not name.startswith("vgg."):
+            if encoder_alone and not name.startswith(_ENCODERS):
                 report.left[name] = "the source holds an encoder alone"
             elif name not in self.sought and self.layout.encoder_only:
                 report.left[name] = "the layout has no place for it"

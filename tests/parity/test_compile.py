@@ -164,7 +164,7 @@ def test_gradients_of_a_bfloat16_network_are_summed_in_float32(target, tmp_path)
 
 @TPU
 @pytest.mark.slow
-@pytest.mark.parametrize("network", ["fcn8s", "fcn8s_pad100", "fcn8s_ladder", "fcn8s_resize"])
+@pytest.mark.parametrize("network", ["fcn8s", "fcn8s_pad100", "fcn8s_ladder", "fcn8s_resize", "fcn_resnet50"])
 def test_every_family_is_compiled_at_full_width(network, tmp_path):
     out = tmp_path / "report.json"
     run_command(network, "--target", "v5e:2x2", "--batch-size", 4, *BFLOAT16, "--out", out, timeout=1200)

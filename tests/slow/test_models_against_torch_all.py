@@ -22,6 +22,11 @@ CASES = {
     "ladder-fcns-fcn1": ("fcns_ladder", {"encoder": "vgg13"}, (77, 64)),
     "resize-32s": ("fcn32s_resize", {"encoder": "vgg19"}, (65, 97)),
     "resize-16s-bn": ("fcn16s_resize", {"encoder": "vgg16", "encoder_norm": "batch"}, (97, 71)),
+    "resize-16s-bn-frozen": (
+        "fcn16s_resize",
+        {"encoder": "vgg11", "encoder_norm": "batch", "freeze_stages": 2},
+        (97, 71),
+    ),
     "resize-8s-aux": ("fcn8s_resize", {"encoder": "vgg16", "aux_head": True}, (95, 66)),
 }
 
@@ -29,3 +34,9 @@ CASES = {
 @pytest.mark.parametrize("case", CASES)
 def test_equals_torch(case):
     check_case(*CASES[case], ("float64", "float32"))
+
+
+# In float32 fifty batch norms, one after the other, amplify rounding to 1e-4 of the logits, on both sides.
+@pytest.mark.parametrize("frozen", [0, 4])
+def test_dilated_equals_torch(frozen):
+    check_case("fcn_resnet50", {"aux_head": True, "freeze_stages": frozen}, (40, 56), ("float64",))

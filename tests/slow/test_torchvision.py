@@ -1,4 +1,4 @@
-"""torchvision's own classifiers at full width against ours: the same logits, and the same bits on the way back."""
+"""torchvision's classifiers and FCNs at full width against ours: the same logits, and the same bits on the way back."""
 
 import copy
 
@@ -11,6 +11,7 @@ from small_networks import shapes
 from torch_sources import randomise
 from torchvision_import import torchvision
 
+import fcn_jax
 from fcn_jax import weights
 from fcn_jax.models.vgg import VGGClassifier
 
@@ -56,3 +57,27 @@ def test_a_ported_classifier_goes_back_bit_for_bit(ported):
             assert filled.state_dict()[name] == 0  # a count that no network of ours keeps
         else:
             assert torch.equal(filled.state_dict()[name].view(torch.int32), value.view(torch.int32)), name
+
+
+@pytest.mark.parametrize(("name", "aux"), [("fcn_resnet50", True), ("fcn_resnet101", False)])
+def test_a_ported_fcn_computes_torchvisions_logits_and_goes_back_bit_for_bit(name, aux):
+    module = randomise(
+        getattr(torchvision.models.segmentation, name)(weights=None, weights_backbone=None, aux_loss=aux)
+    )
+    state = {key: value.numpy().copy() for key, value in module.state_dict().items()}
+    info = weights.inspect(state)
+    assert (info.layout, info.variant, info.fit.models) == ("torchvision-fcn", name.removeprefix("fcn_"), (name,))
+    for dtype, limit in {"float64": 1e-11, "float32": 2e-5}.items():
+        model = fcn_jax.create_model(name, 21, aux_head=aux, dtype=dtype, param_dtype=dtype)
+        variables, report = weights.load_with_report(state, model, shapes(model))
+        assert not report.left
+        torch_dtype, apply = getattr(torch, dtype), jax.jit(model.apply)
+        for size in ((65, 97), (33, 130), (121, 75)):
+            x = np.random.default_rng(1).standard_normal((1, *size, 3), np.float32).astype(dtype)
+            with torch.no_grad():
+                theirs = module.to(torch_dtype).eval()(torch.from_numpy(x).permute(0, 3, 1, 2))["out"]
+            assert error(np.asarray(apply(variables, x)), theirs.permute(0, 2, 3, 1).numpy()) <= limit
+        if dtype == "float64":
+            back = weights.to_torch(model, variables, "torchvision-fcn")
+            assert list(back) == list(state) and all(np.array_equal(back[key], state[key]) for key in state)
+            module.load_state_dict({key: torch.from_numpy(value) for key, value in back.items()}, strict=True)

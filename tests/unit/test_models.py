@@ -6,19 +6,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from small_networks import create
 
 import fcn_jax
 from fcn_jax.errors import InputError
 from fcn_jax.models import MODELS, summarize
-from fcn_jax.models.fcn import serves
+from fcn_jax.models.fcn import encoder_stage, serves
 from fcn_jax.models.upsample import bilinear_kernel
 
-TINY = {"encoder": "vgg11", "width": 0.02}
+TINY = {"width": 0.02}
 SIZES = [(1, 1), (1, 70), (31, 32), (33, 65), (64, 96), (101, 7)]
 
 
 def tiny(name, num_classes=3, **options):
-    return fcn_jax.create_model(name, num_classes, **{**TINY, **options})
+    return create(name, num_classes, **{**TINY, **options})
 
 
 def train(model, variables, images):
@@ -33,7 +34,7 @@ def images():
 
 def test_all_families_and_strides_have_names():
     expected = {f"fcn{s}s{family}" for s in (32, 16, 8) for family in ("", "_pad100", "_ladder", "_resize")}
-    assert set(MODELS) == expected | {"fcn8s_pad100_atonce", "fcns_ladder"}
+    assert set(MODELS) == expected | {"fcn8s_pad100_atonce", "fcns_ladder", "fcn_resnet50", "fcn_resnet101"}
 
 
 def test_an_unknown_name_lists_the_known_ones():
@@ -50,6 +51,8 @@ def test_an_unknown_name_lists_the_known_ones():
         ("fcn8s_ladder", {"dropout_rate": 0.5}, "unknown option of fcn8s_ladder 'dropout_rate'"),
         ("fcn8s_resize", {"fc_features": 64}, "unknown option of fcn8s_resize 'fc_features'"),
         ("fcn8s", {"encoder": "vgg12"}, "vgg11, vgg13, vgg16, vgg19"), ("fcn8s", {"pool": "same"}, "ceil, floor"),
+        ("fcn_resnet50", {"encoder": "vgg16"}, "resnet50, resnet101"), ("fcn8s", {"encoder": "resnet50"}, "vgg11"),
+        ("fcn_resnet50", {"encoder_norm": None}, "unknown option"), ("fcn8s", {"freeze_stages": 6}, "in 0 ... 5"),
         ("fcn8s", {"encoder_norm": "group"}, "unknown encoder_norm 'group'"),
         ("fcn8s", {"width": 0}, "expected 0 < width <= 64"), ("fcn8s", {"width": "a"}, "width"),
         ("fcn8s", {"width": float("nan")}, "width"), ("fcn8s", {"fc_features": 1.5}, "fc_features"),
@@ -130,8 +133,9 @@ def test_the_same_key_gives_the_same_variables_at_any_image_size():
     jax.tree.map(np.testing.assert_array_equal, small, large)
 
 
-def test_a_frozen_encoder_gets_no_gradient_and_keeps_its_statistics(images):
-    model = tiny("fcn8s_ladder", encoder_norm="batch", freeze_encoder=True)
+@pytest.mark.parametrize("stages", [2, 5])
+def test_frozen_stages_get_no_gradient_and_keep_their_statistics(images, stages):
+    model = tiny("fcn8s_ladder", encoder_norm="batch", freeze_stages=stages)
     variables = fcn_jax.init_variables(model, jax.random.key(0))
     params = jax.tree.map(lambda x: x + 0.1, variables["params"])  # score layers at zero would stop every gradient
 
@@ -140,9 +144,16 @@ def test_a_frozen_encoder_gets_no_gradient_and_keeps_its_statistics(images):
         return jnp.sum(out**2), new["batch_stats"]
 
     gradient, statistics = jax.jit(jax.grad(loss, has_aux=True))(params)
-    assert not any(g.any() for g in jax.tree.leaves(gradient.pop("vgg")))
+    for name, leaves in gradient.pop("vgg").items():
+        assert any(g.any() for g in leaves.values()) == (encoder_stage(("vgg", name)) > stages)
     assert any(g.any() for g in jax.tree.leaves(gradient))
-    jax.tree.map(np.testing.assert_array_equal, statistics["vgg"], variables["batch_stats"]["vgg"])
+    before = variables["batch_stats"]["vgg"]
+    moved = {
+        encoder_stage(("vgg", name))
+        for name, new in statistics["vgg"].items()
+        if (new["mean"] != before[name]["mean"]).any()
+    }
+    assert moved == set(range(stages + 1, 6))
     # The rungs still normalise by the batch.
     assert (statistics["bn1"]["mean"] != variables["batch_stats"]["bn1"]["mean"]).any()
 
@@ -172,8 +183,9 @@ def test_bfloat16_computes_with_float32_parameters(images):
     assert {leaf.dtype for leaf in jax.tree.leaves(updated)} == {np.dtype(np.float32)}
 
 
-def test_auxiliary_logits_are_returned_in_training_only():
-    model = tiny("fcn8s_resize", aux_head=True)
+@pytest.mark.parametrize("name", ["fcn8s_resize", "fcn_resnet50"])
+def test_auxiliary_logits_are_returned_in_training_only(name):
+    model = create(name, aux_head=True)
     x = jnp.zeros((2, 40, 33, 3))
     variables = jax.eval_shape(lambda: fcn_jax.init_variables(model, jax.random.key(0)))
     assert "aux" in variables["params"]

@@ -20,7 +20,7 @@ GRADS = jax.tree.map(lambda x: 0.1 * x + 0.2, PARAMS)
 
 
 def _run(config, steps=4, freeze=False):
-    optimizer = make_optimizer(PARAMS, config, steps, freeze)
+    optimizer = make_optimizer(PARAMS, config, steps, 5 if freeze else 0)
     state, params = optimizer.init(PARAMS), PARAMS
     for _ in range(steps):
         updates, state = optimizer.update(GRADS, state, params)
@@ -56,7 +56,7 @@ def test_the_head_learns_ten_times_as_fast_as_the_encoder():
 
 
 def test_frozen_parameters_have_no_momentum():
-    optimizer = make_optimizer(PARAMS, OptimConfig(freeze_upsampling=True), 4, freeze_encoder=True)
+    optimizer = make_optimizer(PARAMS, OptimConfig(freeze_upsampling=True), 4, freeze_stages=5)
     shapes = sorted(leaf.shape for leaf in jax.tree.leaves(optimizer.init(PARAMS)))
     assert shapes == [(), (1,), (1,)]  # the schedule's counter, and score_fr
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import trees
 from inference_cases import check_padding
-from small_networks import make_network
+from small_networks import create, make_network
 
 import fcn_jax
 from fcn_jax.config import DataConfig
@@ -23,7 +23,7 @@ from fcn_jax.training.devices import make_mesh
 @pytest.mark.parametrize(
     ("name", "options", "sizes"),
     [(name, {"encoder_norm": "batch"}, ((33, 70), (1, 95))) for name in ("fcn8s", "fcn8s_ladder")]
-    + [(name, {}, ((33, 70), (50, 3))) for name in ("fcn8s_pad100", "fcn8s_resize")],
+    + [(name, {}, ((33, 70), (50, 3))) for name in ("fcn8s_pad100", "fcn8s_resize", "fcn_resnet50")],
 )
 def test_logits_in_a_larger_array_are_those_of_the_image_alone(name, options, sizes):
     check_padding(name, sizes, **options)
@@ -38,7 +38,7 @@ def test_floor_pooling_with_a_margin_keeps_the_logits():
 
 @pytest.mark.parametrize("name", MODELS)
 def test_sides_of_an_array_tell_its_maps_apart(name):
-    model = fcn_jax.create_model(name, 3, encoder="vgg11", width=0.03)
+    model = create(name, 3, width=0.03)
     for n in range(32, 1100, 32):
         for sides, of_arrays in zip(map_sides(model, n), map_sides(model, np.array([n])), strict=True):
             assert len(set(sides)) == len(sides)

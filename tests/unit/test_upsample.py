@@ -96,14 +96,17 @@ def test_a_new_upsampling_layer_interpolates_each_channel_on_its_own():
     np.testing.assert_allclose(y[0, 1:-1, 1:-1, 1], np.broadcast_to(columns[None, 1:-1], (8, 10)), atol=1e-14)
 
 
+@pytest.mark.parametrize("align_corners", [True, False])
 @pytest.mark.parametrize("old", [(1, 1), (1, 3), (2, 2), (5, 3), (9, 4)])
-def test_resize_equals_torch_interpolate(old):
+def test_resize_equals_torch_interpolate(old, align_corners):
     rng = np.random.default_rng(2)
     sizes = ((1, 1), (1, 7), (5, 3), (8, 9), (33, 50))
     x, cotangents = rng.normal(size=(2, *old, 3)), [rng.normal(size=(2, *new, 3)) for new in sizes]
-    values, pullback = jax.vjp(jax.jit(lambda x: [resize_bilinear(x, new) for new in sizes]), jnp.asarray(x))
+    values, pullback = jax.vjp(
+        jax.jit(lambda x: [resize_bilinear(x, new, None, align_corners) for new in sizes]), jnp.asarray(x)
+    )
     tx = torch.from_numpy(x).permute(0, 3, 1, 2).requires_grad_()
-    expected = [F.interpolate(tx, new, mode="bilinear", align_corners=True) for new in sizes]
+    expected = [F.interpolate(tx, new, mode="bilinear", align_corners=align_corners) for new in sizes]
     for index, (y, ty, dy) in enumerate(zip(values, expected, cotangents, strict=True)):
         (gradient,) = torch.autograd.grad(ty, tx, torch.from_numpy(dy).permute(0, 3, 1, 2))
         (dx,) = pullback([jnp.asarray(c * (i == index)) for i, c in enumerate(cotangents)])

@@ -223,7 +223,7 @@ def test_numbers_that_no_training_leaves_behind_are_refused_by_name(tensor, dtyp
 def test_an_unknown_layout_is_named_by_its_tensors():
     model, variables = build()
     source = {"backbone.stem.weight": np.zeros((3, 3))}
-    message = "no known layout has names like backbone.stem.weight; known: fcn_jax, timm-vgg, johnson"
+    message = "no known layout has names like backbone.stem.weight; known: fcn_jax, torchvision-fcn"
     with pytest.raises(InputError, match=message):
         weights.load(source, model, variables)
     assert weights.inspect(source).layout is None

@@ -8,20 +8,27 @@ from fcn_jax.weights.layouts.layout import Layout, Shapes, encoder_of, encoder_s
 from fcn_jax.weights.layouts.pochih import POCHIH
 from fcn_jax.weights.layouts.pytorch_fcn import PYTORCH_FCN
 from fcn_jax.weights.layouts.torchvision import JOHNSON, TIMM, TORCHVISION
+from fcn_jax.weights.layouts.torchvision_fcn import TORCHVISION_FCN, TORCHVISION_RESNET, resnet_of
 from fcn_jax.weights.layouts.tramac import TRAMAC
 from fcn_jax.weights.layouts.tutorials import BOOSTCAMP, FANRENCLI, FCN1
 
 
 def _encoder(shapes: Shapes) -> str | None:
+    if resnet := resnet_of(shapes, "resnet.layer3_"):
+        return resnet
     return encoder_of(shapes, "vgg.", lambda *encoder: [(name, name) for name in sum(encoder_stages(*encoder), [])])
 
 
-# The order matters where names overlap: torchvision's are part of timm's and Johnson's.
+# The order matters where names overlap: torchvision's are part of timm's and Johnson's, Johnson's of torchvision's FCN.
 LAYOUTS: dict[str, Layout] = {
-    "fcn_jax": Layout(pattern=r"vgg\.(conv|bn)\d_\d\..*", modules=None, encoder=_encoder),
+    "fcn_jax": Layout(
+        pattern=r"vgg\.(conv|bn)\d_\d\..*|resnet\.(conv1|layer\d_\d+\..*)", modules=None, encoder=_encoder
+    ),
+    "torchvision-fcn": TORCHVISION_FCN,
     "timm-vgg": TIMM,
     "johnson-vgg": JOHNSON,
     "torchvision-vgg": TORCHVISION,
+    "torchvision-resnet": TORCHVISION_RESNET,
     "pytorch-fcn": PYTORCH_FCN,
     "tramac": TRAMAC,
     "pochih": POCHIH,

@@ -11,6 +11,7 @@ from typing import Any
 from fcn_jax.errors import InputError
 from fcn_jax.models.catalog import create_model
 from fcn_jax.models.fcn import FCN
+from fcn_jax.models.resnet import RESNETS
 from fcn_jax.models.vgg import ENCODERS, VGGClassifier
 from fcn_jax.weights.names import LEAVES, Parameter
 
@@ -39,7 +40,7 @@ class Fit:
     def encoder(self) -> str | None:
         """The encoder's name, see ``encoder_name``; None where it is not known."""
         options = self.options
-        return encoder_name(options["encoder"], options["encoder_norm"]) if "encoder" in options else None
+        return encoder_name(options["encoder"], options.get("encoder_norm")) if "encoder" in options else None
 
     @property
     def call(self) -> str:
@@ -80,12 +81,14 @@ class Layout:
 
 
 def encoder_name(encoder: str, norm: str | None) -> str:
-    """Name an encoder as torchvision does: ``vgg16`` or ``vgg16_bn``."""
-    return encoder + ("_bn" if norm == "batch" else "")
+    """Name an encoder as torchvision does: ``vgg16``, ``vgg16_bn`` or ``resnet50``, which always has batch norm."""
+    return encoder + ("_bn" if norm == "batch" and encoder not in RESNETS else "")
 
 
 def encoder_options(name: str | None) -> dict[str, Any]:
     """Return the options of ``create_model`` for an encoder's name, the inverse of ``encoder_name``; none for None."""
+    if name in RESNETS:
+        return {"encoder": name}
     encoder, _, norm = (name or "").partition("_")
     return {"encoder": encoder, "encoder_norm": "batch" if norm else None} if name else {}
 
