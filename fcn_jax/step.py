@@ -82,13 +82,14 @@ def make_train_step(
             the global batch is k modulo the number of parts, for any number of devices. A batch norm normalises each
             part by its own statistics (the running ones move once per part), so that only a model without it equals
             the whole batch.
-        axis_name: the ``jax.pmap`` axis over which the batch is split; None where the batch is global.
+        axis_name: the axis of ``jax.pmap`` or ``jax.shard_map`` over which the batch is split; None where every call
+            has the global batch.
         pass_example_ids: give ``apply_fn`` the keyword ``example_ids``, (b,) indices in the global batch, on which
             dropout masks of this package's networks are keyed; otherwise its masks depend on the split.
 
     Returns:
-        ``train_step(state, batch) -> (state, sums)``; ``batch`` is the device's part under pmap, the global batch
-        otherwise.
+        ``train_step(state, batch) -> (state, sums)``; ``batch`` is the device's part with an ``axis_name``, the global
+        batch without.
     """
 
     def loss_sum(params: Any, batch_stats: Any, batch: Batch, ids: jax.Array, key: jax.Array) -> Any:

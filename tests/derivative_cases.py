@@ -68,7 +68,7 @@ def check_modes(family, norm, train):
             "reverse over reverse": jax.grad(lambda x: jnp.vdot(gradient(x), v))(x),
         }
 
-    differences, gradient, step = [], jax.jit(gradient), 1e-7
+    differences, gradient, step = [], jax.jit(gradient), 1e-8
     for v in directions(vector, 5):
         found = derivatives(vector, v)
         slope = jnp.vdot(found["gradient"], v)

@@ -11,13 +11,15 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from fcn_jax.cli.process import make_folder
+from fcn_jax.cli.process import check_file
 from fcn_jax.compare import compile as compiling
 from fcn_jax.compare.report import save_json
 from fcn_jax.config import Config, ModelConfig
+from fcn_jax.data import camvid, shapes, voc
 from fcn_jax.errors import InputError, unknown
 from fcn_jax.models.catalog import MODELS
 from fcn_jax.recipes import RECIPES
+from fcn_jax.training.config_checks import check_config
 
 
 @dataclass(frozen=True)
@@ -32,8 +34,9 @@ class CompileArguments:
     image_size: tuple[int, int] | None = None
     """Height and width; by default the recipe's crop or input size, or 512 512."""
     batch_size: int | None = None
-    """Of all devices together; by default eight on each."""
-    num_classes: int = 21
+    """Of all devices together; by default the recipe's, or eight on each for a network."""
+    num_classes: int | None = None
+    """By default those of the recipe's data set, or 21 for a network."""
     inference: bool = False
     """Compile class maps on one device instead of the training step."""
     max_batch: bool = False
@@ -61,16 +64,29 @@ def main(arguments: Sequence[str]) -> int:
     given = tyro.cli(CompileArguments, prog=f"fcn-jax compile {name}", default=default, args=rest)
     target = compiling.open_target(given.target)
     count = 1 if given.inference else len(target.devices)
-    size = given.image_size or given.config.data.crop_size or given.config.data.input_size or (512, 512)
-    unit = count * (1 if given.inference else given.config.train.accumulate)
-    batch_size = 8 * count if given.batch_size is None else given.batch_size
+    config = given.config
+    check_config(config)
+    size = given.image_size or config.data.crop_size or config.data.input_size or (512, 512)
+    if min(size) < 1:
+        raise InputError(f"expected --image-size of at least 1 1, got {size[0]} {size[1]}")
+    unit = count * (1 if given.inference else config.train.accumulate)
+    batch_size = given.batch_size
+    if batch_size is None and name in RECIPES:
+        batch_size = config.train.eval_batch_size if given.inference else config.train.batch_size
+    elif batch_size is None:
+        batch_size = 8 * unit
     if batch_size < 1 or batch_size % unit:
         raise InputError(f"expected --batch-size to be a multiple of {unit}, of devices x parts, got {batch_size}")
-    work = compiling.Work(given.config, given.num_classes, size, batch_size, given.inference)
+    classes = given.num_classes or (_classes(config) if name in RECIPES else 21)
+    work = compiling.Work(config, classes, size, batch_size, given.inference)
+    for file in (given.out, given.text):
+        if file is not None:
+            check_file(file)  # before minutes are spent on what goes there
     console = Console(highlight=False, width=None if Console().is_terminal else 132)
     if given.max_batch:
         if not target.chip.memory:
             raise InputError(f"target {target.name} has no memory of its own; choose a TPU or GPU for --max-batch")
+        compiling.lower(work, target)  # whatever else is wrong
         most = compiling.largest(
             lambda batch: compiling.fits(replace(work, batch_size=batch), target), unit, batch_size
         )
@@ -81,19 +97,28 @@ def main(arguments: Sequence[str]) -> int:
     report = compiling.compile_work(work, target)
     _print(console, work, target, report)
     if given.text is not None:
-        make_folder(given.text.parent)
         given.text.write_text(report.text)
     if given.out is not None:
-        make_folder(given.out.parent)
         save_json(given.out, {"command": ["fcn-jax", "compile", *arguments], **compiling.to_json(work, target, report)})
     return 0
+
+
+def _classes(config: Config) -> int:
+    """Return the number of classes of a recipe's data set."""
+    name = config.data.train.partition("/")[0]
+    fixed = {"shapes": shapes.CLASSES, "camvid": camvid.CLASSES, "voc": voc.CLASSES, "sbd": voc.CLASSES}
+    if name not in fixed:
+        raise InputError(f"the classes of {config.data.train} are in its files; give --num-classes")
+    return len(fixed[name])
 
 
 def _print(console: Console, work: compiling.Work, target: compiling.Target, report: compiling.CompileReport) -> None:
     model, chip = work.config.model, target.chip
     what = "class maps" if work.inference else f"training step, {work.config.parallel}"
-    title = f"{model.name}, {model.dtype}, batch {work.batch_size}, {work.size[0]}x{work.size[1]}: {what}"
-    console.print(f"{title}, for {target.name} ({len(target.devices)} x {target.devices[0].device_kind})")
+    sizes = f"{work.num_classes} classes, {model.dtype}, batch {work.batch_size}, {work.size[0]}x{work.size[1]}"
+    console.print(
+        f"{model.name}, {sizes}: {what}, for {target.name} ({len(target.devices)} x {target.devices[0].device_kind})"
+    )
     if report.memory:
         parts = ", ".join(f"{name} {value / 2**30:.2f}" for name, value in report.memory.items() if name != "total")
         of_chip = f" of {chip.memory / 2**30:.0f}" if chip.memory else ""
@@ -101,8 +126,8 @@ def _print(console: Console, work: compiling.Work, target: compiling.Target, rep
     if report.flops is not None and report.bytes_accessed is not None:
         flops, read = report.flops / 1e12, report.bytes_accessed / 1e9
         console.print(f"on a device: {flops:.3f} TFLOP, {read:.2f} GB read and written")
-    if report.unreadable:
-        console.print(f"no cycles and no collectives: the compiler cannot print its program ({report.unreadable})")
+    for note in report.notes:
+        console.print(f"note: {note}")
     if report.cycles:
         _print_cycles(console, chip, report)
     for each in report.collectives:

@@ -15,7 +15,7 @@ import rich
 import tyro
 
 from fcn_jax import weights
-from fcn_jax.cli.process import make_folder
+from fcn_jax.cli.process import check_file, make_folder
 from fcn_jax.compare.experiments import (
     Case,
     against_jax,
@@ -32,6 +32,7 @@ from fcn_jax.errors import InputError
 from fcn_jax.models import create_model
 from fcn_jax.models.catalog import describe_model
 from fcn_jax.models.fcn import FCN
+from fcn_jax.training.distributed import digest
 from fcn_jax.training.run import environment
 
 
@@ -87,14 +88,15 @@ def main(arguments: Sequence[str]) -> int:
     _check(given)
     if given.out is not None:
         make_folder(given.out)  # before hours are spent on the results
+    if given.save is not None:
+        check_file(given.save)
     devices = _configure(given)
     model, variables = _make_model(given)
     images, labels = random_batch(given.image_size, model.num_classes, given.batch_size, given.seed)
     optim = OptimConfig(lr=given.lr, momentum=given.momentum, weight_decay=given.weight_decay)
     case = Case(model, variables, images, labels, given.dtype, given.steps, optim, given.max_error)
-    about = _about(given, model, devices)
+    about = _about(given, model, variables)
     if given.save is not None:
-        make_folder(given.save.parent)
         save_record(case, given.save, about)
         print(f"{about['name']}: in {given.save}")
         return 0
@@ -130,6 +132,12 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _check(given: ParityArguments) -> None:
+    against = None if given.against == "torch" else given.against
+    several = {"--against": against, "--max-error": given.max_error, "--out": given.out, "--devices": given.devices}
+    if given.save is not None and (useless := [name for name, value in several.items() if value is not None]):
+        raise InputError(f"--save compares nothing: it does not go with {' or '.join(useless)}; leave one out")
+    if given.against not in ("torch", "jax") and (given.devices or 1) > 1:
+        raise InputError(f"--against {given.against} is of one device; leave --devices out")
     if given.steps < 0:
         raise InputError(f"expected --steps >= 0, got {given.steps}; 0 leaves training out")
     if min(given.image_size) < 1 or given.batch_size < 1:
@@ -151,14 +159,14 @@ def _configure(given: ParityArguments) -> int:
     return default if given.devices is None else given.devices
 
 
-def _about(given: ParityArguments, model: FCN, devices: int) -> dict[str, Any]:
+def _about(given: ParityArguments, model: FCN, variables: Any) -> dict[str, Any]:
     """Say what is computed; whatever is not in it may differ between the two sides, and the name tells it."""
     device = jax.devices()[0]
     name = f"{device.device_kind} {given.dtype} {given.precision}, jax {jax.__version__}"
     network, options = describe_model(model)
     about = {"name": name, "network": network, "num_classes": model.num_classes, "options": options}
-    work = ("image_size", "batch_size", "steps", "seed", "weights", "lr", "momentum", "weight_decay")
-    return about | {key: getattr(given, key) for key in work}
+    work = ("image_size", "batch_size", "steps", "seed", "lr", "momentum", "weight_decay")
+    return about | {key: getattr(given, key) for key in work} | {"weights": f"checksum {digest(variables):08x}"}
 
 
 def _make_model(given: ParityArguments) -> tuple[FCN, Any]:

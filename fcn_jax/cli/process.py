@@ -54,7 +54,14 @@ def make_folder(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise InputError(f"--out {folder}: {error.strerror}; name a folder that can be written to") from error
+        raise InputError(f"{folder}: {error.strerror}; name a folder that can be written to") from error
+
+
+def check_file(path: Path) -> None:
+    """Make the folder of a file for a command's results; an InputError where the file cannot be written."""
+    make_folder(path.parent)
+    if path.is_dir():
+        raise InputError(f"{path}: is a folder; name a file")
 
 
 def guarded(command: Callable[[Sequence[str]], int], arguments: Sequence[str]) -> int:

@@ -53,6 +53,8 @@ CHIPS = {
     "h100": Chip(84_929_347_584, example="h100:8"),
     "cpu": Chip(0, example="cpu:8"),
 }
+# In training the loss's gather goes to the SparseCores of v5p and v6e, and libtpu cannot print such a program.
+_PRINTABLE = {"xla_tpu_offload_gather_to_sparsecore": False}
 # The GPU's compiler times kernels on the device, which is not there; Triton's gemms need that.
 _GPU_OPTIONS = {"xla_gpu_autotune_level": 0, "xla_gpu_enable_triton_gemm": False}
 DEFAULT_PRECISION = {"tpu": "one bfloat16 pass", "gpu": "TF32", "cpu": "float32"}
@@ -80,7 +82,10 @@ def open_target(name: str) -> Target:
         InputError: an unknown target, or its compiler is not installed.
     """
     family, _, shape = name.partition(":")
-    if family not in CHIPS or not re.fullmatch(r"\d+" if family in ("h100", "cpu") else r"\d+(x\d+){1,2}", shape):
+    side = r"[1-9]\d*"
+    if family not in CHIPS or not re.fullmatch(
+        side if family in ("h100", "cpu") else rf"{side}(x{side}){{1,2}}", shape
+    ):
         known = ", ".join(chip.example for chip in CHIPS.values())
         raise InputError(f"unknown target {name!r}; choose a family and its shape, as in {known}")
     # All devices are described here; JAX need not look for any of its own.
@@ -100,7 +105,7 @@ def open_target(name: str) -> Target:
         else:
             described = topologies.get_topology_desc(platform="tpu", topology_name=name)
     except jax.errors.JaxRuntimeError as error:
-        raise InputError(f"target {name}: {first_line(error)}") from error
+        raise InputError(f"target {name}: {first_line(error)}; choose another shape") from error
     except (RuntimeError, OSError, KeyError, AttributeError) as error:
         packages = f"pip install --no-deps {plugins}, of jaxlib's version" if family == "h100" else "pip install libtpu"
         raise InputError(f"target {name}: no compiler for it here ({first_line(error)}); {packages}") from error
@@ -167,21 +172,28 @@ class CompileReport:
     """Convolutions and matrix products by dtype of their operands and the precision that they ask for."""
     text: str = field(default="", repr=False)
     """The compiled program."""
-    unreadable: str = ""
-    """Why there is no text, cycles or collective operations: some compilers cannot print what they make."""
+    notes: list[str] = field(default_factory=list)
+    """What a reader of the numbers has to know."""
+
+
+class DoesNotFit(InputError):
+    """The compiler finds no room for the program in the chip's memory."""
 
 
 def compile_work(work: Work, target: Target) -> CompileReport:
     """Compile for a target and read the program.
 
     Raises:
-        InputError: the program does not fit, or does not compile; the compiler's first line says why.
+        DoesNotFit: the program does not fit; the compiler's first line says why.
+        InputError: it does not compile.
     """
     lowered = lower(work, target)
     try:
         compiled = lowered.compile(_GPU_OPTIONS if target.platform == "gpu" else None)
     except jax.errors.JaxRuntimeError as error:
-        raise InputError(f"{target.name} does not compile a batch of {work.batch_size}: {first_line(error)}") from error
+        kind = DoesNotFit if "RESOURCE_EXHAUSTED" in str(error) else InputError
+        message = f"{target.name} does not compile a batch of {work.batch_size}: {first_line(error)}"
+        raise kind(f"{message}; choose a smaller batch or --train.remat") from error
     report = CompileReport(products=count_products(lowered.as_text()))
     if (plan := compiled.memory_analysis()) is not None:
         parts = {
@@ -191,26 +203,28 @@ def compile_work(work: Work, target: Target) -> CompileReport:
             "reused": plan.alias_size_in_bytes,
         }
         report.memory = parts | {"total": sum(parts.values()) - 2 * parts["reused"]}
-    if target.platform == "tpu":
-        costs = compiled.cost_analysis()
-        report.flops, report.bytes_accessed = costs["flops"], costs["bytes accessed"]
     try:
         report.text = compiled.as_text()
-    except jax.errors.JaxRuntimeError as error:
-        report.unreadable = first_line(error)
-        return report
+    except jax.errors.JaxRuntimeError:
+        compiled = lowered.compile(_PRINTABLE)
+        report.text = compiled.as_text()
+        report.notes.append("below, the loss's gather is on the TensorCore: the compiler cannot print it elsewhere")
     report.collectives = count_collectives(report.text)
-    if target.platform == "tpu":
+    if work.config.train.accumulate > 1 and not work.inference:
+        report.notes.append("accumulated parts are a loop, which the compiler counts once: no FLOPs, bytes or cycles")
+    elif target.platform == "tpu":
+        costs = compiled.cost_analysis()
+        report.flops, report.bytes_accessed = costs["flops"], costs["bytes accessed"]
         layers = [row.path.split("/")[-1] for row in summarize(work.model, work.size)]
         report.cycles, report.largest = estimated_cycles(report.text, layers)
     return report
 
 
 def fits(work: Work, target: Target) -> bool:
-    """Tell whether the program compiles and its planned memory is within the chip's."""
+    """Tell whether the compiler finds room for the program and the memory that it plans is within the chip's."""
     try:
         report = compile_work(work, target)
-    except InputError:
+    except DoesNotFit:
         return False
     return not target.chip.memory or report.memory.get("total", 0) <= target.chip.memory
 
@@ -302,4 +316,5 @@ def to_json(work: Work, target: Target, report: CompileReport) -> Mapping[str, A
     numbers = {name: value for name, value in vars(report).items() if name != "text"}
     what = {"target": target.name, "devices": len(target.devices), "size": work.size, "batch_size": work.batch_size}
     what |= {"network": work.config.model.name, "dtype": work.config.model.dtype, "parallel": work.config.parallel}
+    what["num_classes"] = work.num_classes
     return what | {"inference": work.inference, "chip_memory": target.chip.memory} | numbers

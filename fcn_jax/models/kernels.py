@@ -162,7 +162,7 @@ def _gradient_kernel_by_rows(
     b, h, w, c_out = dy.shape
     (k, taps), c_in = sides, x.shape[-1]
     dtype = jnp.promote_types(x.dtype, jnp.float32)
-    rows = min(h, max(4, _BLOCK_PIXELS // (b * w)))
+    rows = min(h, max(4, _BLOCK_PIXELS // max(1, b * w)))
     blocks = -(-h // rows)
     (top, bottom), (left, right) = padding
     x = jnp.pad(x, ((0, 0), (top, bottom + blocks * rows - h), (0, 0), (0, 0)))

@@ -20,7 +20,7 @@ from fcn_jax.models.kernels import conv2d, max_pool_2x2
 class Compute:
     """How layers compute: the dtypes of activations and of parameters, and the matmul precision.
 
-    ``axis_name`` is the ``jax.pmap`` axis that batch-norm statistics are averaged over; None under ``jit`` on a mesh,
+    ``axis_name`` is the axis of ``jax.pmap`` or ``jax.shard_map`` that batch-norm statistics are averaged over; None
     where the batch is global already.
     """
 
@@ -73,7 +73,7 @@ class PooledConv(nn.Conv):
     """A convolution of which only the pooled maxima are used.
 
     A bias moves all pixels of a window alike, so its gradient is the sum over the pooled map: the whole map, four times
-    larger, need not be read for it.
+    larger, need not be read for it. ``__call__`` alone gives the bias no gradient: ``max_pool`` has to follow.
     """
 
     def param(self, name: str, *args: Any, **options: Any) -> Any:

@@ -103,7 +103,11 @@ def test_a_step_sums_over_devices_the_gradient_once_and_otherwise_only_batch_sta
 MISTAKES = [
     ("fcn9s --target cpu:2", ["fcn9s", "fcn8s"]), ("fcn8s --target v9", ["v9", "v5e:2x2", "h100:8"]),
     ("fcn8s --target v5e:4", ["v5e:4", "v5e:2x2"]), ("fcn8s --target cpu:2 --batch-size 3", ["--batch-size", "2", "3"]),
-    ("fcn8s --target cpu:2 --max-batch", ["cpu:2", "--max-batch"]),
+    ("fcn8s --target cpu:2 --max-batch", ["cpu:2", "--max-batch"]), ("fcn8s --target v5e:0x0", ["v5e:0x0", "v5e:2x2"]),
+    ("fcn8s --target cpu:2 --image-size 0 5", ["--image-size", "0 5"]),
+    ("fcn8s --target cpu:2 --out /", ["/", "folder"]),
+    ("fcn8s --target cpu:2 --train.accumulate 0", ["--train.accumulate"]), ("fcn8s --target cpu:0", ["cpu:0", "cpu:8"]),
+    ("voc-paper-8s --target cpu:2", ["--batch-size", "2", "got 1"]), ("scratch-fcn1 --target cpu:2", ["--num-classes"]),
 ]  # fmt: skip
 
 
@@ -119,6 +123,23 @@ def test_a_missing_compiler_is_named(target, package, fails, monkeypatch):
 
     monkeypatch.setattr(topologies, "get_topology_desc", missing)
     fails(cli_compile.main, ["fcn8s", "--target", target], package)
+
+
+def test_a_recipe_is_compiled_with_its_batch_and_classes_and_parts_hide_what_a_loop_hides(capsys):
+    words = "--model.width 0.03 --model.fc-features 8 --image-size 32 32 --parallel mesh --train.accumulate 2".split()
+    assert cli_compile.main(["camvid", "--target", "cpu:2", *words]) == 0
+    printed = capsys.readouterr().out
+    assert "11 classes" in printed and "batch 8" in printed and "no FLOPs" in printed
+
+
+def test_only_a_program_without_room_is_one_that_does_not_fit(monkeypatch):
+    def compile_work(work, target):
+        raise (compiling.DoesNotFit if work == "large" else compiling.InputError)("...")
+
+    monkeypatch.setattr(compiling, "compile_work", compile_work)
+    assert not compiling.fits("large", None)
+    with pytest.raises(compiling.InputError):
+        compiling.fits("wrong", None)
 
 
 def run_command(*words, timeout=600):
@@ -160,6 +181,14 @@ def test_gradients_of_a_bfloat16_network_are_summed_in_float32(target, tmp_path)
     if target == "v5e:2x2":
         assert set(report["cycles"]) >= {"conv1_1", "fc6", "upscore8", "other"}
         assert report["cycles"]["conv1_1"]["forward"] > 0 and report["cycles"]["fc6"]["backward"] > 0
+
+
+@TPU
+@pytest.mark.slow
+@pytest.mark.parametrize("target", ["v5p:2x2x1", "v6e:2x2"])
+def test_chips_with_sparsecores_print_their_program_too(target, tmp_path):
+    report, reduce = reduced(tmp_path, target, "mesh", *TINY)
+    assert reduce["dtype"] == "f32" and report["cycles"]["conv1_1"]["forward"] > 0 and report["notes"]
 
 
 @TPU

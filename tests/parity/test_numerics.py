@@ -277,6 +277,9 @@ def test_another_machines_record_is_compared_and_other_work_is_refused(tmp_path,
     assert report["theirs"].endswith(f"float64 highest, jax {jax.__version__}") and len(report["steps"]) == 2
     assert report["predictions"]["eval"]["agreement"] > 0.99
     fails(cli_parity.main, [*command, "--seed", 1, "--against", saved], "seed 0 (here 1)")
+    fails(cli_parity.main, [*command, "--save", saved, "--against", saved], "--save", "--against")
+    fails(cli_parity.main, [*command, "--save", tmp_path], tmp_path, "folder")
+    fails(cli_parity.main, [*command, "--against", saved, "--devices", 2], "--devices")
     (tmp_path / "other").write_text("no record")
     fails(cli_parity.main, [*command, "--against", tmp_path / "other"], "other", "--save", "torch or jax")
 
