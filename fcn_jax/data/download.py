@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import os
-import shutil
 import tarfile
 import tempfile
-import urllib.request
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
+from fcn_jax.download import check_digest
+from fcn_jax.download import download as download_file
 from fcn_jax.errors import InputError, first_line
 
 _log = logging.getLogger(__name__)
@@ -49,31 +48,6 @@ ARCHIVES = {
 """Addresses and checksums, as torchvision's datasets/voc.py and datasets/sbd.py give them."""
 
 
-def _check(path: Path, archive: Archive, where: object, way_out: str) -> None:
-    with path.open("rb") as file:
-        found = hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
-    if found != archive.md5:
-        raise InputError(f"{where}: its checksum is {found}, expected {archive.md5}; {way_out}")
-
-
-def _get(archive: Archive, target: Path) -> None:
-    part = target.with_name(f"{target.name}.{os.getpid()}.part")
-    try:
-        # The time limit is for a single wait, in seconds.
-        with urllib.request.urlopen(archive.url, timeout=60) as response, part.open("wb") as file:
-            shutil.copyfileobj(response, file, 1 << 20)
-        _check(part, archive, archive.url, "try again or fetch it by hand")
-        os.replace(part, target)
-    except OSError as error:  # URLError is one
-        reason = getattr(error, "reason", None) or error
-        raise InputError(
-            f"{archive.url} cannot be fetched ({reason}); "
-            f"fetch {archive.name} (md5 {archive.md5}) elsewhere and put it at {target}"
-        ) from error
-    finally:
-        part.unlink(missing_ok=True)
-
-
 def fetch(archive: Archive, folder: Path, download: bool) -> Path:
     """Return ``folder``/``archive.content``; download and unpack the archive first, to appear whole or not at all.
 
@@ -95,9 +69,9 @@ def fetch(archive: Archive, folder: Path, download: bool) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         if not target.is_file():
             _log.info("fetching %s", archive.url)
-            _get(archive, target)
+            download_file(archive.url, target, f"md5:{archive.md5}")
         else:
-            _check(target, archive, target, "remove it and fetch it again")
+            check_digest(target, f"md5:{archive.md5}", target, "remove it and fetch it again")
         _log.info("unpacking %s", target)
         left = _MOST_GROWTH * target.stat().st_size
         with tempfile.TemporaryDirectory(prefix=".unfinished-", dir=folder, ignore_cleanup_errors=True) as work:

@@ -2,13 +2,15 @@
 
 from fcn_jax.weights.layouts import LAYOUTS
 from fcn_jax.weights.load import Info, Report, inspect, load, load_with_report, source_options
+from fcn_jax.weights.pretrained import PRETRAINED, Pretrained, fetch, is_hub
 from fcn_jax.weights.save import check_suffix, left_out, save, to_torch
-from fcn_jax.weights.sources import PRETRAINED, Source, TensorInfo, Tensors, fetch, open_source
+from fcn_jax.weights.sources import Source, TensorInfo, Tensors, open_source
 
 __all__ = [
     "LAYOUTS",
     "PRETRAINED",
     "Info",
+    "Pretrained",
     "Report",
     "Source",
     "TensorInfo",
@@ -16,6 +18,7 @@ __all__ = [
     "check_suffix",
     "fetch",
     "inspect",
+    "is_hub",
     "left_out",
     "load",
     "load_with_report",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import fnmatch
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax.numpy as jnp
@@ -74,6 +74,8 @@ def inspect(source: Source) -> Info:
         return Info(None, None, stated, tensors.infos, unwrapped=tensors.unwrapped)
     layout, shapes = LAYOUTS[name], tensors.shapes
     fit = layout.fit(shapes) if layout.fit else _saved_fit(tensors)
+    if fit and tensors.metadata.get("format") == "caffe":  # which has the at-once scales as layers
+        fit = replace(fit, models=fit.models[:1])
     variant = layout.encoder(shapes) if layout.encoder else fit.encoder if fit else None
     # The file's own statement takes precedence over what is usual for its layout.
     return Info(name, variant, stated or layout.preprocessing, tensors.infos, fit, tensors.unwrapped)
@@ -276,6 +278,12 @@ class _Loading:
                 continue
             if theirs.endswith(f".{COUNTER}"):
                 report.ignored[theirs] = "a counter of torch's batch norm, not used"
+            elif theirs in self.layout.constants:
+                report.ignored[theirs] = "an option of the model"
+                expected, found = self.layout.constants[theirs](self.model), self.tensors.read(theirs).ravel()
+                if not np.allclose(found, expected, rtol=1e-6, atol=0):
+                    wrong = f"{theirs} is {found[0]:g}, the model has {expected:g}"
+                    raise InputError(f"{self.tensors.origin}: {wrong}; create it with these skip_scales")
             elif _any(theirs, self.layout.unused):
                 report.ignored[theirs] = "the network has no place for it"
             elif _any(theirs, self.may_stay):

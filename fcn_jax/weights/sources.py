@@ -1,10 +1,8 @@
-"""Opening what weights come from: a .safetensors or torch file, a pretrained encoder by name, or a dict of arrays."""
+"""Opening what weights come from: a .safetensors, torch or Caffe file, a published name, or a dict of arrays."""
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import http.client
 import mmap
 import os
 import pickle
@@ -12,13 +10,15 @@ import re
 import warnings
 import zipfile
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from fcn_jax.errors import InputError, first_line, unknown
+from fcn_jax.weights.caffe import read_caffe
+from fcn_jax.weights.pretrained import PRETRAINED, fetch, is_hub
 
 # The last: what pytorch-fcn's trainer writes.
 _TORCH_SUFFIXES = (".pth", ".pt", ".pth.tar")
@@ -29,23 +29,6 @@ _PREFIXES = ("module.", "_orig_mod.")
 _DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64", "I32": "int32"}
 _PAGE = (b"<!doctype", b"<html", b"<head", b"<?xml")
 _ZIP = b"PK\x03\x04"
-
-_TORCHVISION = "https://download.pytorch.org/models"
-_JOHNSON = "https://web.eecs.umich.edu/~justincj/models"
-PRETRAINED = {
-    "vgg11-imagenet": f"{_TORCHVISION}/vgg11-8a719046.pth",
-    "vgg11_bn-imagenet": f"{_TORCHVISION}/vgg11_bn-6002323d.pth",
-    "vgg13-imagenet": f"{_TORCHVISION}/vgg13-19584684.pth",
-    "vgg13_bn-imagenet": f"{_TORCHVISION}/vgg13_bn-abd245e5.pth",
-    "vgg16-imagenet": f"{_TORCHVISION}/vgg16-397923af.pth",
-    "vgg16_bn-imagenet": f"{_TORCHVISION}/vgg16_bn-6c64b313.pth",
-    "vgg19-imagenet": f"{_TORCHVISION}/vgg19-dcbb9e9d.pth",
-    "vgg19_bn-imagenet": f"{_TORCHVISION}/vgg19_bn-c79401a0.pth",
-    "vgg16-caffe": f"{_JOHNSON}/vgg16-00b39a1b.pth",
-    "vgg19-caffe": f"{_JOHNSON}/vgg19-d01eb7cb.pth",
-}
-"""Encoders trained on ImageNet: torchvision's IMAGENET1K_V1 (``models/vgg.py``), and the VGG authors' Caffe weights as
-jcjohnson's pytorch-vgg converted them. A file's name ends in the first eight hexadecimal digits of its SHA-256."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +60,7 @@ Source = str | os.PathLike[str] | Mapping[str, Any] | Tensors
 
 
 def open_source(source: Source) -> Tensors:
-    """Open a file, a pretrained encoder by its name in ``PRETRAINED``, or a dict of arrays (NumPy, JAX or torch).
+    """Open a file, a name in ``PRETRAINED``, ``hf://OWNER/REPO[@REVISION]``, or a dict of arrays (NumPy, JAX or torch).
 
     Wrappers of a state dict (``state_dict``, ``model_state_dict``, ``model``) and prefixes of all names (``module.``,
     ``_orig_mod.``) are removed. An opened source is returned unchanged.
@@ -92,13 +75,15 @@ def open_source(source: Source) -> Tensors:
     name = os.fspath(source) if isinstance(source, str | os.PathLike) else None
     if not isinstance(name, str):
         hint = "; give module.state_dict()" if hasattr(source, "state_dict") else ""
-        what = "a path, the name of a pretrained encoder or a dict of arrays"
+        what = "a path, a name of published weights or a dict of arrays"
         raise InputError(f"expected {what}, got {type(source).__name__}{hint}")
-    path = fetch(name) if name in PRETRAINED else Path(name)
+    path = fetch(name) if name in PRETRAINED or is_hub(name) else Path(name)
     try:
         head = _read_head(path)
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror}") from error
+    if path.suffix.lower() == ".caffemodel" and head and not head.lstrip().lower().startswith(_PAGE):
+        return replace(_from_mapping(read_caffe(path), str(path)), metadata={"format": "caffe"})
     is_safetensors = path.suffix.lower() == ".safetensors"
     if mistaken := _mistaken_for(head, is_safetensors):
         raise InputError(f"{path}: {mistaken}")
@@ -108,10 +93,11 @@ def open_source(source: Source) -> Tensors:
 def _read_head(path: Path) -> bytes:
     if path.is_dir():
         raise InputError(f"{path}: is a folder; give a file of weights")
-    if not path.name.lower().endswith((".safetensors", *_TORCH_SUFFIXES)):
+    if not path.name.lower().endswith((".safetensors", ".caffemodel", *_TORCH_SUFFIXES)):
         if not path.suffix and not path.exists():
-            raise InputError(f"{path}: no such file, and {unknown('pretrained encoder', str(path), PRETRAINED)}")
-        raise InputError(f"{path}: expected a .safetensors, .pth or .pt file, got {path.suffix or 'no suffix'!r}")
+            raise InputError(f"{path}: no such file, and {unknown('name of published weights', str(path), PRETRAINED)}")
+        kinds = ".safetensors, .pth, .pt or .caffemodel"
+        raise InputError(f"{path}: expected a {kinds} file, got {path.suffix or 'no suffix'!r}")
     if not path.is_file():
         raise InputError(f"{path}: no such file; check the path")
     with path.open("rb") as file:
@@ -264,33 +250,6 @@ def _check_content(path: Path, zipped: bool) -> None:
     if any(entry.compress_type or entry.file_size > size for entry in entries):
         way_out = "extract it and store it uncompressed"
         raise InputError(f"{path}: a compressed archive, which torch.save does not write; {way_out}")
-
-
-def fetch(name: str) -> Path:
-    """Return the file of a key of ``PRETRAINED``, downloaded once into torch.hub's cache, which torchvision uses too.
-
-    Raises:
-        InputError: torch is missing, there is no network, or the file is not the one that was published.
-    """
-    url = PRETRAINED[name]
-    filename = url.rpartition("/")[2]
-    expected = filename.removesuffix(".pth").rpartition("-")[2]
-    hub = import_torch(name).hub
-    path = Path(hub.get_dir()) / "checkpoints" / filename
-    try:
-        if not path.is_file():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            hub.download_url_to_file(url, str(path), hash_prefix=expected)
-            return path
-        with path.open("rb") as file:
-            found = hashlib.file_digest(file, "sha256").hexdigest()
-    except (OSError, http.client.HTTPException, RuntimeError) as error:  # RuntimeError: another SHA-256
-        reason = getattr(error, "reason", None) or error
-        way_out = f"fetch it elsewhere and put it at {path}, or give its path"
-        raise InputError(f"{name}: {url} cannot be fetched ({reason}); {way_out}") from error
-    if not found.startswith(expected):
-        raise InputError(f"{path}: its SHA-256 is {found[:8]}..., expected {expected}...; remove it, to fetch it again")
-    return path
 
 
 def import_torch(what: object) -> Any:

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import re
 
 import numpy as np
 import pytest
@@ -17,6 +16,9 @@ from fcn_jax import weights
 from fcn_jax.cli.port import main as port_command
 from fcn_jax.config import Config, DataConfig, TrainConfig
 from fcn_jax.errors import InputError
+from fcn_jax.models.catalog import MODELS
+from fcn_jax.models.resnet import RESNETS
+from fcn_jax.models.vgg import ENCODERS
 from fcn_jax.training.config_checks import check_config
 from fcn_jax.training.trainer import starting_variables
 
@@ -33,6 +35,10 @@ def encoder(tmp_path_factory):
 # --- encoders by name
 
 
+def published(address, digest):
+    return weights.Pretrained("vgg11", address, "ImageNet", "", "", f"sha256:{digest}")
+
+
 @pytest.fixture
 def hub(encoder, tmp_path, monkeypatch):
     """torch.hub's cache in a folder of its own, and a pretrained encoder by the name of `tiny`, served from a file."""
@@ -40,7 +46,7 @@ def hub(encoder, tmp_path, monkeypatch):
     content = encoder[0].read_bytes()
     served = tmp_path / f"vgg11-{hashlib.sha256(content).hexdigest()[:8]}.pth"
     served.write_bytes(content)
-    monkeypatch.setitem(weights.PRETRAINED, "tiny", served.as_uri())
+    monkeypatch.setitem(weights.PRETRAINED, "tiny", published(served.as_uri(), served.stem.rpartition("-")[2]))
     return served, tmp_path / "home/hub/checkpoints" / served.name
 
 
@@ -54,30 +60,33 @@ def test_an_encoder_by_name_is_fetched_once_checked_and_loaded(hub, encoder):
     served.unlink()
     assert weights.fetch("tiny") == cached  # no network is needed again
     cached.write_bytes(cached.read_bytes()[:-1])
-    with pytest.raises(InputError, match="its SHA-256 is .*expected .*remove it"):
+    with pytest.raises(InputError, match="its sha256 is .*expected .*remove it"):
         weights.fetch("tiny")
 
 
 def test_a_download_that_is_not_the_published_file_is_refused(hub):
     served, cached = hub
     served.write_bytes(b"<html>moved</html>")
-    with pytest.raises(InputError, match="tiny: file:.* cannot be fetched .*hash"):
+    with pytest.raises(InputError, match="tiny: file:.*: its sha256 is .* not what was published there"):
         weights.fetch("tiny")
     assert not cached.exists()
 
 
 def test_without_a_network_the_message_names_address_and_place(hub, monkeypatch):
-    monkeypatch.setitem(weights.PRETRAINED, "far", "http://127.0.0.1:9/vgg16-00000000.pth")
+    monkeypatch.setitem(weights.PRETRAINED, "far", published("http://127.0.0.1:9/vgg16-00000000.pth", "0"))
     with pytest.raises(InputError, match=r"far: http://127.0.0.1:9/vgg16-00000000.pth cannot be fetched .*put it at /"):
         weights.inspect("far")
-    with pytest.raises(InputError, match="unknown pretrained encoder 'vgg16-imagnet'; choose one of: vgg11-imagenet"):
+    with pytest.raises(InputError, match="unknown name of published weights 'vgg16-imagnet'; choose one of: fcn32s"):
         weights.inspect("vgg16-imagnet")
 
 
-def test_every_name_says_encoder_and_hash():
-    for name, url in weights.PRETRAINED.items():
-        encoder = name.partition("-")[0]
-        assert re.fullmatch(rf"https://.*/{encoder}-[0-9a-f]{{8}}\.pth", url), url
+def test_every_name_says_network_and_data():
+    for name, entry in weights.PRETRAINED.items():
+        kind = name.partition("-")[0]
+        assert entry.is_encoder == (kind in RESNETS or kind.removesuffix("_bn") in ENCODERS)
+        assert entry.is_encoder or entry.network in MODELS and entry.network.startswith(kind.partition("_")[0])
+        if entry.address.endswith(".pth"):  # torchvision and jcjohnson put the digest's start into the name
+            assert entry.digest == f"sha256:{entry.address[-12:-4]}"
 
 
 # --- starting a run

@@ -77,7 +77,7 @@ OTHER = r"holds something other than tensors \(%s\); if you trust it, load it wi
     ("name", "content", "message"),
     [
         ("w.pth", None, "no such file"),
-        ("w.h5", bytes(range(256)), "expected a .safetensors, .pth or .pt file, got '.h5'"),
+        ("w.h5", bytes(range(256)), "expected a .safetensors, .pth, .pt or .caffemodel file, got '.h5'"),
         *((name, b"", "the file is empty") for name in ("w.pth", "w.safetensors")),
         *((name, b"\n" + PAGE, "a web page") for name in ("w.pth", "w.safetensors")),
         ("w.pth", b"\xef\xbb\xbf\r\n" + PAGE.upper(), "a web page"),
@@ -131,10 +131,9 @@ def test_without_torch_the_message_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch", None)
     for action in (
         lambda: weights.inspect(tmp_path / "w.pth"),
-        lambda: weights.fetch("vgg16-imagenet"),
         lambda: weights.save(tmp_path / "x.pth", model, variables, None),
     ):
-        with pytest.raises(InputError, match=r"(w.pth|vgg16-imagenet|x.pth): .*pip install fcn_jax\[torch\].*\.safet"):
+        with pytest.raises(InputError, match=r"(w.pth|x.pth): .*pip install fcn_jax\[torch\].*\.safet"):
             action()
     with pytest.raises(InputError, match=r"fcn_jax\[torch\]"):
         make_twin(model)
@@ -246,7 +245,7 @@ def test_a_path_that_equals_the_name_of_a_pretrained_encoder_is_that_encoder(tmp
 
 def test_a_name_that_is_neither_a_file_nor_a_pretrained_encoder_says_both(tmp_path):
     message = refusal(tmp_path / "runs" / "best")
-    assert "no such file, and" in message and "pretrained encoder" in message and "vgg16-imagenet" in message
+    assert "no such file, and" in message and "published weights" in message and "vgg16-imagenet" in message
 
 
 def test_a_path_that_the_system_refuses_is_one_line():

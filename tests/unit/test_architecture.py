@@ -11,7 +11,19 @@ import pytest
 PACKAGE = Path(__file__).parents[2] / "fcn_jax"
 # A package or top-level module imports only those before it.
 ORDER = [
-    *("errors", "config", "recipes", "preprocessing", "models", "losses", "metrics", "optim", "step", "weights"),
+    *(
+        "errors",
+        "download",
+        "config",
+        "recipes",
+        "preprocessing",
+        "models",
+        "losses",
+        "metrics",
+        "optim",
+        "step",
+        "weights",
+    ),
     *("data", "evaluation", "training", "compare", "cli"),
 ]
 HEAVY = "grain tensorflow_datasets orbax matplotlib cv2 torch tensorflow"

@@ -12,6 +12,7 @@ import trees
 
 from fcn_jax.config import DataConfig
 from fcn_jax.data import datasets, download, sbd, voc
+from fcn_jax.download import download as download_file
 from fcn_jax.errors import InputError
 
 
@@ -90,11 +91,11 @@ def test_an_archive_put_there_by_hand_needs_no_network(packed, tmp_path):
 
 def test_a_wrong_checksum_is_refused_and_nothing_is_left(served, tmp_path):
     wrong = dataclasses.replace(served["sbd"], md5="0" * 32)
-    with pytest.raises(InputError, match=r"benchmark\.tgz: its checksum is [0-9a-f]{32}, expected 0{32}"):
+    with pytest.raises(InputError, match=r"benchmark\.tgz: its md5 is [0-9a-f]{32}, expected 0{32}"):
         download.fetch(wrong, tmp_path / "data", True)
     assert list((tmp_path / "data").iterdir()) == []
     (tmp_path / "data" / wrong.name).write_bytes(b"cut short")
-    with pytest.raises(InputError, match=r"data/benchmark\.tgz: its checksum is .*; remove it"):
+    with pytest.raises(InputError, match=r"data/benchmark\.tgz: its md5 is .*; remove it"):
         download.fetch(wrong, tmp_path / "data", True)
 
 
@@ -104,8 +105,36 @@ def test_without_network_one_line_says_what_to_put_where(packed, tmp_path, url):
     with pytest.raises(InputError) as caught:
         download.fetch(archive, tmp_path / "data", True)
     place = tmp_path / "data/benchmark.tgz"
-    assert f"fetch benchmark.tgz (md5 {archive.md5}) elsewhere and put it at {place}" in str(caught.value)
+    assert f"fetch benchmark.tgz (md5:{archive.md5}) elsewhere and put it at {place}" in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_a_fetch_that_was_cut_goes_on_where_it_stopped(tmp_path):
+    content, asked = bytes(range(256)) * 40, []
+
+    class Cutting(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            asked.append(self.headers["Range"])
+            start = int(asked[-1].removeprefix("bytes=").removesuffix("-")) if asked[-1] else 0
+            self.send_response(206 if start else 200)
+            self.send_header("Content-Length", str(len(content) - start))
+            self.end_headers()
+            self.wfile.write(content[start:] if start else content[:5000])
+
+        def log_message(self, *args):
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Cutting)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    url, target = f"http://127.0.0.1:{server.server_port}/w.bin", tmp_path / "new/w.bin"
+    digest = f"sha256:{hashlib.sha256(content).hexdigest()}"
+    with pytest.raises(InputError, match="cannot be fetched .*5000 of 10240 bytes|IncompleteRead"):
+        download_file(url, target, digest)
+    assert not target.exists()
+    assert download_file(url, target, digest).read_bytes() == content and asked == [None, "bytes=5000-"]
+    assert [path.name for path in target.parent.iterdir()] == ["w.bin"]
+    server.shutdown()
+    server.server_close()
 
 
 def test_a_file_missing_on_the_server_is_one_line_too(served, tmp_path):

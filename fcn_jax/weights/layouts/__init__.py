@@ -6,7 +6,7 @@ import re
 
 from fcn_jax.weights.layouts.layout import Layout, Shapes, encoder_of, encoder_stages
 from fcn_jax.weights.layouts.pochih import POCHIH
-from fcn_jax.weights.layouts.pytorch_fcn import PYTORCH_FCN
+from fcn_jax.weights.layouts.pytorch_fcn import CAFFE_VGG, PYTORCH_FCN
 from fcn_jax.weights.layouts.torchvision import JOHNSON, TIMM, TORCHVISION
 from fcn_jax.weights.layouts.torchvision_fcn import TORCHVISION_FCN, TORCHVISION_RESNET, resnet_of
 from fcn_jax.weights.layouts.tramac import TRAMAC
@@ -29,6 +29,7 @@ LAYOUTS: dict[str, Layout] = {
     "johnson-vgg": JOHNSON,
     "torchvision-vgg": TORCHVISION,
     "torchvision-resnet": TORCHVISION_RESNET,
+    "caffe-vgg": CAFFE_VGG,
     "pytorch-fcn": PYTORCH_FCN,
     "tramac": TRAMAC,
     "pochih": POCHIH,

@@ -73,6 +73,8 @@ class Layout:
     """Prefix of the source's modules that are linear layers where ours are convolutions."""
     unused: tuple[str, ...] = ()
     """Glob patterns of tensors that a network may have no place for."""
+    constants: Mapping[str, Callable[[Any], float]] = field(default_factory=dict)
+    """Tensors of one number that a network has as an option, which is to be equal."""
 
     @property
     def encoder_only(self) -> bool:

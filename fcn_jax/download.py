@@ -1,0 +1,103 @@
+"""Fetching of files: whole or not at all, checked, with a progress bar, and from where an earlier try was cut."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import http.client
+import os
+import urllib.error
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+import filelock
+
+from fcn_jax.errors import InputError
+
+_CHUNK = 1 << 20
+
+
+def check_digest(path: Path, digest: str, where: object, way_out: str) -> None:
+    """Raise InputError, with where the file is from and the way out, where it is another than ``digest`` says.
+
+    ``digest`` is ``ALGORITHM:HEX``; its first digits are enough.
+    """
+    algorithm, _, expected = digest.partition(":")
+    with path.open("rb") as file:
+        found = hashlib.file_digest(file, lambda: hashlib.new(algorithm, usedforsecurity=False)).hexdigest()
+    if not found.startswith(expected):
+        raise InputError(f"{where}: its {algorithm} is {found}, expected {expected}; {way_out}")
+
+
+def download(url: str, target: Path, digest: str | None = None) -> Path:
+    """Fetch a file to ``target``, unless it is there.
+
+    Args:
+        url: http://, https:// or file://.
+        target: the file's path; its folder is made.
+        digest: see ``check_digest``; None where none was published, so that its length alone is checked.
+
+    Raises:
+        InputError: no network, not the file that was published, or a folder that cannot be written to.
+    """
+    part = target.with_name(f"{target.name}.part")
+    lock = filelock.FileLock(f"{part}.lock")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with lock:
+            if target.is_file():
+                return target
+            _fetch(url, part)
+            if digest is not None:
+                try:
+                    check_digest(part, digest, url, "it is not what was published there: fetch it elsewhere")
+                except InputError:
+                    part.unlink()
+                    raise
+            os.replace(part, target)
+    except (OSError, http.client.HTTPException) as error:  # URLError is an OSError
+        reason = getattr(error, "reason", None) or error
+        expected = f" ({digest})" if digest else ""
+        way_out = f"fetch {target.name}{expected} elsewhere and put it at {target}"
+        raise InputError(f"{url} cannot be fetched ({reason}); {way_out}") from error
+    finally:
+        with contextlib.suppress(OSError):
+            os.unlink(lock.lock_file)
+    return target
+
+
+def _fetch(url: str, part: Path) -> None:
+    done = part.stat().st_size if part.exists() else 0
+    try:
+        response = _open(url, done)
+    except urllib.error.HTTPError as error:
+        if error.code != http.client.REQUESTED_RANGE_NOT_SATISFIABLE:
+            raise
+        done, response = 0, _open(url, 0)  # what is there belongs to another file
+    with response:
+        if getattr(response, "status", None) != http.client.PARTIAL_CONTENT:
+            done = 0
+        length = response.headers.get("Content-Length")
+        total = done + int(length) if length else None
+        with part.open("ab" if done else "wb") as file, _progress() as progress:
+            task = progress.add_task(url.rpartition("/")[2], total=total, completed=done)
+            while chunk := response.read(_CHUNK):
+                file.write(chunk)
+                progress.advance(task, len(chunk))
+    if total is not None and part.stat().st_size != total:
+        raise OSError(f"{part.stat().st_size} of {total} bytes came; the same command goes on from there")
+
+
+def _open(url: str, done: int) -> Any:
+    request = urllib.request.Request(url, headers={"Range": f"bytes={done}-"} if done else {})
+    return urllib.request.urlopen(request, timeout=60)  # seconds of a single wait
+
+
+def _progress() -> Any:
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    return Progress(*columns, console=console, disable=not console.is_terminal)

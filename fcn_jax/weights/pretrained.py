@@ -1,0 +1,125 @@
+"""Published weights by name: where they are, what they are, and the file once it is fetched."""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from fcn_jax.download import check_digest, download
+from fcn_jax.errors import InputError, first_line
+
+_HUB = re.compile(r"hf://([\w.-]+/[\w.-]+)(?:@([\w./-]+))?")
+_HUB_FILE = "model.safetensors"
+
+
+@dataclass(frozen=True)
+class Pretrained:
+    """One file that its authors, or the library that trained or hosts it, publish."""
+
+    network: str
+    """A name from the catalogue, or the encoder alone."""
+    address: str
+    """An URL or ``hf://OWNER/REPO[@REVISION]``."""
+    data: str
+    """What it was trained on."""
+    score: str
+    """Mean IoU, with its split; of an encoder the top-1 accuracy on ImageNet."""
+    licence: str
+    digest: str | None = None
+    """See ``download.check_digest``; None where none was published."""
+
+    @property
+    def is_encoder(self) -> bool:
+        """Whether it holds an encoder alone."""
+        return not self.network.startswith("fcn")
+
+
+_BERKELEY = "http://dl.caffe.berkeleyvision.org"
+_TORCHVISION = "https://download.pytorch.org/models"
+_JOHNSON = "https://web.eecs.umich.edu/~justincj/models"
+# Name, network, file, mean IoU on seg11valid (Shelhamer, Long & Darrell 2017; README of the reference), digest. The
+# digest of the 8s is that of opencv_extra's download_models.py.
+_FCN = (
+    ("fcn32s-voc-caffe", "fcn32s_pad100", "fcn32s-heavy-pascal", "63.63", None),
+    ("fcn16s-voc-caffe", "fcn16s_pad100", "fcn16s-heavy-pascal", "65.01", None),
+    ("fcn8s-voc-caffe", "fcn8s_pad100", "fcn8s-heavy-pascal", "65.51", "sha1:c449ea74dd7d83751d1357d6a8c323fcf4038962"),
+    ("fcn8s_atonce-voc-caffe", "fcn8s_pad100_atonce", "fcn8s-atonce-pascal", "65.40", None),
+)
+# Encoder and top-1 accuracy of IMAGENET1K_V1 (torchvision's models/vgg.py and models/resnet.py).
+_ENCODERS = {
+    "vgg11": "69.02", "vgg11_bn": "70.37", "vgg13": "69.93", "vgg13_bn": "71.59", "vgg16": "71.59", "vgg16_bn": "73.36",
+    "vgg19": "72.38", "vgg19_bn": "74.22", "resnet50": "76.13", "resnet101": "77.37",
+}  # fmt: skip
+
+PRETRAINED: dict[str, Pretrained] = {
+    **{
+        name: Pretrained(
+            network, f"{_BERKELEY}/{file}.caffemodel", "SBD train", f"{score} seg11valid", "not stated", digest
+        )
+        for name, network, file, score, digest in _FCN
+    },
+    "fcn_resnet50-coco": Pretrained(
+        "fcn_resnet50", f"{_TORCHVISION}/fcn_resnet50_coco-1167a1af.pth", "COCO, VOC's 21 classes",
+        "60.5 COCO val", "BSD-3-Clause", "sha256:1167a1af",
+    ),
+    "fcn_resnet101-coco": Pretrained(
+        "fcn_resnet101", f"{_TORCHVISION}/fcn_resnet101_coco-7ecb50ca.pth", "COCO, VOC's 21 classes",
+        "63.7 COCO val", "BSD-3-Clause", "sha256:7ecb50ca",
+    ),
+    **{
+        f"{encoder}-imagenet": Pretrained(encoder, f"hf://timm/{encoder}.tv_in1k", "ImageNet", score, "BSD-3-Clause")
+        for encoder, score in _ENCODERS.items()
+    },
+    "vgg16-caffe": Pretrained(
+        "vgg16", f"{_JOHNSON}/vgg16-00b39a1b.pth", "ImageNet", "not stated", "CC-BY-4.0", "sha256:00b39a1b"
+    ),
+    "vgg19-caffe": Pretrained(
+        "vgg19", f"{_JOHNSON}/vgg19-d01eb7cb.pth", "ImageNet", "not stated", "CC-BY-4.0", "sha256:d01eb7cb"
+    ),
+}  # fmt: skip
+"""The FCN authors' networks; torchvision's; torchvision's encoders as timm publishes them; the VGG authors' Caffe
+encoders as jcjohnson's pytorch-vgg converted them."""
+
+
+def is_hub(source: str) -> bool:
+    """Tell whether a source is ``hf://...``."""
+    return source.startswith("hf://")
+
+
+def fetch(name: str) -> Path:
+    """Return the file of a key of ``PRETRAINED`` or of ``hf://OWNER/REPO[@REVISION]``, downloaded once.
+
+    Files from the hub lie in huggingface_hub's cache, others in torch.hub's, which torchvision uses too.
+
+    Raises:
+        InputError: no network, or the file is not the one that was published.
+    """
+    entry = PRETRAINED.get(name)
+    address = name if entry is None else entry.address
+    if is_hub(address):
+        return _from_hub(name, address)
+    home = os.environ.get("TORCH_HOME", os.path.join(os.environ.get("XDG_CACHE_HOME", "~/.cache"), "torch"))
+    path = Path(home).expanduser() / "hub" / "checkpoints" / address.rpartition("/")[2]
+    digest = entry.digest if entry else None
+    try:
+        if path.is_file() and digest:
+            check_digest(path, digest, path, "remove it, to fetch it again")
+        return download(address, path, digest)
+    except InputError as error:
+        raise InputError(f"{name}: {error}, or give its path") from error
+
+
+def _from_hub(name: str, address: str) -> Path:
+    import huggingface_hub
+
+    if not (match := _HUB.fullmatch(address)):
+        raise InputError(f"{name}: expected hf://OWNER/REPO or hf://OWNER/REPO@REVISION")
+    try:
+        return Path(huggingface_hub.hf_hub_download(match[1], _HUB_FILE, revision=match[2]))
+    except (OSError, ValueError) as error:  # HfHubHTTPError is an OSError
+        way_out = f"check the name and the network, or fetch {_HUB_FILE} elsewhere and give its path"
+        raise InputError(
+            f"{name}: {_HUB_FILE} of {address} cannot be fetched ({first_line(error)}); {way_out}"
+        ) from error
