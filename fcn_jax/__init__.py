@@ -7,11 +7,14 @@ from fcn_jax import losses, metrics, optim, weights
 from fcn_jax.models import create_model, init_variables
 from fcn_jax.models.kernels import cpu_kernels
 from fcn_jax.preprocessing import normalize
+from fcn_jax.pretrained import NetworkInfo, from_pretrained, predict
 from fcn_jax.step import make_train_step, new_state
 
 __all__ = [
+    "NetworkInfo",
     "cpu_kernels",
     "create_model",
+    "from_pretrained",
     "init_variables",
     "losses",
     "make_train_step",
@@ -19,6 +22,7 @@ __all__ = [
     "new_state",
     "normalize",
     "optim",
+    "predict",
     "weights",
 ]
 __version__ = "0.1.0"

@@ -179,11 +179,12 @@ class Config:
     process_id: int | None = None
     """Which process this is, from 0; process 0 writes and prints."""
     init: str | None = None
-    """Start from these weights: a .safetensors or .pth file, or `vgg16-imagenet` and its like, which are fetched; they
-    have to fill all that their layout has, or the encoder where they hold nothing else. By default from scratch."""
+    """Start from these weights: a .safetensors, .pth or .caffemodel file, hf://OWNER/REPO, or a name of `fcn-jax
+    models`; they have to fill all that their layout has, or the encoder where they hold nothing else. By default from
+    scratch."""
     init_from: str | None = None
-    """Start from another network of the family, say of a longer stride: a run's folder or a file. What has the same
-    name is carried over, and what is new is said. In the place of `init`."""
+    """Start from another network of the family, say of a longer stride or with other classes: a run's folder, or what
+    `init` takes. What has the same name is carried over, and what is new is said. In the place of `init`."""
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     loss: LossConfig = field(default_factory=LossConfig)

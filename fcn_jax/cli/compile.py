@@ -79,9 +79,9 @@ def main(arguments: Sequence[str]) -> int:
         raise InputError(f"expected --batch-size to be a multiple of {unit}, of devices x parts, got {batch_size}")
     classes = given.num_classes or (_classes(config) if name in RECIPES else 21)
     work = compiling.Work(config, classes, size, batch_size, given.inference)
-    for file in (given.out, given.text):
+    for flag, file in (("--out", given.out), ("--text", given.text)):
         if file is not None:
-            check_file(file)  # before minutes are spent on what goes there
+            check_file(file, flag)  # before minutes are spent on what goes there
     console = Console(highlight=False, width=None if Console().is_terminal else 132)
     if given.max_batch:
         if not target.chip.memory:

@@ -4,33 +4,37 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Annotated, Any
 
 import jax
 import tyro
 from rich.console import Console
 
+from fcn_jax.cli.network import NetworkArguments, open_network
+from fcn_jax.cli.process import make_folder
+from fcn_jax.config import Config, DataConfig
 from fcn_jax.data.datasets import load
 from fcn_jax.data.pipeline import make_eval_batches
 from fcn_jax.errors import InputError
 from fcn_jax.evaluation.evaluate import PLAIN, Views, evaluate, make_predictor, spread
 from fcn_jax.evaluation.figures import save_confusion, save_panel, save_predictions
 from fcn_jax.evaluation.report import evaluation_name, score_table
+from fcn_jax.pretrained import NetworkInfo
 from fcn_jax.training.devices import make_mesh
-from fcn_jax.training.run import RunFolder, open_run, write_whole
+from fcn_jax.training.run import RunFolder, write_whole
 
 
 @dataclass(frozen=True)
 class EvalArguments:
-    """Score a trained run; each split and way of averaging has a file of its own, RUN/eval.json is the plain one."""
+    """Score a trained network; each split and way of averaging has its own file, and RUN/eval.json is the plain one."""
 
-    run: Path
-    """The run's folder."""
-    checkpoint: str = "best"
-    """best (by mean IoU on the validation split), last, or a step's number."""
+    network: Annotated[NetworkArguments, tyro.conf.arg(name="")] = field(default_factory=NetworkArguments)
     split: str | None = None
     """DATASET/SPLIT; by default the run's validation split."""
+    out: Path | None = None
+    """Folder for the scores and figures; by default the run's. Of weights without it, the table alone is printed."""
     dir: str | None = None
     """Folder of the data set, where it is not where it was in training."""
     batch_size: int | None = None
@@ -47,20 +51,29 @@ def main(arguments: Sequence[str]) -> int:
     if given.batch_size is not None and given.batch_size < 1:
         raise InputError(f"expected --batch-size >= 1, got {given.batch_size}; leave it out for training's")
     views = Views(given.scales, given.flip)
-    run = open_run(given.run, given.checkpoint)
-    data = run.config.data if given.dir is None else replace(run.config.data, dir=given.dir)
+    model, variables, info = open_network(given.network)
+    folder = given.network.run
+    options: dict[str, Any] = {"preprocessing": info.preprocessing, "input_size": info.input_size}
+    config = Config(data=DataConfig(**options)) if folder is None else RunFolder(folder).read_config()[0]
+    if folder is None and given.split is None:
+        raise InputError("weights have no validation split of their own; give --split DATASET/SPLIT")
+    data = config.data if given.dir is None else replace(config.data, dir=given.dir)
     name = given.split or data.val
     split = load(name, data)
-    _check_classes(name, split.class_names, str(given.run), run.dataset.class_names)
+    _check_classes(name, split.class_names, info)
     if views != PLAIN:
         data = replace(data, eval_multiple=1)  # an image that is padded has no mirror image
-    mesh = make_mesh(jax.devices()[: run.config.devices])
-    batches = make_eval_batches(split, data, given.batch_size or run.config.train.eval_batch_size)
-    predict = make_predictor(run.model, data.preprocessing, mesh, views)
-    result = evaluate(predict, run.variables, batches, split.num_classes, spread(len(split)))
-    Console().print(score_table(result.scores, split.class_names, f"step {run.step}, {name}, {views}"))
-    folder = RunFolder(given.run)
-    file = evaluation_name(name, views, run.config.data.val)
+    mesh = make_mesh(jax.devices()[: config.devices])
+    batches = make_eval_batches(split, data, given.batch_size or config.train.eval_batch_size)
+    predict = make_predictor(model, data.preprocessing, mesh, views)
+    result = evaluate(predict, variables, batches, split.num_classes, spread(len(split)))
+    of = info.source if info.step is None else f"step {info.step}"
+    Console().print(score_table(result.scores, split.class_names, f"{of}, {name}, {views}"))
+    out = given.out or folder
+    if out is None:
+        return 0
+    make_folder(out)
+    file = evaluation_name(name, views, None if folder is None else config.data.val)
     content = {
         "scores": result.scores.to_json(),
         "class_names": split.class_names,
@@ -68,25 +81,28 @@ def main(arguments: Sequence[str]) -> int:
         "split": name,
         "views": str(views),
         "images": result.images,
-        "step": run.step,
+        "source": info.source,
+        "step": info.step,
     }
-    write_whole(folder.path / f"{file}.json", json.dumps(content, indent=2) + "\n")
-    save_confusion(folder.figures / f"{file}_confusion.png", result.confusion, split.class_names)
-    save_panel(folder.figures / f"{file}_panel.png", result.samples, split.palette, split.class_names)
-    save_predictions(folder.figures / f"{file}_predictions.png", result.samples, split.palette, split.class_names)
-    print(f"scores in {folder.path / file}.json, figures in {folder.figures}")
+    write_whole(out / f"{file}.json", json.dumps(content, indent=2) + "\n")
+    figures = RunFolder(out).figures
+    save_confusion(figures / f"{file}_confusion.png", result.confusion, split.class_names)
+    save_panel(figures / f"{file}_panel.png", result.samples, split.palette, split.class_names)
+    save_predictions(figures / f"{file}_predictions.png", result.samples, split.palette, split.class_names)
+    print(f"scores in {out / file}.json, figures in {figures}")
     return 0
 
 
-def _check_classes(name: str, found: tuple[str, ...], run: str, expected: tuple[str, ...]) -> None:
-    if found == expected:
+def _check_classes(name: str, found: tuple[str, ...], info: NetworkInfo) -> None:
+    expected = info.class_names
+    if found == expected or (not info.named and len(found) == len(expected)):
         return
-    pairs = enumerate(zip(found, expected, strict=False))
-    differs = [f"class {index} is {a!r} here and {b!r} in the run" for index, (a, b) in pairs if a != b]
+    pairs = enumerate(zip(found, expected, strict=False)) if info.named else ()
+    differs = [f"class {index} is {a!r} here and {b!r} in the network" for index, (a, b) in pairs if a != b]
     if len(found) != len(expected):
-        differs.append(f"{len(found)} classes here and {len(expected)} in the run")
+        differs.append(f"{len(found)} classes here and {len(expected)} in the network")
     more = f" and {len(differs) - 3} more" if len(differs) > 3 else ""
     raise InputError(
-        f"{name} has other classes than {run} was trained on: {', '.join(differs[:3])}{more}; "
-        "give a split, or a list of classes, with the run's names in the run's order"
+        f"{name} has other classes than {info.source} was trained on: {', '.join(differs[:3])}{more}; "
+        "give a split, or a list of classes, with the network's names in its order"
     )

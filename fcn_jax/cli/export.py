@@ -1,30 +1,33 @@
-"""`fcn-jax export`: a run's weights to a file that PyTorch, or another run, can read."""
+"""`fcn-jax export`: a trained network to a file that PyTorch, or another run, can read, or to a folder for the hub."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import tyro
 
 from fcn_jax import weights
+from fcn_jax.cli.network import NetworkArguments, open_network
 from fcn_jax.cli.process import make_folder
+from fcn_jax.models.catalog import describe_model
 from fcn_jax.models.fcn import FCN
-from fcn_jax.training.run import open_run
+from fcn_jax.pretrained import NetworkInfo, write_hub_files
 
 
 @dataclass(frozen=True)
 class ExportArguments:
-    """Write a run's weights to a file that PyTorch, or another run, can read."""
+    """Write a trained network's weights to a file that PyTorch, or another run, can read."""
 
-    run: Path
-    """The run's folder."""
     out: Path
-    """A .safetensors or .pth file."""
-    checkpoint: str = "best"
-    """best (by mean IoU on the validation split), last, or a step's number."""
+    """A .safetensors or .pth file, or the folder of --format hub."""
+    network: Annotated[NetworkArguments, tyro.conf.arg(name="")] = field(default_factory=NetworkArguments)
+    format: Literal["file", "hub"] = "file"
+    """hub: a folder with model.safetensors, config.json and a model card, which `hf upload OWNER/REPO FOLDER` uploads
+    and --weights hf://OWNER/REPO reads."""
     layout: str = "fcn_jax"
     """Whose names to write: fcn_jax (those of the PyTorch twin), or those of a PyTorch project."""
 
@@ -32,13 +35,32 @@ class ExportArguments:
 def main(arguments: Sequence[str]) -> int:
     """Write the file; the exit code."""
     given = tyro.cli(ExportArguments, prog="fcn-jax export", args=list(arguments))
-    weights.check_suffix(given.out)
-    run = open_run(given.run, given.checkpoint)
-    make_folder(given.out.parent)
-    weights.save(given.out, run.model, run.variables, run.config.data.preprocessing, given.layout)
-    what = f"{run.config.model.name} of {given.run}, step {run.step}, in the names of {given.layout}: {given.out}"
-    print_written(what, run.model, run.variables, given.layout)
+    is_hub = given.format == "hub"
+    file = given.out / "model.safetensors" if is_hub else given.out
+    weights.check_suffix(file)
+    model, variables, info = open_network(given.network)
+    make_folder(file.parent)
+    classes = {"class_names": info.class_names, "palette": info.palette, "input_size": info.input_size}
+    weights.save(file, model, variables, info.preprocessing, given.layout, classes if info.named else None)
+    if is_hub:
+        write_hub_files(given.out, model, info, _scores(given.network.run, info))
+    step = "" if info.step is None else f", step {info.step}"
+    what = f"{describe_model(model)[0]} of {info.source}{step}, in the names of {given.layout}: {given.out}"
+    print_written(what, model, variables, given.layout)
     return 0
+
+
+def _scores(run: Path | None, info: NetworkInfo) -> dict[str, Any]:
+    """Return the scores for a model card: those of RUN/eval.json where it is of this step, or the published one."""
+    if run is None:
+        return {"published mean IoU": info.score} if info.score else {}
+    try:
+        saved = json.loads((run / "eval.json").read_text())
+        if saved["step"] != info.step:
+            return {}
+        return {"split": saved["split"], **{name: saved["scores"][name] for name in ("mean_iu", "pixel_accuracy")}}
+    except (OSError, ValueError, KeyError):
+        return {}
 
 
 def print_written(what: str, model: FCN, variables: Mapping[str, Any], layout: str) -> None:

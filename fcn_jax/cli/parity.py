@@ -89,7 +89,7 @@ def main(arguments: Sequence[str]) -> int:
     if given.out is not None:
         make_folder(given.out)  # before hours are spent on the results
     if given.save is not None:
-        check_file(given.save)
+        check_file(given.save, "--save")
     devices = _configure(given)
     model, variables = _make_model(given)
     images, labels = random_batch(given.image_size, model.num_classes, given.batch_size, given.seed)

@@ -60,7 +60,7 @@ def main(arguments: Sequence[str]) -> int:
         raise unknown("layout", given.layout, weights.LAYOUTS)
     source = weights.open_source(given.source)
     info = weights.inspect(source)
-    name = given.model or _only_model(given.source, info)
+    name = given.model or weights.only_model(given.source, info)
     options, num_classes = weights.source_options(info, name)
     if given.encoder is not None:
         options |= {"encoder": given.encoder, "encoder_norm": given.encoder_norm}
@@ -90,14 +90,6 @@ def main(arguments: Sequence[str]) -> int:
     _print_report(given.source, info, report)
     print_written(f"{name} in the names of {given.layout}: {file}", model, variables, given.layout)
     return 0
-
-
-def _only_model(source: str, info: weights.Info) -> str:
-    if info.fit is None:
-        raise InputError(f"{source} is no single network's; give --model")
-    if len(info.fit.models) > 1:
-        raise InputError(f"{source} may be of {' or '.join(info.fit.models)}; give --model")
-    return info.fit.models[0]
 
 
 def _print_report(source: str, info: weights.Info, report: weights.Report) -> None:

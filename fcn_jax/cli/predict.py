@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Annotated
 
 import cv2
 import tyro
 
+from fcn_jax.cli.network import NetworkArguments, open_network
 from fcn_jax.cli.process import make_folder
 from fcn_jax.data.io import decode_image
-from fcn_jax.data.transforms import resize_image
 from fcn_jax.errors import InputError
-from fcn_jax.evaluation.evaluate import make_predictor
 from fcn_jax.evaluation.figures import overlay, save_palette_png
-from fcn_jax.evaluation.predict import make_image_predictor
-from fcn_jax.training.run import open_run
+from fcn_jax.pretrained import predict
 
 
 @dataclass(frozen=True)
@@ -25,34 +24,25 @@ class PredictArguments:
 
     images: tyro.conf.Positional[tuple[Path, ...]]
     """Image files of any size."""
-    run: Path
-    """The run's folder."""
     out: Path
     """Folder to write to."""
-    checkpoint: str = "best"
-    """best, last, or a step's number."""
+    network: Annotated[NetworkArguments, tyro.conf.arg(name="")] = field(default_factory=NetworkArguments)
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Predict images with a run's network; the exit code."""
+    """Predict images with a trained network; the exit code."""
     given = tyro.cli(PredictArguments, prog="fcn-jax predict", args=list(arguments))
     if not given.images:
         raise InputError("no image given; name one or more image files")
     outputs = [(given.out / f"{image.stem}.png", given.out / f"{image.stem}_overlay.png") for image in given.images]
     _check_outputs(given.images, [path for pair in outputs for path in pair])
-    run = open_run(given.run, given.checkpoint)
-    data, dataset = run.config.data, run.dataset
-    by_size = make_predictor(run.model, data.preprocessing)
-    any_size = make_image_predictor(run.model, data.preprocessing)
+    model, variables, info = open_network(given.network)
     make_folder(given.out)
     for path, (out, overlay_out) in zip(given.images, outputs, strict=True):
         image = decode_image(_read(path), str(path))
-        if data.input_size is None:
-            labels = any_size(run.variables, image)
-        else:
-            labels = by_size(run.variables, resize_image(image, data.input_size)[None], image.shape[:2])[0]
-        save_palette_png(out, labels, dataset.palette)
-        blended = overlay(image, labels, dataset.palette, dataset.class_names, path.name)
+        labels = predict(model, variables, image, info)
+        save_palette_png(out, labels, info.palette)
+        blended = overlay(image, labels, info.palette, info.class_names, path.name)
         if not cv2.imwrite(str(overlay_out), cv2.cvtColor(blended, cv2.COLOR_RGB2BGR)):
             raise InputError(f"{overlay_out} could not be written; check the disk")
         print(f"{path}: {image.shape[0]}x{image.shape[1]} -> {out}")

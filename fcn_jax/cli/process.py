@@ -49,19 +49,19 @@ class Output:
                 os.dup2(nowhere.fileno(), self._file.fileno())
 
 
-def make_folder(folder: Path) -> None:
-    """Make a folder for a command's results; an InputError where it cannot be written to."""
+def make_folder(folder: Path, flag: str = "--out") -> None:
+    """Make a folder for a command's results; an InputError, with the option's name, where it cannot be written to."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise InputError(f"{folder}: {error.strerror}; name a folder that can be written to") from error
+        raise InputError(f"{flag} {folder}: {error.strerror}; name a folder that can be written to") from error
 
 
-def check_file(path: Path) -> None:
+def check_file(path: Path, flag: str) -> None:
     """Make the folder of a file for a command's results; an InputError where the file cannot be written."""
-    make_folder(path.parent)
+    make_folder(path.parent, flag)
     if path.is_dir():
-        raise InputError(f"{path}: is a folder; name a file")
+        raise InputError(f"{flag} {path}: is a folder; name a file")
 
 
 def guarded(command: Callable[[Sequence[str]], int], arguments: Sequence[str]) -> int:

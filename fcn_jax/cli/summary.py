@@ -12,14 +12,18 @@ from rich.table import Table
 
 from fcn_jax.errors import InputError
 from fcn_jax.models import create_model, summarize
+from fcn_jax.models.catalog import describe_model
+from fcn_jax.pretrained import from_pretrained
 
 
 @dataclass(frozen=True)
 class SummaryArguments:
     """Print the layers of a network: output shapes, parameters, FLOPs."""
 
-    model: tyro.conf.Positional[str]
+    model: tyro.conf.Positional[str | None] = None
     """A name from the catalogue."""
+    weights: str | None = None
+    """In its place a weights file, a published name or hf://OWNER/REPO: the network that it holds."""
     image_size: tuple[int, int] = (500, 500)
     """Height and width in pixels."""
     num_classes: int = 21
@@ -34,12 +38,17 @@ def main(arguments: Sequence[str]) -> int:
     given = tyro.cli(SummaryArguments, prog="fcn-jax summary", args=list(arguments))
     chosen = {"encoder": given.encoder, "encoder_norm": given.encoder_norm}
     options = {name: value for name, value in chosen.items() if value is not None}
-    model = create_model(given.model, given.num_classes, width=given.width, **options)
+    if given.weights is not None and given.model is None:
+        model = from_pretrained(given.weights)[0]
+    elif given.model is not None and given.weights is None:
+        model = create_model(given.model, given.num_classes, width=given.width, **options)
+    else:
+        raise InputError("expected a network's name or --weights SOURCE; `fcn-jax models` lists the names")
     height, width = given.image_size
     if min(given.image_size) < 1:
         raise InputError(f"expected --image-size of at least 1 1, got {height} {width}")
     rows = summarize(model, given.image_size)
-    table = Table(title=f"{given.model}, {model.encoder}, image {height}x{width}")
+    table = Table(title=f"{describe_model(model)[0]}, {model.encoder}, image {height}x{width}")
     for column in ("layer", "kind", "output b h w c"):
         table.add_column(column, overflow="fold")
     table.add_column("parameters", justify="right")

@@ -83,7 +83,9 @@ def _resized(x: jax.Array, size: tuple[int, int]) -> jax.Array:
     return x if x.shape[1:3] == size else jax.image.resize(x, (len(x), *size, x.shape[3]), "bilinear")
 
 
-def make_class_maps(model: FCN, preprocessing: str, views: Views = PLAIN) -> Callable[..., jax.Array]:
+def make_class_maps(
+    model: FCN, preprocessing: str, views: Views = PLAIN, probabilities: bool = False
+) -> Callable[..., jax.Array]:
     """Make the pure function that ``make_predictor`` compiles: (variables, images, label size, extents) -> classes."""
 
     def logits_of(
@@ -109,12 +111,17 @@ def make_class_maps(model: FCN, preprocessing: str, views: Views = PLAIN) -> Cal
                 scores += jax.nn.softmax(logits_of(variables, scaled, size))
                 if views.flip:
                     scores += jax.nn.softmax(logits_of(variables, scaled[:, :, ::-1], size)[:, :, ::-1])
+            scores = scores / (len(views.scales) * (1 + views.flip))
+        if probabilities:
+            return jax.nn.softmax(scores) if views == PLAIN else scores
         return jnp.argmax(scores, axis=-1).astype(jnp.uint8)
 
     return forward
 
 
-def make_predictor(model: FCN, preprocessing: str, mesh: Mesh | None = None, views: Views = PLAIN) -> Predictor:
+def make_predictor(
+    model: FCN, preprocessing: str, mesh: Mesh | None = None, views: Views = PLAIN, probabilities: bool = False
+) -> Predictor:
     """Make the function from images to class maps; logits are interpolated to the labels' size first.
 
     Args:
@@ -122,9 +129,11 @@ def make_predictor(model: FCN, preprocessing: str, mesh: Mesh | None = None, vie
         preprocessing: what its weights expect.
         mesh: devices to spread a batch over, where its size is a multiple of theirs; by default one.
         views: if not ``PLAIN``, the class of the largest mean softmax is chosen. Only for images without ``extents``.
+        probabilities: return the softmax, floats (b, H, W, num_classes), in place of classes.
     """
     platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
-    compiled = jax.jit(cpu_kernels(platform == "cpu")(make_class_maps(model, preprocessing, views)), static_argnums=2)
+    function = make_class_maps(model, preprocessing, views, probabilities)
+    compiled = jax.jit(cpu_kernels(platform == "cpu")(function), static_argnums=2)
 
     def predict(variables: Mapping[str, Any], images: Any, size: tuple[int, int], extents: Any = None) -> np.ndarray:
         placed: Any = (images, extents)

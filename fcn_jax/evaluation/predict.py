@@ -75,7 +75,12 @@ def _windows(size: int, tile: int, margin: int) -> tuple[int, list[_Window]]:
 
 
 def make_image_predictor(
-    model: FCN, preprocessing: str, *, whole_pixels: int = WHOLE_PIXELS, tile: int = TILE
+    model: FCN,
+    preprocessing: str,
+    *,
+    probabilities: bool = False,
+    whole_pixels: int = WHOLE_PIXELS,
+    tile: int = TILE,
 ) -> ImagePredictor:
     """Make the function from one image to its class map.
 
@@ -85,14 +90,16 @@ def make_image_predictor(
     Args:
         model: the network.
         preprocessing: what its weights expect.
+        probabilities: return the softmax in place of classes.
         whole_pixels: larger images are cut into tiles.
         tile: side of a tile in pixels, a multiple of 32.
 
     Returns:
-        (variables, RGB image uint8 (h, w, 3)) -> classes uint8 (h, w); an InputError for a size that is not served.
+        (variables, RGB image uint8 (h, w, 3)) -> classes uint8 (h, w), or floats (h, w, num_classes); an InputError for
+        a size that is not served.
     """
     network: Any = model
-    predictor = make_predictor(model, preprocessing)
+    predictor = make_predictor(model, preprocessing, probabilities=probabilities)
 
     def classes_of(variables: Mapping[str, Any], images: np.ndarray, extents: np.ndarray) -> list[np.ndarray]:
         return [predictor(variables, images, images.shape[1:3], extents)]
@@ -104,7 +111,8 @@ def make_image_predictor(
 
     @jax.jit
     def merge(maps: list[jax.Array], extents: jax.Array) -> jax.Array:
-        return jnp.argmax(merge_padded_maps(network, maps, extents), axis=-1).astype(jnp.uint8)
+        logits = merge_padded_maps(network, maps, extents)
+        return jax.nn.softmax(logits) if probabilities else jnp.argmax(logits, axis=-1).astype(jnp.uint8)
 
     def predict(variables: Mapping[str, Any], image: np.ndarray) -> np.ndarray:
         h, w, _ = image.shape
@@ -120,7 +128,8 @@ def make_image_predictor(
 
         by_maps = isinstance(model, InterpolatedFCN) and len(tiles) > 1
         strides = [s for s in (32, 16, 8) if network.coarsest >= s >= model.stride] if by_maps else [1]
-        cell, dtype = ((model.num_classes,), model.dtype) if by_maps else ((), np.uint8)
+        pixel = ((model.num_classes,), np.float32) if probabilities else ((), np.uint8)
+        cell, dtype = ((model.num_classes,), model.dtype) if by_maps else pixel
         wholes = [np.zeros((1, _round_up(h) // s, _round_up(w) // s, *cell), dtype) for s in strides]
         for row, column in tiles:
             part = image[row.start : row.start + height, column.start : column.start + width]

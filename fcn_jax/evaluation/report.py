@@ -32,7 +32,7 @@ def score_table(scores: Scores, class_names: Sequence[str], title: str) -> Table
     return table
 
 
-def evaluation_name(split: str, views: Views, validation_split: str) -> str:
+def evaluation_name(split: str, views: Views, validation_split: str | None) -> str:
     """Return the stem of an evaluation's files: "eval" for the plain one of the run's validation split.
 
     Others are called like "eval_camvid-test" or "eval_camvid-test_flip_scales-0.75-1-1.25". Splits are DATASET/SPLIT.

@@ -147,7 +147,7 @@ def make_parallel_step(config: Config, model: FCN, optimizer: Any, loss: Loss, d
 
 
 def _fetched(given: str | None) -> str | None:
-    return str(writer_first(partial(weights.fetch, given))) if given in weights.PRETRAINED else given
+    return str(writer_first(partial(weights.fetch, given))) if given and weights.is_published(given) else given
 
 
 def run_length(config: Config, examples: int) -> Length:
@@ -247,7 +247,7 @@ def _open(given: str, model: FCN) -> tuple[weights.Source, str | None, FCN | Non
     if path.is_dir():
         run = open_run(given)
         return weights.to_torch(run.model, run.variables), run.config.data.preprocessing, run.model
-    if not path.exists() and given not in weights.PRETRAINED:
+    if not path.exists() and not weights.is_published(given):
         raise InputError(f"--init-from {given}: no such run or file; train the run that it names first, or give a file")
     tensors = weights.open_source(given)
     info = weights.inspect(tensors)

@@ -1,8 +1,8 @@
 """Weights in and out: files and state dicts to variables, and back to torch."""
 
 from fcn_jax.weights.layouts import LAYOUTS
-from fcn_jax.weights.load import Info, Report, inspect, load, load_with_report, source_options
-from fcn_jax.weights.pretrained import PRETRAINED, Pretrained, fetch, is_hub
+from fcn_jax.weights.load import Info, Report, inspect, load, load_with_report, only_model, source_options
+from fcn_jax.weights.pretrained import PRETRAINED, Pretrained, fetch, is_published
 from fcn_jax.weights.save import check_suffix, left_out, save, to_torch
 from fcn_jax.weights.sources import Source, TensorInfo, Tensors, open_source
 
@@ -18,10 +18,11 @@ __all__ = [
     "check_suffix",
     "fetch",
     "inspect",
-    "is_hub",
+    "is_published",
     "left_out",
     "load",
     "load_with_report",
+    "only_model",
     "open_source",
     "save",
     "source_options",

@@ -39,6 +39,8 @@ class Info:
     """The network that the weights belong to; None: an encoder, or unknown."""
     unwrapped: tuple[str, ...] = ()
     """See ``Tensors``."""
+    classes: dict[str, Any] | None = None
+    """What ``save`` recorded of the classes: "class_names", "palette", "input_size"; None: nothing."""
 
 
 @dataclass(frozen=True)
@@ -72,13 +74,34 @@ def inspect(source: Source) -> Info:
         raise InputError(f"{tensors.origin}: its metadata says {wrong}; write the file again")
     if name is None:
         return Info(None, None, stated, tensors.infos, unwrapped=tensors.unwrapped)
+    classes = _saved_classes(tensors)
     layout, shapes = LAYOUTS[name], tensors.shapes
     fit = layout.fit(shapes) if layout.fit else _saved_fit(tensors)
     if fit and tensors.metadata.get("format") == "caffe":  # which has the at-once scales as layers
         fit = replace(fit, models=fit.models[:1])
     variant = layout.encoder(shapes) if layout.encoder else fit.encoder if fit else None
     # The file's own statement takes precedence over what is usual for its layout.
-    return Info(name, variant, stated or layout.preprocessing, tensors.infos, fit, tensors.unwrapped)
+    return Info(name, variant, stated or layout.preprocessing, tensors.infos, fit, tensors.unwrapped, classes)
+
+
+def _saved_classes(tensors: Tensors) -> dict[str, Any] | None:
+    """Return what ``save`` recorded of the classes in a file's metadata, if anything."""
+    if "classes" not in tensors.metadata:
+        return None
+    try:
+        saved = json.loads(tensors.metadata["classes"])
+        names, palette, size = (saved[key] for key in ("class_names", "palette", "input_size"))
+        colours = np.asarray(palette, np.uint8)
+        if colours.shape != (len(names), 3) or not all(isinstance(name, str) for name in names):
+            raise ValueError("names and colours do not go together")
+        return {
+            "class_names": tuple(names),
+            "palette": tuple(map(tuple, colours.tolist())),
+            "input_size": None if size is None else (int(size[0]), int(size[1])),
+        }
+    except (ValueError, KeyError, TypeError, IndexError, OverflowError, RecursionError) as error:
+        wrong = f"its metadata describes no classes ({error})"
+        raise InputError(f"{tensors.origin}: {wrong}; write the file again") from error
 
 
 def _saved_fit(tensors: Tensors) -> Fit | None:
@@ -104,7 +127,36 @@ def source_options(info: Info, name: str) -> tuple[dict[str, Any], int | None]:
     """
     if info.fit is None:
         return encoder_options(info.variant or "vgg16"), None
-    return (dict(info.fit.options) if name in info.fit.models else {}), info.fit.num_classes
+    if name not in info.fit.models:
+        return {}, info.fit.num_classes
+    return _sizes(info, name) | info.fit.options, info.fit.num_classes
+
+
+def _sizes(info: Info, name: str) -> dict[str, Any]:
+    """Infer the options that the shapes of a published network's file say: width and features."""
+    layout = LAYOUTS[info.layout or "fcn_jax"]
+    if layout.modules is None or info.fit is None:
+        return {}
+    model = create_model(name, info.fit.num_classes or 1, **info.fit.options)
+    outputs = {ours: info.tensors.get(f"{theirs}.weight") for ours, theirs in layout.modules(model)}
+
+    def channels(layer: str) -> int | None:
+        tensor = outputs.get(layer)
+        return tensor.shape[0] if tensor and tensor.shape else None
+
+    first = channels("vgg.conv1_1") or channels("resnet.conv1")
+    sizes: dict[str, Any] = {"fc_features": channels("head.fc6"), "head_features": channels("head.conv")}
+    sizes |= {"width": None if first is None else first / 64}
+    return {option: value for option, value in sizes.items() if value is not None and hasattr(model, option)}
+
+
+def only_model(source: str, info: Info) -> str:
+    """Return the network that a source's weights belong to; an InputError where there are several, or none is known."""
+    if info.fit is None:
+        raise InputError(f"{source} is no single network's; give --model")
+    if len(info.fit.models) > 1:
+        raise InputError(f"{source} may be of {' or '.join(info.fit.models)}; give --model")
+    return info.fit.models[0]
 
 
 def load(

@@ -83,9 +83,9 @@ PRETRAINED: dict[str, Pretrained] = {
 encoders as jcjohnson's pytorch-vgg converted them."""
 
 
-def is_hub(source: str) -> bool:
-    """Tell whether a source is ``hf://...``."""
-    return source.startswith("hf://")
+def is_published(source: str) -> bool:
+    """Tell whether a source is one that ``fetch`` takes, and no path."""
+    return source in PRETRAINED or source.startswith("hf://")
 
 
 def fetch(name: str) -> Path:
@@ -98,7 +98,7 @@ def fetch(name: str) -> Path:
     """
     entry = PRETRAINED.get(name)
     address = name if entry is None else entry.address
-    if is_hub(address):
+    if address.startswith("hf://"):
         return _from_hub(name, address)
     home = os.environ.get("TORCH_HOME", os.path.join(os.environ.get("XDG_CACHE_HOME", "~/.cache"), "torch"))
     path = Path(home).expanduser() / "hub" / "checkpoints" / address.rpartition("/")[2]
@@ -114,6 +114,7 @@ def fetch(name: str) -> Path:
 def _from_hub(name: str, address: str) -> Path:
     import huggingface_hub
 
+    huggingface_hub.logging.set_verbosity_error()  # its tries are five, and the last one's failure is told below
     if not (match := _HUB.fullmatch(address)):
         raise InputError(f"{name}: expected hf://OWNER/REPO or hf://OWNER/REPO@REVISION")
     try:

@@ -91,6 +91,7 @@ def save(
     variables: Mapping[str, Any],
     preprocessing: str | None,
     layout: str = "fcn_jax",
+    classes: Mapping[str, Any] | None = None,
 ) -> None:
     """Write the variables to a .safetensors file or a state dict of torch's, whole or not at all.
 
@@ -100,6 +101,7 @@ def save(
         variables: {"params": ...[, "batch_stats": ...]}.
         preprocessing: "imagenet", "caffe" or, not known, None; recorded in a .safetensors file alone.
         layout: a key of ``LAYOUTS``, see ``to_torch``.
+        classes: "class_names", "palette" and "input_size" of the network, recorded in a .safetensors file alone.
 
     Raises:
         InputError: another suffix, unknown preprocessing, a layout that does not fit, or torch is missing.
@@ -114,6 +116,8 @@ def save(
     if not arrays:
         raise InputError(f"{path}: layout {layout!r} has names for nothing in these variables; give all of them")
     metadata = {"format": "pt", "layout": layout} | ({"preprocessing": preprocessing} if preprocessing else {})
+    if classes is not None:
+        metadata["classes"] = json.dumps({**classes})
     if isinstance(model, FCN):
         name, options = describe_model(model)
         metadata["model"] = json.dumps({"name": name, "num_classes": model.num_classes, "options": options})

@@ -18,7 +18,7 @@ import numpy as np
 
 from fcn_jax.errors import InputError, first_line, unknown
 from fcn_jax.weights.caffe import read_caffe
-from fcn_jax.weights.pretrained import PRETRAINED, fetch, is_hub
+from fcn_jax.weights.pretrained import PRETRAINED, fetch, is_published
 
 # The last: what pytorch-fcn's trainer writes.
 _TORCH_SUFFIXES = (".pth", ".pt", ".pth.tar")
@@ -77,7 +77,7 @@ def open_source(source: Source) -> Tensors:
         hint = "; give module.state_dict()" if hasattr(source, "state_dict") else ""
         what = "a path, a name of published weights or a dict of arrays"
         raise InputError(f"expected {what}, got {type(source).__name__}{hint}")
-    path = fetch(name) if name in PRETRAINED or is_hub(name) else Path(name)
+    path = fetch(name) if is_published(name) else Path(name)
     try:
         head = _read_head(path)
     except OSError as error:

@@ -181,7 +181,7 @@ def test_evaluation_of_what_is_not_there(fails, run, tmp_path):
     fails(eval_command, ["--run", run, "--split", "shapes/dev"], "dev", "val")
     trees.folder(tmp_path / "folder", {"val": 1})
     other = ["--run", run, "--split", "folder/val", "--dir", tmp_path / "folder"]
-    fails(eval_command, other, "folder/val", "class 1 is 'cat' here and 'disc' in the run")
+    fails(eval_command, other, "folder/val", "class 1 is 'cat' here and 'disc' in the network")
 
 
 def test_a_checkpoint_of_another_network_is_named(fails, run, tmp_path):

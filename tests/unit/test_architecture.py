@@ -24,7 +24,7 @@ ORDER = [
         "step",
         "weights",
     ),
-    *("data", "evaluation", "training", "compare", "cli"),
+    *("data", "evaluation", "training", "pretrained", "compare", "cli"),
 ]
 HEAVY = "grain tensorflow_datasets orbax matplotlib cv2 torch tensorflow"
 

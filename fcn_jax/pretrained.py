@@ -1,0 +1,215 @@
+"""Trained networks by one call: a published name, a weights file, a run's folder, or the hub."""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from fcn_jax import weights
+from fcn_jax.errors import InputError
+from fcn_jax.evaluation.evaluate import Predictor, make_predictor
+from fcn_jax.evaluation.predict import ImagePredictor, make_image_predictor
+from fcn_jax.models import create_model, init_variables
+from fcn_jax.models.catalog import describe_model
+from fcn_jax.models.fcn import FCN
+
+
+@dataclass(frozen=True)
+class NetworkInfo:
+    """What one has to know of a trained network to use it."""
+
+    source: str
+    class_names: tuple[str, ...]
+    palette: tuple[tuple[int, int, int], ...]
+    """RGB in [0, 255], one colour per class."""
+    preprocessing: str
+    """A key of ``preprocessing.PREPROCESSINGS``."""
+    input_size: tuple[int, int] | None = None
+    """Height and width that images are resized to before the network; None: they keep their size."""
+    step: int | None = None
+    """Of a run."""
+    named: bool = True
+    """Whether the class names are the source's own, and no numbers."""
+    licence: str | None = None
+    score: str | None = None
+    """The published mean IoU, with its split."""
+    notes: tuple[str, ...] = ()
+    """What was assumed because the source does not say it."""
+
+
+def from_pretrained(
+    source: str | Path, *, model: str | None = None, preprocessing: str | None = None, checkpoint: str = "best"
+) -> tuple[FCN, dict[str, Any], NetworkInfo]:
+    """Return a trained network, its variables, and what one has to know to use it.
+
+    Args:
+        source: a name of ``weights.PRETRAINED``, a weights file in any of ``weights.LAYOUTS``, a run's folder, or
+            ``hf://OWNER/REPO[@REVISION]``.
+        model: a name from the catalogue, for a file that may belong to several.
+        preprocessing: "imagenet" or "caffe", for a file that does not say it.
+        checkpoint: of a run: "best", "last", or a step's number.
+
+    Raises:
+        InputError: the source cannot be opened, holds an encoder alone, or does not say which network it is.
+    """
+    if Path(source).is_dir():
+        return _from_run(str(source), checkpoint)
+    name, entry = str(source), weights.PRETRAINED.get(str(source))
+    if entry is not None and entry.is_encoder:
+        raise InputError(f"{name} is an encoder, not a whole network; start a run from it: train.py --init {name}")
+    tensors = weights.open_source(source)
+    info = weights.inspect(tensors)
+    if info.layout is not None and info.fit is None:
+        way_out = "start a run from it (train.py --init), or name the network that it was exported from"
+        raise InputError(f"{name} holds an encoder alone, or does not say its network; {way_out}")
+    network = model or (entry.network if entry else weights.only_model(name, info))
+    options, num_classes = weights.source_options(info, network)
+    if num_classes is None:
+        raise InputError(f"{name}: its score layer is missing; give a whole network's file")
+    made = create_model(network, num_classes, **options)
+    like = jax.eval_shape(functools.partial(init_variables, made), jax.random.key(0))
+    variables = weights.load(tensors, made, like)
+    classes, notes = _classes(name, info, num_classes)
+    chosen = preprocessing or info.preprocessing
+    if chosen is None:
+        notes = (*notes, f"{name} does not say its preprocessing: imagenet is assumed")
+    about = NetworkInfo(
+        source=name,
+        preprocessing=chosen or "imagenet",
+        licence=entry.licence if entry else None,
+        score=entry.score if entry else None,
+        notes=notes,
+        **classes,
+    )
+    return made, variables, about
+
+
+def predict(
+    model: FCN, variables: Mapping[str, Any], image: np.ndarray, info: NetworkInfo, probabilities: bool = False
+) -> np.ndarray:
+    """Predict one image of any size; large ones are cut into tiles.
+
+    Args:
+        model: from ``from_pretrained``, like the variables and ``info``.
+        variables: its variables.
+        image: RGB, uint8 (h, w, 3).
+        info: preprocessing, and the size that the network sees.
+        probabilities: return the softmax, in place of the classes.
+
+    Returns:
+        Classes uint8 (h, w), or float32 (h, w, num_classes).
+
+    Raises:
+        InputError: no such image, or a size that the network does not serve.
+    """
+    if getattr(image, "dtype", None) != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:
+        found = f"{getattr(image, 'dtype', type(image).__name__)} {getattr(image, 'shape', '')}"
+        raise InputError(f"expected an RGB image, uint8 (h, w, 3), got {found}")
+    if info.input_size is None:
+        return _any_size(model, info.preprocessing, probabilities)(variables, image)
+    from fcn_jax.data.transforms import resize_image  # OpenCV
+
+    resized = resize_image(image, info.input_size)[None]
+    return _one_size(model, info.preprocessing, probabilities)(variables, resized, image.shape[:2])[0]
+
+
+# So that a program is compiled once for many images.
+@functools.lru_cache(maxsize=8)
+def _any_size(model: FCN, preprocessing: str, probabilities: bool) -> ImagePredictor:
+    return make_image_predictor(model, preprocessing, probabilities=probabilities)
+
+
+@functools.lru_cache(maxsize=8)
+def _one_size(model: FCN, preprocessing: str, probabilities: bool) -> Predictor:
+    return make_predictor(model, preprocessing, probabilities=probabilities)
+
+
+def _from_run(source: str, checkpoint: str) -> tuple[FCN, dict[str, Any], NetworkInfo]:
+    from fcn_jax.training.run import open_run
+
+    run = open_run(source, checkpoint)
+    data, dataset = run.config.data, run.dataset
+    info = NetworkInfo(source, dataset.class_names, dataset.palette, data.preprocessing, data.input_size, run.step)
+    return run.model, run.variables, info
+
+
+def _classes(name: str, info: weights.Info, count: int) -> tuple[dict[str, Any], tuple[str, ...]]:
+    from fcn_jax.data import io, voc  # OpenCV
+
+    if info.classes is not None:
+        return {**info.classes}, ()
+    palette = io.palette(count)
+    if count == len(voc.CLASSES):
+        return {"class_names": voc.CLASSES, "palette": palette}, (f"{name} names no classes: PASCAL VOC's are assumed",)
+    numbers = tuple(f"class {index}" for index in range(count))
+    return {"class_names": numbers, "palette": palette, "named": False}, (
+        f"{name} names no classes: they are numbered",
+    )
+
+
+def write_hub_files(folder: Path, model: FCN, info: NetworkInfo, scores: Mapping[str, Any]) -> None:
+    """Write config.json and the model card, README.md, beside a model.safetensors."""
+    name, options = describe_model(model)
+    config = {"library_name": "fcn_jax", "model": name, "num_classes": model.num_classes, "options": options}
+    config |= {"preprocessing": info.preprocessing, "input_size": info.input_size}
+    config |= {"class_names": info.class_names, "palette": info.palette}
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    rows = "".join(f"| {key.replace('_', ' ')} | {value} |\n" for key, value in scores.items())
+    card = _CARD.format(
+        name=name,
+        encoder=model.encoder,
+        classes=", ".join(info.class_names),
+        preprocessing=_PREPROCESSING[info.preprocessing],
+        scores=f"| score | |\n|---|---|\n{rows}" if rows else "No score is recorded: evaluate before exporting.\n",
+        licence=info.licence or "not stated; add the one that you publish these weights under",
+    )
+    (folder / "README.md").write_text(card)
+
+
+_PREPROCESSING = {
+    "imagenet": "RGB in 0 ... 1, minus (0.485, 0.456, 0.406), divided by (0.229, 0.224, 0.225)",
+    "caffe": "BGR in 0 ... 255, minus (104.00699, 116.66877, 122.67892)",
+}
+_CARD = """---
+library_name: fcn_jax
+pipeline_tag: image-segmentation
+tags: [fcn, semantic-segmentation, jax, flax]
+---
+
+# {name}
+
+A fully convolutional network for semantic segmentation (Long, Shelhamer & Darrell 2015) with encoder {encoder}.
+
+Classes: {classes}
+
+Preprocessing: {preprocessing}
+
+{scores}
+Licence: {licence}
+
+In JAX, with fcn_jax:
+
+```python
+import fcn_jax
+model, variables, info = fcn_jax.from_pretrained("hf://OWNER/REPO")
+classes = fcn_jax.predict(model, variables, image, info)   # image: RGB, uint8 (h, w, 3)
+```
+
+In PyTorch, with the twin that fcn_jax has of each network:
+
+```python
+import fcn_jax
+from fcn_jax.compare import make_twin
+from safetensors.torch import load_file
+model, variables, info = fcn_jax.from_pretrained("model.safetensors")
+twin = make_twin(model).eval()
+twin.load_state_dict(load_file("model.safetensors"))
+```
+"""

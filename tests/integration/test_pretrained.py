@@ -1,0 +1,186 @@
+"""Trained networks by one call: files of every layout, runs, the hub, and the commands that take them."""
+
+import http.server
+import json
+import os
+import subprocess
+import sys
+import threading
+
+import cv2
+import jax
+import numpy as np
+import pytest
+import torch
+import trees
+from caffe_files import write_caffe
+from inference_cases import color_blocks
+from layout_cases import CASES
+from safetensors.numpy import save_file
+from small_networks import assert_same, build
+from torch_sources import randomise
+
+import fcn_jax
+from fcn_jax import weights
+from fcn_jax.cli import eval as cli_eval
+from fcn_jax.cli import export as cli_export
+from fcn_jax.cli import models as cli_models
+from fcn_jax.cli import predict as cli_predict
+from fcn_jax.cli import summary as cli_summary
+from fcn_jax.errors import InputError
+
+QUICK = {"pytorch-fcn 8s", "tramac 8s aux", "boostcamp 32s"}
+MARKED = [pytest.param(case, marks=[] if case in QUICK else pytest.mark.slow) for case in CASES]
+NAMES = ("sky", "road", "tree")
+CLASSES = {"class_names": NAMES, "palette": ((1, 2, 3), (4, 5, 6), (7, 8, 9)), "input_size": None}
+
+
+@pytest.mark.parametrize("case", MARKED)
+def test_a_file_of_every_layout_predicts_what_its_source_does(case, tmp_path):
+    make, name, _, size = CASES[case]
+    module = randomise(make()).float().eval()
+    file = tmp_path / "w.safetensors"
+    save_file({key: np.ascontiguousarray(value.numpy()) for key, value in module.state_dict().items()}, file)
+    model, variables, info = fcn_jax.from_pretrained(file, model=name, preprocessing="caffe")
+    assert model.num_classes == 3 and info.class_names == ("class 0", "class 1", "class 2") and info.notes
+    image = color_blocks(*size)
+    with torch.no_grad():
+        x = torch.from_numpy(np.array(fcn_jax.normalize(image[None], "caffe"))).permute(0, 3, 1, 2)
+        theirs = torch.softmax(module(x), 1)[0].permute(1, 2, 0).numpy()
+    ours = fcn_jax.predict(model, variables, image, info, probabilities=True)
+    assert ours.dtype == np.float32 and ours.shape == (*size, 3)
+    np.testing.assert_allclose(ours, theirs, atol=2e-3)  # logits are of hundreds here: 1e-5 of them
+    sure = np.sort(theirs, -1)[..., -1] - np.sort(theirs, -1)[..., -2] > 1e-2
+    assert np.array_equal(fcn_jax.predict(model, variables, image, info)[sure], theirs.argmax(-1)[sure])
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    """A network of ours in a file that knows its classes."""
+    file = tmp_path_factory.mktemp("exported") / "model.safetensors"
+    model, variables = build("fcn32s", fc_features=8, fc6_kernel=1)
+    weights.save(file, model, variables, "caffe", classes=CLASSES)
+    return file, model, variables
+
+
+def test_a_file_of_ours_knows_its_network_classes_and_preprocessing_without_torch(exported, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch", None)
+    file, model, variables = exported
+    found, values, info = fcn_jax.from_pretrained(file)
+    assert found == model and (info.class_names, info.preprocessing, info.notes) == (NAMES, "caffe", ())
+    assert info.palette == CLASSES["palette"]
+    assert_same(values, variables)
+
+
+def test_a_caffe_file_of_21_classes_is_vocs_and_needs_no_torch(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch", None)
+    model, variables = build("fcn8s_pad100", 21, encoder="vgg16", fc_features=24)
+    file = write_caffe(tmp_path / "fcn8s.caffemodel", weights.to_torch(model, variables, "pytorch-fcn"))
+    found, _, info = fcn_jax.from_pretrained(file)
+    assert found == model and info.class_names[15] == "person" and "PASCAL VOC" in info.notes[0]
+
+
+def test_what_is_no_whole_network_is_one_line(tmp_path, exported):
+    file = tmp_path / "encoder.safetensors"
+    model, variables = build("fcn32s", encoder="vgg16")
+    weights.save(file, model, variables, "imagenet", "torchvision-vgg")
+    for source, named in {
+        file: "an encoder alone", "vgg16-imagenet": "--init vgg16-imagenet", "nothing": "fcn8s-voc", tmp_path: "run",
+    }.items():  # fmt: skip
+        with pytest.raises(InputError, match=named):
+            fcn_jax.from_pretrained(source)
+    _, _, info = fcn_jax.from_pretrained(exported[0])
+    for image in (np.zeros((4, 4), np.uint8), np.zeros((4, 4, 3)), [[1]]):
+        with pytest.raises(InputError, match="uint8 .h, w, 3."):
+            fcn_jax.predict(*exported[1:], image, info)
+
+
+# In a process of its own: huggingface_hub reads its environment when it is imported.
+READ = """
+import json, sys
+import jax, numpy as np
+sys.modules["torch"] = None
+import fcn_jax
+model, variables, info = fcn_jax.from_pretrained("hf://me/fcn@v1")
+errors = []
+for source in ("hf://me/other@v1", "hf://fcn", "hf://me/fcn/deep"):
+    try:
+        fcn_jax.from_pretrained(source)
+    except fcn_jax.errors.InputError as error:
+        errors.append(str(error))
+total = float(sum(np.abs(x).sum() for x in jax.tree.leaves(variables)))
+print(json.dumps({"names": info.class_names, "sum": total, "errors": errors}))
+"""
+
+
+@pytest.fixture
+def hub(exported, tmp_path):
+    """A hub on the loopback with one repository, made by the export; yields the folder that it serves."""
+    folder = tmp_path / "hub"
+    assert cli_export.main(["--weights", str(exported[0]), "--format", "hub", "--out", str(folder)]) == 0
+    asked = []
+
+    class Hub(http.server.BaseHTTPRequestHandler):
+        def do_HEAD(self):
+            self.answer(send=False)
+
+        def do_GET(self):
+            self.answer(send=True)
+
+        def answer(self, send):
+            asked.append(self.path)
+            found = self.path == "/me/fcn/resolve/v1/model.safetensors"
+            self.send_response(200 if found else 404)
+            content = (folder / "model.safetensors").read_bytes() if found else b""
+            self.send_header("X-Repo-Commit", "0" * 40)
+            self.send_header("ETag", '"abc"')
+            if not found:
+                self.send_header("X-Error-Code", "RepoNotFound")
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            if send:
+                self.wfile.write(content)
+
+        def log_message(self, *args):
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    environment = {
+        **os.environ,
+        "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}",
+        "HF_HOME": str(tmp_path / "home"),
+    }
+    yield folder, asked, environment
+    server.shutdown()
+    server.server_close()
+
+
+def test_a_hub_folder_is_read_back_through_the_hub(hub, exported):
+    folder, asked, environment = hub
+    config = json.loads((folder / "config.json").read_text())
+    assert config["model"] == "fcn32s" and config["class_names"] == list(NAMES)
+    assert "sky, road, tree" in (folder / "README.md").read_text()
+    done = subprocess.run([sys.executable, "-c", READ], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["names"] == list(NAMES) and asked
+    assert found["sum"] == pytest.approx(float(sum(np.abs(x).sum() for x in jax.tree.leaves(exported[2]))), rel=1e-5)
+    assert [line.partition(":")[0] for line in found["errors"]] == ["hf", "hf", "hf"] and "hf://me/other" in done.stdout
+
+
+def test_commands_take_weights(exported, tmp_path, capsys, fails):
+    file = str(exported[0])
+    cv2.imwrite(str(tmp_path / "photo.png"), color_blocks(70, 90))
+    assert cli_predict.main([str(tmp_path / "photo.png"), "--weights", file, "--out", str(tmp_path / "out")]) == 0
+    assert cv2.imread(str(tmp_path / "out/photo.png")).shape == (70, 90, 3)
+    trees.folder(tmp_path / "data", {"train": 1, "val": 2}, classes=NAMES)
+    command = ["--weights", file, "--dir", str(tmp_path / "data"), "--split", "folder/val"]
+    assert cli_eval.main([*command, "--out", str(tmp_path / "scores")]) == 0
+    assert json.loads((tmp_path / "scores/eval_folder-val.json").read_text())["images"] == 2
+    assert cli_summary.main(["--weights", file]) == 0 and "fcn32s, vgg11" in capsys.readouterr().out
+    assert cli_models.main([]) == 0 and "fcn8s-voc-caffe" in capsys.readouterr().out
+    fails(cli_eval.main, ["--weights", file], "--split")
+    fails(cli_predict.main, ["a.png", "--out", tmp_path], "--run", "--weights")
+    trees.folder(tmp_path / "other", {"train": 1, "val": 1}, classes=("sky", "sea", "tree"))
+    fails(cli_eval.main, [*command[:3], tmp_path / "other", *command[4:]], "'sea' here", "'road' in the network")
