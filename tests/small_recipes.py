@@ -63,10 +63,19 @@ SHRUNK = {
     **{f"voc-paper-{net}": f"{SCORE_NET} --optim.lr 1e-7" for net in ("32s", "16s", "8s", "8s-atonce")},
     "voc-cvpr": f"{SCORE_NET} {CROP} --optim.lr 1e-3 --model.dropout-rate 0",
     "voc-tramac": f"{OTHER_NET} {CROP} --optim.lr 1e-2 --data.base-size 20 --data.workers 0",
+    "voc-torchvision": f"{CROP} --optim.lr 1e-2 --data.base-size 20 --data.workers 0",
     "binary-bce": f"{OTHER_NET} --data.input-size 32 32 --train.pictures-every 4 --train.keep-every 6",
     "scratch-fcn1": f"{OTHER_NET} --data.input-size 32 32",
 }
-BATCHES = {"shapes": 8, "camvid": 4, "camvid-cpu": 4, "voc-cvpr": 4, "voc-tramac": 4, "scratch-fcn1": 4}
+BATCHES = {
+    "shapes": 8,
+    "camvid": 4,
+    "camvid-cpu": 4,
+    "voc-cvpr": 4,
+    "voc-tramac": 4,
+    "voc-torchvision": 4,
+    "scratch-fcn1": 4,
+}
 
 
 def shrink(recipe, folder, devices=1):

@@ -30,7 +30,10 @@ def colour_labels(labels: np.ndarray, palette: Palette) -> np.ndarray:
 def overlay(
     image: np.ndarray, labels: np.ndarray, palette: Palette, class_names: Sequence[str], name: str = ""
 ) -> np.ndarray:
-    """Blend an RGB image (h, w, 3) half and half with its labels' colours, "background" excepted; write its name."""
+    """Blend an RGB image (h, w, 3) half and half with its labels' colours, "background" excepted.
+
+    Its name is written at the bottom, and the classes that it shows at the top, each in its colour.
+    """
     from matplotlib import get_data_path
     from PIL import Image, ImageDraw, ImageFont
 
@@ -38,10 +41,17 @@ def overlay(
     blended = (image.astype(np.uint16) + colour_labels(labels, palette) + 1) // 2
     blended = np.where(np.isin(labels, background)[..., None], image, blended).astype(np.uint8)
     picture = Image.fromarray(blended)
+    draw, (h, w) = ImageDraw.Draw(picture), labels.shape
+    font = ImageFont.truetype(f"{get_data_path()}/fonts/ttf/DejaVuSans.ttf", max(10, h // 32))
+    line, side = sum(font.getmetrics()) + 2, font.size
+    shown = [int(i) for i in np.unique(labels) if i < len(class_names) and i not in background]
+    for row, index in enumerate(shown[: max(0, h // (2 * line))]):  # at most half of the height
+        text, y = _printable(class_names[index]), row * line
+        draw.rectangle((0, y, min(w, side + 9 + draw.textlength(text, font)), y + line - 1), (0, 0, 0))
+        draw.rectangle((3, y + 3, side, y + side), tuple(palette[index]))
+        draw.text((side + 6, y), text, (255, 255, 255), font)
     if name:
         name = _printable(name)
-        draw, (h, w) = ImageDraw.Draw(picture), labels.shape
-        font = ImageFont.truetype(f"{get_data_path()}/fonts/ttf/DejaVuSans.ttf", max(10, h // 32))
         left = min(3, w - 3 - draw.textlength(name, font))  # the end of a long name is the part that tells more
         _, top, right, _ = draw.textbbox((left, h - 3), name, font, anchor="lb")
         draw.rectangle((left - 3, top - 3, right + 3, h), (0, 0, 0))

@@ -48,6 +48,15 @@ def test_an_overlay_shows_the_name_in_its_lower_left_corner(name):
     assert figures.overlay(image[:2, :3], labels[:2, :3], PALETTE, NAMES, name).shape == (2, 3, 3)
 
 
+def test_an_overlay_lists_the_classes_that_it_shows_in_their_colours():
+    image, labels = np.full((100, 160, 3), 100, np.uint8), np.zeros((100, 160), np.uint8)
+    labels[50:] = 2
+    blended = figures.overlay(image, labels, PALETTE, NAMES)
+    np.testing.assert_array_equal(blended[5, 5], PALETTE[2])
+    assert (blended[:12, 15:30] == 255).any() and (blended[20:50] == 100).all()
+    assert (figures.overlay(image, labels * 0, PALETTE, NAMES) == 100).all()
+
+
 def test_a_palette_png_keeps_ids_as_indices_and_shows_colours(tmp_path):
     figures.save_palette_png(tmp_path / "a.png", LABELS, PALETTE)
     with Image.open(tmp_path / "a.png") as picture:
