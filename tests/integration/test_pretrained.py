@@ -3,9 +3,11 @@
 import http.server
 import json
 import os
+import re
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import cv2
 import jax
@@ -27,6 +29,7 @@ from fcn_jax.cli import export as cli_export
 from fcn_jax.cli import models as cli_models
 from fcn_jax.cli import predict as cli_predict
 from fcn_jax.cli import summary as cli_summary
+from fcn_jax.cli import train as cli_train
 from fcn_jax.errors import InputError
 
 QUICK = {"pytorch-fcn 8s", "tramac 8s aux", "boostcamp 32s"}
@@ -184,3 +187,26 @@ def test_commands_take_weights(exported, tmp_path, capsys, fails):
     fails(cli_predict.main, ["a.png", "--out", tmp_path], "--run", "--weights")
     trees.folder(tmp_path / "other", {"train": 1, "val": 1}, classes=("sky", "sea", "tree"))
     fails(cli_eval.main, [*command[:3], tmp_path / "other", *command[4:]], "'sea' here", "'road' in the network")
+
+
+@pytest.mark.slow
+def test_the_fine_tuning_command_of_the_docs_carries_over_all_but_the_scores(tmp_path, capsys):
+    text = (Path(__file__).parents[2] / "docs/pretrained.md").read_text()
+    command = re.search(r"^python train.py (camvid --init-from .*?)\n```", text, re.DOTALL | re.MULTILINE)[1]
+    model, variables = build("fcn8s_pad100", 21, encoder="vgg16")
+    file = write_caffe(tmp_path / "fcn8s.caffemodel", weights.to_torch(model, variables, "pytorch-fcn"))
+    trees.camvid(tmp_path / "CAMVID", {"train": 4, "val": 2}, suffix=".jpg")
+    words = (
+        command.replace("\\\n", " ").replace("fcn8s-voc-caffe", str(file)).replace("CAMVID", str(tmp_path / "CAMVID"))
+    )
+    small = (
+        "--model.width 0.0625 --train.steps 2 --train.batch-size 2 --data.crop-size 16 16 --data.workers 0 --devices 1"
+    )
+    paths = ["--data.cache-dir", str(tmp_path / "cache"), "--run", str(tmp_path / "run")]
+    assert cli_train.main([*words.split(), *small.split(), *paths]) == 0
+    assert "new: score_fr, score_pool3, score_pool4" in " ".join(capsys.readouterr().out.split())
+    _, trained, info = fcn_jax.from_pretrained(tmp_path / "run", checkpoint="last")
+    assert info.class_names[0] == "sky" and info.preprocessing == "caffe"
+    for name, leaves in trained["params"]["vgg"].items():
+        same = np.array_equal(leaves["kernel"], variables["params"]["vgg"][name]["kernel"])
+        assert same == (name[4] in "12")
