@@ -42,6 +42,7 @@ import numpy as np
 import safetensors.numpy
 import torch
 import trees
+from caffe_files import write_caffe
 from PIL import Image
 from tiny_run import saved_state, saved_variables
 
@@ -275,6 +276,12 @@ def _safetensors(work: Path, marker: Path) -> list[Files]:
     return [{"w.safetensors": (work / f"{name}.safetensors").read_bytes()} for name in ("ours", "small", "small")]
 
 
+def _caffe_files(work: Path, marker: Path) -> list[Files]:
+    arrays = {"conv1_1.weight": np.ones((4, 3, 3, 3), np.float32), "conv1_1.bias": np.zeros(4, np.float32)}
+    files = [write_caffe(work / f"{legacy}.caffemodel", arrays, legacy) for legacy in (False, True)]
+    return [{"w.caffemodel": file.read_bytes()} for file in files]
+
+
 class Call:
     """Pickled as a call."""
 
@@ -391,6 +398,7 @@ READERS = {
     "mask": Reader(15, _masks, (image_header,), lambda at: data_io.decode_label((at / "file").read_bytes(), "file")),
     "torch": Reader(15, _torch_files, (zip_record, pickle_code), _read_weights),
     "safetensors": Reader(15, _safetensors, (json_value,), _read_weights),
+    "caffe": Reader(15, _caffe_files, (), _read_weights),
     "classes": Reader(12, _lists, (text_line,), lambda at: folder.read_classes(at / "file")),
     "names": Reader(12, _lists, (text_line,), _read_names),
     "run": Reader(25, _runs, (json_value,), _read_run),
