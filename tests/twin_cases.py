@@ -77,13 +77,14 @@ def _run_torch(model, variables, images, labels):
     out = out if isinstance(out, tuple) else (out,)
     loss = sum(F.cross_entropy(o, y, ignore_index=IGNORE) * w for o, w in zip(out, (1.0, 0.4)))  # noqa: B905
     loss.backward()
-    grads = {name: p.grad.numpy() for name, p in twin.named_parameters()}
+    # Frozen ones have none; ours are zero there.
+    grads = {name: (torch.zeros_like(p) if p.grad is None else p.grad).numpy() for name, p in twin.named_parameters()}
     statistics = {name: b.numpy() for name, b in twin.named_buffers()}
     return evaluated, [o.detach().permute(0, 2, 3, 1).numpy() for o in out], grads, statistics
 
 
 def _error(ours, theirs):
-    return np.linalg.norm((ours - theirs).ravel()) / np.linalg.norm(theirs.ravel())
+    return np.linalg.norm((ours - theirs).ravel()) / (np.linalg.norm(theirs.ravel()) or 1.0)
 
 
 def check_case(name: str, options: dict[str, Any], size: tuple[int, int], dtypes: tuple[str, ...]) -> None:
