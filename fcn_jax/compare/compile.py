@@ -177,7 +177,7 @@ class CompileReport:
 
 
 class DoesNotFit(InputError):
-    """The compiler finds no room for the program in the chip's memory."""
+    """The program needs more memory than the chip has, as its compiler says."""
 
 
 def compile_work(work: Work, target: Target) -> CompileReport:
@@ -221,7 +221,7 @@ def compile_work(work: Work, target: Target) -> CompileReport:
 
 
 def fits(work: Work, target: Target) -> bool:
-    """Tell whether the compiler finds room for the program and the memory that it plans is within the chip's."""
+    """Tell whether the program compiles and its planned memory is within the chip's."""
     try:
         report = compile_work(work, target)
     except DoesNotFit:
