@@ -169,6 +169,9 @@ class Config:
     """Folder of the run; the same command again resumes what is in it."""
     parallel: Literal["pmap", "mesh"] = "pmap"
     """Run the step under jax.pmap, or under jit on a mesh; the numbers are the same."""
+    mesh: str | None = None
+    """Axes of a mesh, as in data=4,space=2: `data` and `fsdp` split the batch, `fsdp` parameters and momentum as well,
+    `space` the height of the images. In the place of `parallel` and `devices`."""
     devices: int | None = None
     """Number of devices to use, over all processes; by default all."""
     distributed: str | None = None

@@ -39,6 +39,7 @@ class StepSums(NamedTuple):
     """Whether loss and gradient were; otherwise the step changed nothing but counters."""
 
 
+AxisName = str | tuple[str, ...]
 TrainStep = Callable[[TrainState, Batch], tuple[TrainState, StepSums]]
 
 
@@ -62,8 +63,9 @@ def make_train_step(
     *,
     reduction: str = "mean",
     accumulate: int = 1,
-    axis_name: str | None = None,
+    axis_name: AxisName | None = None,
     pass_example_ids: bool = False,
+    shard: Callable[[Callable[..., Any]], Callable[..., Any]] | None = None,
 ) -> TrainStep:
     """Make the step.
 
@@ -82,14 +84,16 @@ def make_train_step(
             the global batch is k modulo the number of parts, for any number of devices. A batch norm normalises each
             part by its own statistics (the running ones move once per part), so that only a model without it equals
             the whole batch.
-        axis_name: the axis of ``jax.pmap`` or ``jax.shard_map`` over which the batch is split; None where every call
-            has the global batch.
+        axis_name: the axis (or axes) of ``jax.pmap`` or ``jax.shard_map`` over which the batch is split; None where
+            every call has the global batch.
         pass_example_ids: give ``apply_fn`` the keyword ``example_ids``, (b,) indices in the global batch, on which
             dropout masks of this package's networks are keyed; otherwise its masks depend on the split.
+        shard: puts ``jax.shard_map`` over ``axis_name`` around (params, batch_stats, batch, key) -> global sums and
+            gradient alone, so that the step takes the global batch, and the optimiser a state that is sharded.
 
     Returns:
-        ``train_step(state, batch) -> (state, sums)``; ``batch`` is the device's part with an ``axis_name``, the global
-        batch without.
+        ``train_step(state, batch) -> (state, sums)``; ``batch`` is the device's part with an ``axis_name`` and no
+        ``shard``, otherwise the global batch.
     """
 
     def loss_sum(params: Any, batch_stats: Any, batch: Batch, ids: jax.Array, key: jax.Array) -> Any:
@@ -121,14 +125,21 @@ def make_train_step(
         zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
         return jax.lax.scan(add_part, (batch_stats, zeros), parts)[0]
 
-    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, StepSums]:
-        key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
+    def global_gradient(params: Any, batch_stats: Any, batch: Batch, key: jax.Array) -> Any:
         count = batch["label"].shape[0]
         first = 0 if axis_name is None else jax.lax.axis_index(axis_name) * count
         compute = gradient if accumulate == 1 else gradient_of_parts
-        batch_stats, (sums, grads) = compute(state.params, state.batch_stats, batch, first + jnp.arange(count), key)
+        batch_stats, (sums, grads) = compute(params, batch_stats, batch, first + jnp.arange(count), key)
         if axis_name is not None:
             sums, grads = jax.lax.psum((sums, grads), axis_name)
+        return batch_stats, sums, grads
+
+    if shard is not None:
+        global_gradient = shard(global_gradient)
+
+    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, StepSums]:
+        key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
+        batch_stats, sums, grads = global_gradient(state.params, state.batch_stats, dict(batch), key)
         # A batch without a single valid pixel has no gradient; its step only decays and coasts.
         scale = 1.0 if reduction == "sum" else 1.0 / jnp.maximum(sums.weight, jnp.finfo(sums.weight.dtype).tiny)
         grads = jax.tree.map(lambda g: g * scale, grads)

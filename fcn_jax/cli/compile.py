@@ -16,6 +16,7 @@ from fcn_jax.compare import compile as compiling
 from fcn_jax.compare.report import save_json
 from fcn_jax.config import Config, ModelConfig
 from fcn_jax.data import camvid, shapes, voc
+from fcn_jax.devices import groups
 from fcn_jax.errors import InputError, unknown
 from fcn_jax.models.catalog import MODELS
 from fcn_jax.recipes import RECIPES
@@ -63,8 +64,8 @@ def main(arguments: Sequence[str]) -> int:
     default = CompileArguments(target=tyro.MISSING, config=config)
     given = tyro.cli(CompileArguments, prog=f"fcn-jax compile {name}", default=default, args=rest)
     target = compiling.open_target(given.target)
-    count = 1 if given.inference else len(target.devices)
     config = given.config
+    count = groups(target.mesh(config, given.inference))
     check_config(config)
     size = given.image_size or config.data.crop_size or config.data.input_size or (512, 512)
     if min(size) < 1:

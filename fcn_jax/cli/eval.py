@@ -17,12 +17,12 @@ from fcn_jax.cli.process import make_folder
 from fcn_jax.config import Config, DataConfig
 from fcn_jax.data.datasets import load
 from fcn_jax.data.pipeline import make_eval_batches
+from fcn_jax.devices import make_mesh
 from fcn_jax.errors import InputError
 from fcn_jax.evaluation.evaluate import PLAIN, Views, evaluate, make_predictor, spread
 from fcn_jax.evaluation.figures import save_confusion, save_panel, save_predictions
 from fcn_jax.evaluation.report import evaluation_name, score_table
 from fcn_jax.pretrained import NetworkInfo
-from fcn_jax.training.devices import make_mesh
 from fcn_jax.training.run import RunFolder, write_whole
 
 

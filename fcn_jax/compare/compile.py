@@ -18,14 +18,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import topologies
+from jax.sharding import Mesh
 
 from fcn_jax.config import Config
+from fcn_jax.devices import batch_sharding, check_height, kernels_for, pick_mesh
 from fcn_jax.errors import InputError, first_line
 from fcn_jax.evaluation.evaluate import make_class_maps
 from fcn_jax.losses import make_loss
 from fcn_jax.models import init_variables, model_from_config, summarize
 from fcn_jax.models.fcn import FCN
-from fcn_jax.models.kernels import cpu_kernels
 from fcn_jax.optim import make_optimizer
 from fcn_jax.step import new_state
 from fcn_jax.training.trainer import make_parallel_step
@@ -73,6 +74,16 @@ class Target:
     def platform(self) -> str:
         """Return "tpu", "gpu" or "cpu"."""
         return self.devices[0].platform
+
+    def mesh(self, config: Config, inference: bool) -> Mesh:
+        """Arrange the devices as a config says; without ``config.mesh``, inference takes one."""
+
+        def pick(count: int | None) -> list[Any]:
+            if count not in (None, len(self.devices)):
+                raise InputError(f"--mesh {config.mesh} has {count} devices, --target {self.name} {len(self.devices)}")
+            return self.devices[:1] if inference and config.mesh is None else self.devices
+
+        return pick_mesh(config.mesh, None, pick)
 
 
 def open_target(name: str) -> Target:
@@ -134,25 +145,30 @@ def lower(work: Work, target: Target) -> Any:
     """Trace the training step of train.py, or the class maps of eval.py on one device, to a ``jax.stages.Lowered``."""
     config, model, shape = work.config, work.model, (*work.size, 3)
     variables = jax.eval_shape(lambda key: init_variables(model, key), jax.random.key(0))
+    mesh = target.mesh(config, work.inference)
+    check_height(work.size[0], mesh)
+
+    def placed(x: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=batch_sharding(x, mesh))
+
+    images = jax.ShapeDtypeStruct((work.batch_size, *shape), jnp.uint8)
     if work.inference:
-        kernels = cpu_kernels(target.platform == "cpu")
-        function = jax.jit(kernels(make_class_maps(model, config.data.preprocessing)), static_argnums=2)
-        on_device = jax.sharding.SingleDeviceSharding(target.devices[0])
-        images = jax.ShapeDtypeStruct((work.batch_size, *shape), jnp.uint8, sharding=on_device)
-        return function.lower(variables, images, work.size, None)
+        class_maps = kernels_for(mesh)(make_class_maps(model, config.data.preprocessing))
+        return jax.jit(class_maps, static_argnums=2).lower(variables, placed(images), work.size, None)
     optimizer = make_optimizer(variables["params"], config.optim, 1000, config.model.freeze_stages)
     # Weights that follow from the data are numbers like any others.
     class_weights = None if config.loss.class_weights == "none" else np.ones(work.num_classes)
     loss = make_loss(config.loss.kind, class_weights, config.loss.hard_fraction, config.loss.aux_weight)
-    parallel = make_parallel_step(config, model, optimizer, loss, target.devices)
-    count = len(target.devices)
-    lead = (count, work.batch_size // count) if config.parallel == "pmap" else (work.batch_size,)
-    batch = {
-        "image": jax.ShapeDtypeStruct((*lead, *shape), jnp.uint8),
-        "label": jax.ShapeDtypeStruct((*lead, *work.size), jnp.uint8),
-    }
+    parallel = make_parallel_step(config, model, optimizer, loss, mesh)
     step: Any = parallel.step  # the results of jit and pmap have more methods than their type says
-    return step.lower(jax.eval_shape(lambda v: new_state(v, optimizer), variables), batch)
+    state = jax.eval_shape(lambda v: new_state(v, optimizer), variables)
+    batch = {"image": images, "label": jax.ShapeDtypeStruct(images.shape[:3], jnp.uint8)}
+    if config.parallel == "pmap" and config.mesh is None:
+        lead = (mesh.size, work.batch_size // mesh.size)
+        return step.lower(state, {k: jax.ShapeDtypeStruct((*lead, *x.shape[1:]), x.dtype) for k, x in batch.items()})
+    lies = parallel.shardings(state)
+    state = jax.tree.map(lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), state, lies)
+    return step.lower(state, {key: placed(x) for key, x in batch.items()})
 
 
 @dataclass

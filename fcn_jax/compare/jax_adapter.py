@@ -18,6 +18,7 @@ from fcn_jax import weights
 from fcn_jax.compare.bench import Numbers, Runner
 from fcn_jax.compare.parity import Arrays, Gradient, Side, TrainedStep
 from fcn_jax.config import OptimConfig
+from fcn_jax.devices import AXIS, Parallel, make_mesh, make_parallel, pick_devices
 from fcn_jax.errors import InputError
 from fcn_jax.losses import make_loss
 from fcn_jax.models import summarize
@@ -26,8 +27,7 @@ from fcn_jax.models.kernels import cpu_kernels
 from fcn_jax.models.layers import BatchNorm
 from fcn_jax.models.upsample import TransposedConv
 from fcn_jax.optim import make_optimizer
-from fcn_jax.step import make_train_step, new_state
-from fcn_jax.training.devices import AXIS, Parallel, make_parallel, pick_devices
+from fcn_jax.step import AxisName, make_train_step, new_state
 
 
 def without_dropout(model: FCN) -> FCN:
@@ -52,7 +52,7 @@ def dilated_upsampling(next_call: Any, args: Any, kwargs: Any, context: Any) -> 
     return y + parameters["bias"].astype(compute.dtype) if layer.use_bias else y
 
 
-def _apply(model: FCN, axis_name: str | None, interceptor: Any) -> Callable[..., Any]:
+def _apply(model: FCN, axis_name: AxisName | None, interceptor: Any) -> Callable[..., Any]:
     """Return the ``apply`` of a model, its layers replaced by the interceptor where there is one."""
     apply = model.clone(axis_name=axis_name).apply
     if interceptor is None:
@@ -67,9 +67,13 @@ def _apply(model: FCN, axis_name: str | None, interceptor: Any) -> Callable[...,
 
 def step_on_devices(model: FCN, optimizer: Any, mode: str, devices: Any, interceptor: Any = None) -> Parallel:
     """Make the training step of train.py (mean softmax cross-entropy) on some devices; mode is "pmap" or "mesh"."""
-    apply_fn = _apply(model, AXIS, interceptor)
-    step = make_train_step(apply_fn, optimizer, make_loss("softmax"), axis_name=AXIS, pass_example_ids=True)
-    return make_parallel(mode, cpu_kernels(devices[0].platform == "cpu")(step), devices)
+
+    def make_step(axis_name: Any, **options: Any) -> Any:
+        options |= {"axis_name": axis_name, "pass_example_ids": True}
+        step = make_train_step(_apply(model, axis_name, interceptor), optimizer, make_loss("softmax"), **options)
+        return cpu_kernels(devices[0].platform == "cpu")(step)
+
+    return make_parallel(mode, make_step, make_mesh(devices))
 
 
 def make_jax_side(
@@ -89,7 +93,7 @@ def make_jax_side(
         variables: its weights; they are not changed.
         optim: of the training; by default ``OptimConfig()``.
         name: what reports call this side.
-        mode: "pmap" or "mesh", as in ``training.devices``; on one device "mesh" is plain jit.
+        mode: "pmap" or "mesh", as in ``devices``; on one device "mesh" is plain jit.
         devices: over how many devices the batch is split.
         interceptor: replaces calls of layers, see ``flax.linen.intercept_methods``.
 

@@ -13,6 +13,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from fcn_jax import metrics
+from fcn_jax.devices import batch_sharding, groups, kernels_for
 from fcn_jax.errors import InputError
 from fcn_jax.evaluation.padding import padded_logits
 from fcn_jax.models.fcn import FCN
@@ -131,16 +132,18 @@ def make_predictor(
         views: if not ``PLAIN``, the class of the largest mean softmax is chosen. Only for images without ``extents``.
         probabilities: return the softmax, floats (b, H, W, num_classes), in place of classes.
     """
-    platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
-    function = make_class_maps(model, preprocessing, views, probabilities)
-    compiled = jax.jit(cpu_kernels(platform == "cpu")(function), static_argnums=2)
+    kernels = cpu_kernels(jax.default_backend() == "cpu") if mesh is None else kernels_for(mesh)
+    compiled = jax.jit(kernels(make_class_maps(model, preprocessing, views, probabilities)), static_argnums=2)
 
     def predict(variables: Mapping[str, Any], images: Any, size: tuple[int, int], extents: Any = None) -> np.ndarray:
         placed: Any = (images, extents)
         if mesh is not None:
-            whole = len(images) % mesh.size == 0
-            placed = jax.device_put(placed, NamedSharding(mesh, PartitionSpec("batch" if whole else None)))
-            variables = jax.device_put(variables, NamedSharding(mesh, PartitionSpec()))
+            everywhere = NamedSharding(mesh, PartitionSpec())
+            if len(images) % groups(mesh) == 0:
+                placed = jax.tree.map(lambda x: jax.device_put(x, batch_sharding(x, mesh)), placed)
+            else:
+                placed = jax.device_put(placed, everywhere)
+            variables = jax.device_put(variables, everywhere)
         return np.asarray(compiled(variables, placed[0], size, placed[1]))
 
     return predict

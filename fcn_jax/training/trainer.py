@@ -13,23 +13,24 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import Mesh
 
 from fcn_jax import weights
 from fcn_jax.config import Config
 from fcn_jax.data.datasets import Split, load
 from fcn_jax.data.pipeline import class_frequencies
+from fcn_jax.data.transforms import output_size
+from fcn_jax.devices import Parallel, check_height, groups, kernels_for, make_parallel, pick_mesh
 from fcn_jax.errors import InputError
 from fcn_jax.evaluation.evaluate import Predictor, make_predictor
 from fcn_jax.losses import Loss, make_loss, median_frequency_weights
 from fcn_jax.models import create_model, init_variables, model_from_config
 from fcn_jax.models.catalog import describe_model
 from fcn_jax.models.fcn import FCN, ScoreFCN
-from fcn_jax.models.kernels import cpu_kernels
 from fcn_jax.optim import make_optimizer, make_schedule
 from fcn_jax.preprocessing import normalize
-from fcn_jax.step import TrainState, make_train_step, new_state
+from fcn_jax.step import AxisName, TrainState, TrainStep, make_train_step, new_state
 from fcn_jax.training.config_checks import check_config, flatten
-from fcn_jax.training.devices import AXIS, Devices, Parallel, make_parallel, pick_devices
 from fcn_jax.training.distributed import check_same, digest, together, writer_first
 from fcn_jax.training.run import open_run
 from fcn_jax.weights.names import COUNTER
@@ -91,13 +92,14 @@ def make_trainer(config: Config, resuming: bool = False) -> Trainer:
         raise InputError(
             f"{config.data.train} and {config.data.val} have different classes; choose splits that share them"
         )
-    devices = pick_devices(config.devices)
-    if config.train.batch_size % (config.train.accumulate * len(devices)):
+    mesh = pick_mesh(config.mesh, config.devices)
+    unit = config.train.accumulate * groups(mesh)
+    if config.train.batch_size % unit:
         raise InputError(
-            f"expected a batch size that is a multiple of {config.train.accumulate * len(devices)}, of {len(devices)} "
-            f"devices x {config.train.accumulate} parts, got {config.train.batch_size}; "
-            "set --train.batch-size or --devices"
+            f"expected a batch size that is a multiple of {unit}, of {groups(mesh)} devices x "
+            f"{config.train.accumulate} parts, got {config.train.batch_size}; set --train.batch-size or --devices"
         )
+    check_height((output_size(config.data) or train.image_size or (None,))[0], mesh)
     length = run_length(config, len(train))
     model = model_from_config(config.model, train.num_classes, config.train.remat)
     if not resuming:  # names become files, which are fetched and hashed once
@@ -111,7 +113,7 @@ def make_trainer(config: Config, resuming: bool = False) -> Trainer:
     if config.train.accumulate > 1 and "batch_stats" in variables:
         notes += ("gradient accumulation with batch norm: each part is normalised by its own statistics",)
 
-    parallel = make_parallel_step(config, model, optimizer, loss, devices)
+    parallel = make_parallel_step(config, model, optimizer, loss, mesh)
     predict = make_predictor(model, config.data.preprocessing, parallel.mesh.local_mesh)
     return Trainer(
         model=model,
@@ -126,24 +128,20 @@ def make_trainer(config: Config, resuming: bool = False) -> Trainer:
     )
 
 
-def make_parallel_step(config: Config, model: FCN, optimizer: Any, loss: Loss, devices: Devices) -> Parallel:
+def make_parallel_step(config: Config, model: FCN, optimizer: Any, loss: Loss, mesh: Mesh) -> Parallel:
     """Make the training step of a run on its devices, from 8-bit images."""
-    network = model.clone(axis_name=AXIS)
 
-    def apply_fn(variables: Any, images: jax.Array, **options: Any) -> Any:
-        return network.apply(variables, normalize(images, config.data.preprocessing, model.param_dtype), **options)
+    def make_step(axis_name: AxisName, **options: Any) -> TrainStep:
+        network = model.clone(axis_name=axis_name)
 
-    train_step = make_train_step(
-        apply_fn,
-        optimizer,
-        loss,
-        reduction=config.loss.reduction,
-        accumulate=config.train.accumulate,
-        axis_name=AXIS,
-        pass_example_ids=True,
-    )
-    train_step = cpu_kernels(devices[0].platform == "cpu")(train_step)
-    return make_parallel(config.parallel, train_step, devices)
+        def apply_fn(variables: Any, images: jax.Array, **keywords: Any) -> Any:
+            return network.apply(variables, normalize(images, config.data.preprocessing, model.param_dtype), **keywords)
+
+        options |= {"reduction": config.loss.reduction, "accumulate": config.train.accumulate}
+        step = make_train_step(apply_fn, optimizer, loss, axis_name=axis_name, pass_example_ids=True, **options)
+        return kernels_for(mesh)(step)
+
+    return make_parallel("mesh" if config.mesh else config.parallel, make_step, mesh)
 
 
 def _fetched(given: str | None) -> str | None:

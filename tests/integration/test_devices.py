@@ -1,6 +1,7 @@
 """The training step: what a batch gives does not depend on how many devices share it, nor on how they are driven."""
 
 import functools
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -8,12 +9,13 @@ import numpy as np
 import pytest
 
 import fcn_jax
+from fcn_jax import devices
 from fcn_jax.config import OptimConfig
+from fcn_jax.devices import make_mesh, make_parallel
 from fcn_jax.losses import make_loss
 from fcn_jax.optim import make_optimizer
 from fcn_jax.preprocessing import normalize
 from fcn_jax.step import make_train_step, new_state
-from fcn_jax.training.devices import AXIS, make_parallel
 
 BATCH = 16
 OPTIONS = {
@@ -21,20 +23,22 @@ OPTIONS = {
     "fcn8s_resize": {"encoder": "vgg11", "aux_head": True, "dropout_rate": 0.5},
     "fcns_ladder": {"encoder": "vgg11"},
     "fcn16s": {"encoder": "vgg11", "fc_features": 8, "fc6_kernel": 1},
+    "fcn8s_pad100": {"encoder": "vgg11", "fc_features": 8},
+    "fcn_resnet50": {"aux_head": True},
 }
 WEIGHTS = np.array([1.0, 2.0, 0.5, 1.0])
 
 
-def make_batch():
+def make_batch(height):
     rng = np.random.default_rng(0)
-    image = rng.integers(0, 256, (BATCH, 33, 32, 3), dtype=np.uint8)
-    label = rng.integers(0, 4, (BATCH, 33, 32)).astype(np.uint8)
+    image = rng.integers(0, 256, (BATCH, height, 32, 3), dtype=np.uint8)
+    label = rng.integers(0, 4, (BATCH, height, 32)).astype(np.uint8)
     for i in range(BATCH):
         label[i, : 2 * i] = 255  # the devices get very unequal numbers of valid pixels
     return {"image": image, "label": label}
 
 
-def take_steps(name, mode, devices, steps=2, **options):
+def take_steps(name, mode, devices, steps=2, height=33, axes=(), **options):
     """Return how far the steps moved parameters and statistics, as one vector, and the last step's sums."""
     model = fcn_jax.create_model(name, 4, width=0.03, dtype=jnp.float64, param_dtype=jnp.float64, **OPTIONS[name])
     variables = fcn_jax.init_variables(model, jax.random.key(0))
@@ -45,16 +49,18 @@ def take_steps(name, mode, devices, steps=2, **options):
     variables["params"] = jax.tree.unflatten(tree, leaves)
     optimizer = make_optimizer(variables["params"], OptimConfig(lr=0.05, bias_lr=2.0, bias_decay=False), 10)
 
-    network = model.clone(axis_name=AXIS)
+    def make_step(axis_name, **rest):
+        network = model.clone(axis_name=axis_name)
 
-    def apply_fn(variables, images, **keywords):
-        return network.apply(variables, normalize(images, "imagenet", jnp.float64), **keywords)
+        def apply_fn(variables, images, **keywords):
+            return network.apply(variables, normalize(images, "imagenet", jnp.float64), **keywords)
 
-    loss = make_loss("softmax", WEIGHTS)
-    step = make_train_step(apply_fn, optimizer, loss, axis_name=AXIS, pass_example_ids=True, **options)
-    parallel = make_parallel(mode, step, jax.devices()[:devices])
+        rest |= options | {"axis_name": axis_name, "pass_example_ids": True}
+        return make_train_step(apply_fn, optimizer, make_loss("softmax", WEIGHTS), **rest)
+
+    parallel = make_parallel(mode, make_step, make_mesh(jax.devices()[:devices], *axes))
     start = new_state(variables, optimizer, seed=3)
-    state, placed = parallel.place_state(jax.tree.map(jnp.copy, start)), parallel.place_batch(make_batch())
+    state, placed = parallel.place_state(jax.tree.map(jnp.copy, start)), parallel.place_batch(make_batch(height))
     for _ in range(steps):
         state, sums = parallel.step(state, placed)
     pair = (state.params, state.batch_stats), (start.params, start.batch_stats)
@@ -67,9 +73,9 @@ def on_one_device(name, **options):
     return take_steps(name, "pmap", 1, **options)
 
 
-def assert_equals_one_device(name, mode, devices, **options):
+def assert_equals_one_device(name, mode, devices, axes=(), **options):
     expected, expected_sums = on_one_device(name, **options)
-    moved, sums = take_steps(name, mode, devices, **options)
+    moved, sums = take_steps(name, mode, devices, axes=axes, **options)
     # float64: the order of the sums over examples is all that differs
     assert np.linalg.norm(moved - expected) <= 1e-11 * np.linalg.norm(expected)
     np.testing.assert_allclose(sums, expected_sums, rtol=1e-11)
@@ -86,9 +92,22 @@ def test_every_number_of_devices_takes_the_same_step_with_batch_norm_and_dropout
     assert_equals_one_device("fcn8s", mode, devices, accumulate=accumulate)
 
 
+SHARDED = [("fcn8s", (2, 2)), ("fcn8s_pad100", (1, 2))]
+SLOW_SHARDED = [("fcn8s_resize", (2, 2)), ("fcns_ladder", (2, 2)), ("fcn_resnet50", (2, 2)), ("fcn8s_pad100", (2, 4))]
+SLOW_SHARDED += [("fcn8s", (8, 1)), ("fcn8s", (1, 4))]
+
+
+@pytest.mark.parametrize(
+    ("name", "axes"), [*SHARDED, *(pytest.param(*c, marks=pytest.mark.slow) for c in SLOW_SHARDED)]
+)
+def test_a_mesh_that_splits_parameters_and_images_takes_the_same_step(name, axes, monkeypatch):
+    monkeypatch.setattr(devices, "SMALLEST", 100)
+    assert_equals_one_device(name, "mesh", 8, axes=axes, height=32 * max(2, axes[1]))
+
+
 def test_the_mean_is_over_the_valid_pixels_of_the_global_batch():
     _, sums = on_one_device("fcn8s", accumulate=1)
-    labels = make_batch()["label"]
+    labels = make_batch(33)["label"]
     weights = WEIGHTS[np.where(labels == 255, 0, labels)] * (labels != 255)
     assert sums.pixels == pytest.approx(weights.sum(), rel=1e-14)
 
@@ -97,8 +116,8 @@ def step_of_scales(**options):
     """Take a step of a model that multiplies each channel of its images, on two devices; return state and sums."""
     params, rng = {"w": jnp.linspace(0.5, 2.0, 4)}, np.random.default_rng(0)
     optimizer, loss = make_optimizer(params, OptimConfig(), 1), make_loss("softmax", WEIGHTS)
-    step = make_train_step(lambda v, x, **_: (x * v["params"]["w"], {}), optimizer, loss, axis_name=AXIS, **options)
-    parallel, label = make_parallel("pmap", step, jax.devices()[:2]), rng.integers(0, 4, (8, 5, 5))
+    make_step = partial(make_train_step, lambda v, x, **_: (x * v["params"]["w"], {}), optimizer, loss, **options)
+    parallel, label = make_parallel("pmap", make_step, make_mesh(jax.devices()[:2])), rng.integers(0, 4, (8, 5, 5))
     label[:3, :2] = 255
     batch = parallel.place_batch({"image": rng.normal(size=(8, 5, 5, 4)), "label": label})
     return jax.device_get(parallel.step(parallel.place_state(new_state({"params": params}, optimizer)), batch))

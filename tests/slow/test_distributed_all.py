@@ -67,7 +67,7 @@ import jax
 import numpy as np
 from fcn_jax.errors import InputError
 from fcn_jax.training import distributed as d
-from fcn_jax.training.devices import make_mesh, pick_devices
+from fcn_jax.devices import make_mesh, pick_devices
 from fcn_jax.training.run import open_run
 
 address, index, run = sys.argv[1], int(sys.argv[2]), sys.argv[3]

@@ -46,7 +46,7 @@ BUGS = {
         "wrong = [name for name in () if checksums", "integration/test_damage.py", "bit_of_an_array",
     ),
     "device sharding": (
-        "training/devices.py", "np.reshape(x, (local, -1, *x.shape[1:]))",
+        "devices.py", "np.reshape(x, (local, -1, *x.shape[1:]))",
         "np.reshape(x, (-1, local, *x.shape[1:])).swapaxes(0, 1)", *DEVICES,
     ),
     "running variance": (

@@ -22,6 +22,7 @@ ORDER = [
         "metrics",
         "optim",
         "step",
+        "devices",
         "weights",
     ),
     *("data", "evaluation", "training", "pretrained", "compare", "cli"),
@@ -62,7 +63,7 @@ def test_no_modules_import_each_other():
 @pytest.mark.parametrize(
     ("modules", "absent"),
     [
-        ("fcn_jax, fcn_jax.models, fcn_jax.training.devices, fcn_jax.training.run", f"{HEAVY} tyro"),
+        ("fcn_jax, fcn_jax.models, fcn_jax.devices, fcn_jax.training.run", f"{HEAVY} tyro"),
         ("fcn_jax.weights", f"{HEAVY} tyro safetensors"),
         ("fcn_jax.cli.summary, fcn_jax.cli.port, fcn_jax.cli.export", HEAVY),
         ("fcn_jax.compare, fcn_jax.cli.bench, fcn_jax.cli.parity", HEAVY),

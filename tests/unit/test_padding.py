@@ -14,10 +14,10 @@ import fcn_jax
 from fcn_jax.config import DataConfig
 from fcn_jax.data.datasets import load
 from fcn_jax.data.pipeline import make_eval_batches
+from fcn_jax.devices import make_mesh
 from fcn_jax.evaluation.evaluate import evaluate, make_predictor
 from fcn_jax.models.catalog import MODELS
 from fcn_jax.models.fcn import map_sides, serves
-from fcn_jax.training.devices import make_mesh
 
 
 @pytest.mark.parametrize(

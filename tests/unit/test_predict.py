@@ -101,7 +101,7 @@ def test_scores_are_counted_at_the_labels_size_and_padding_rows_do_not_count():
 
 
 def test_a_batch_over_devices_predicts_what_one_device_does():
-    from fcn_jax.training.devices import make_mesh
+    from fcn_jax.devices import make_mesh
 
     model, variables = make_network("fcn8s", biases=False)
     images = np.random.default_rng(0).integers(0, 256, (8, 40, 40, 3), np.uint8)

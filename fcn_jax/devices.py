@@ -1,0 +1,244 @@
+"""Run the step on several devices: under ``jax.pmap``, or under ``jax.jit`` on a mesh, which may shard more.
+
+A mesh has three axes. ``data`` and ``fsdp`` split the batch; ``fsdp`` also splits parameters and momentum, which are
+gathered for the gradient; ``space`` splits the height of images and maps, whose borders XLA exchanges.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from fcn_jax.errors import InputError, unknown
+from fcn_jax.models.kernels import cpu_kernels
+from fcn_jax.step import Batch, StepSums, TrainState, TrainStep
+
+AXIS = "data"
+"""Of ``jax.pmap``."""
+BATCH = ("data", "fsdp")
+"""The axes of a mesh that split the batch."""
+SMALLEST = 2**16
+"""Arrays of fewer elements are on every device whole."""
+Devices = Sequence[Any]
+"""Of ``jax.Device``, which type checkers take for a variable."""
+
+
+@dataclass(frozen=True)
+class Parallel:
+    """A step over several devices, and how state and batches get there."""
+
+    mesh: Mesh
+    step: Callable[[TrainState, Batch], tuple[TrainState, StepSums]]
+    """Takes a placed state (which it consumes) and a placed global batch."""
+    shardings: Callable[[Any], Any]
+    """Returns where each array of a state lies; shapes do."""
+    place_state: Callable[[TrainState], TrainState]
+    """Copies the state, which is the same in every process, to the devices."""
+    place_batch: Callable[[Mapping[str, Any]], Batch]
+    """Spreads a batch (b, ...) over the devices; a process gives its own rows of it."""
+    local: Callable[[Any], Any]
+    """Returns a tree of what the step returns or takes as a state, as copies on the devices of this process alone."""
+
+
+def pick_devices(count: int | None) -> Devices:
+    """Return ``count`` devices, all by default: the first of each process, process by process.
+
+    Raises:
+        InputError: there are fewer, or the processes cannot have equally many.
+    """
+    processes = jax.process_count()
+    by_process = [jax.local_devices(index) for index in range(processes)]
+    if len({len(devices) for devices in by_process}) > 1:
+        raise InputError(
+            f"expected equally many devices in every process, got {[len(devices) for devices in by_process]}; "
+            "start them on machines that are alike"
+        )
+    total = processes * len(by_process[0])
+    if count is None:
+        count = total
+    if not 1 <= count <= total or count % processes:
+        shared = f", a multiple of {processes} processes" if processes > 1 else ""
+        raise InputError(f"expected devices in 1 ... {total}{shared}, got {count}; JAX sees {total} here")
+    return [device for devices in by_process for device in devices[: count // processes]]
+
+
+def make_mesh(devices: Devices, fsdp: int = 1, space: int = 1) -> Mesh:
+    """Arrange devices by the axes of a mesh, in their order: a process's rows of a batch lie on its own devices."""
+    shape = (len(devices) // (fsdp * space), fsdp, space)
+    return Mesh(np.asarray(devices).reshape(shape), (*BATCH, "space"), axis_types=(AxisType.Auto,) * 3)
+
+
+def pick_mesh(axes: str | None, count: int | None = None, pick: Callable[[int | None], Devices] = pick_devices) -> Mesh:
+    """Arrange the devices of a run.
+
+    Args:
+        axes: sizes by name, as in "data=4,space=2"; an axis that is left out has size 1, ``data`` all that remain.
+        count: of devices, by default all.
+        pick: returns so many devices.
+
+    Raises:
+        InputError: the axes cannot be read, or there are not so many devices.
+    """
+    if axes is None:
+        return make_mesh(pick(count))
+    if not re.fullmatch(r"(data|fsdp|space)=[1-9]\d*(,(data|fsdp|space)=[1-9]\d*)*", axes):
+        raise InputError(f"expected --mesh such as data=4,space=2 with the axes data, fsdp and space, got {axes}")
+    sizes = {name: int(size) for name, _, size in (part.partition("=") for part in axes.split(","))}
+    fsdp, space = sizes.get("fsdp", 1), sizes.get("space", 1)
+    own = sizes["data"] * fsdp * space if "data" in sizes else count
+    if count not in (None, own):
+        raise InputError(f"--mesh {axes} has {own} devices, --devices {count}; leave one of them out")
+    devices = pick(own)
+    each = len(devices) // jax.process_count()
+    if each % (fsdp * space):
+        raise InputError(
+            f"--mesh {axes}: fsdp x space is {fsdp * space}, and a process has {each} devices, over which they have to "
+            "lie; choose divisors of that"
+        )
+    return make_mesh(devices, fsdp, space)
+
+
+def groups(mesh: Mesh) -> int:
+    """Return in how many parts a mesh splits a batch."""
+    return mesh.shape["data"] * mesh.shape["fsdp"]
+
+
+def check_height(height: int | None, mesh: Mesh) -> None:
+    """Raise InputError for training images that a mesh cannot split, naming the nearest heights that it can."""
+    unit = 32 * mesh.shape["space"]
+    if mesh.shape["space"] == 1 or (height is not None and height % unit == 0):
+        return
+    below = (height or 0) // unit * unit
+    nearest = " or ".join(str(each) for each in (below, below + unit) if each)
+    raise InputError(
+        f"--mesh with space={mesh.shape['space']} splits heights that are multiples of {unit}, got "
+        f"{height or 'images of many heights'}; the nearest is {nearest}: set --data.crop-size"
+    )
+
+
+def batch_sharding(x: Any, mesh: Mesh) -> NamedSharding:
+    """Return where an array (b, h, ...) of a batch lies: its examples are split, and its height where that can be."""
+    split = x.ndim > 2 and mesh.shape["space"] > 1 and x.shape[1] % (32 * mesh.shape["space"]) == 0
+    return NamedSharding(mesh, PartitionSpec(BATCH, "space") if split else PartitionSpec(BATCH))
+
+
+def kernels_for(mesh: Mesh) -> Any:
+    """Return ``cpu_kernels``, on for a mesh of CPU devices that have whole images."""
+    return cpu_kernels(mesh.devices.flat[0].platform == "cpu" and mesh.shape["space"] == 1)
+
+
+def state_shardings(state: Any, mesh: Mesh) -> Any:
+    """Split each large array of a state over ``fsdp``, along the last of its longest axes that can be divided."""
+
+    def sharding(x: Any) -> NamedSharding:
+        size = mesh.shape["fsdp"]
+        axes = [axis for axis, length in enumerate(x.shape) if length % size == 0]
+        if size == 1 or np.prod(x.shape) < SMALLEST or not axes:
+            return NamedSharding(mesh, PartitionSpec())
+        longest = max(axes, key=lambda axis: (x.shape[axis], axis))
+        return NamedSharding(mesh, PartitionSpec(*(None,) * longest, "fsdp"))
+
+    return jax.tree.map(sharding, state)
+
+
+def _on(mesh: Mesh, tree: Any) -> Any:
+    """See arrays as lying on more devices, or on this process's alone; they keep their shapes, nothing is copied."""
+
+    def rewrap(x: jax.Array) -> jax.Array:
+        sharding = NamedSharding(mesh, getattr(x.sharding, "spec", PartitionSpec()))
+        return jax.make_array_from_single_device_arrays(x.shape, sharding, [s.data for s in x.addressable_shards])
+
+    return jax.tree.map(rewrap, tree)
+
+
+def _spread(batch: Mapping[str, Any], sharding: Callable[[Any], NamedSharding]) -> Batch:
+    """Copy this process's rows to its devices, as a part of the global batch."""
+    return {key: jax.make_array_from_process_local_data(sharding(x), x) for key, x in batch.items()}
+
+
+MakeStep = Callable[..., TrainStep]
+"""(axis_name=..., shard=...) -> a step, both as ``step.make_train_step`` takes them."""
+
+
+def _pmap(make_step: MakeStep, mesh: Mesh) -> tuple[Any, Any]:
+    """The state goes in and comes out unstacked (``in_axes=None``): one replicated copy, not one row per device."""
+    if mesh.size != mesh.shape[AXIS]:
+        raise InputError("--parallel pmap has no axes fsdp and space; leave --parallel out")
+    step: Any = jax.pmap(
+        make_step(axis_name=AXIS),
+        axis_name=AXIS,
+        in_axes=(None, 0),
+        out_axes=(None, None),
+        devices=list(mesh.devices.flat),
+        donate_argnums=(0,),
+    )
+    local, rows = mesh.local_mesh.size, NamedSharding(mesh, PartitionSpec(AXIS))
+
+    def place_batch(batch: Mapping[str, Any]) -> Batch:
+        return _spread({key: np.reshape(x, (local, -1, *x.shape[1:])) for key, x in batch.items()}, lambda x: rows)
+
+    def step_together(state: TrainState, batch: Batch) -> tuple[TrainState, StepSums]:
+        # What comes out of pmap is this process's copy alone; checkpoints are made of the global form.
+        return _on(mesh, step(state, batch))
+
+    return step if jax.process_count() == 1 else step_together, place_batch
+
+
+def _mesh(make_step: MakeStep, mesh: Mesh) -> tuple[Any, Any]:
+    """Each device sees its part of the batch and sums over the axes itself; XLA splits heights and the state.
+
+    Left to XLA the gradient of a bfloat16 network would be summed over the devices in bfloat16.
+    """
+    whole = PartitionSpec()
+    # A replicated value is one that the step makes so, by its sums; JAX need not derive it.
+    manual = dict(in_specs=(whole, whole, PartitionSpec(BATCH), whole), out_specs=whole, axis_names=set(BATCH))
+    train_step = make_step(axis_name=BATCH, shard=partial(jax.shard_map, mesh=mesh, check_vma=False, **manual))
+
+    def step(state: TrainState, batch: Batch) -> tuple[TrainState, StepSums]:
+        state, sums = train_step(state, batch)
+        everywhere = jax.tree.map(lambda _: NamedSharding(mesh, whole), sums)
+        return jax.lax.with_sharding_constraint((state, sums), (state_shardings(state, mesh), everywhere))
+
+    def place_batch(batch: Mapping[str, Any]) -> Batch:
+        return _spread(batch, partial(batch_sharding, mesh=mesh))
+
+    return jax.jit(step, donate_argnums=0), place_batch
+
+
+PARALLEL: dict[str, Callable[[MakeStep, Mesh], tuple[Any, Any]]] = {"pmap": _pmap, "mesh": _mesh}
+
+
+def make_parallel(mode: str, make_step: MakeStep, mesh: Mesh) -> Parallel:
+    """Set a step up on the devices of a mesh.
+
+    Args:
+        mode: "pmap" or "mesh"; both give the same numbers.
+        make_step: ``partial(step.make_train_step, ...)``, to be called with ``axis_name`` and ``shard``.
+        mesh: the devices, of ``make_mesh`` or ``pick_mesh``.
+
+    Raises:
+        InputError: another mode, or a mesh that pmap cannot have.
+    """
+    if mode not in PARALLEL:
+        raise unknown("parallel", mode, PARALLEL)
+    step, place_batch = PARALLEL[mode](make_step, mesh)
+    shardings = partial(state_shardings, mesh=mesh)
+    if jax.process_count() == 1:
+        return Parallel(mesh, step, shardings, lambda s: jax.device_put(s, shardings(s)), place_batch, lambda s: s)
+
+    def place(x: Any, sharding: NamedSharding) -> jax.Array:
+        # device_put would send every array between the processes, to see that they are the same.
+        host = np.asarray(x)
+        return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
+
+    def place_state(state: TrainState) -> TrainState:
+        return jax.tree.map(place, state, shardings(state))
+
+    return Parallel(mesh, step, shardings, place_state, place_batch, partial(_on, mesh.local_mesh))
