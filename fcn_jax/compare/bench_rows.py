@@ -188,6 +188,9 @@ def _network(kind: str, name: str, model: FCN, settings: Settings) -> Row:
         return ours, theirs
 
     tolerances = {quantity: _TOLERANCES[settings.dtype][quantity] for quantity in _QUANTITIES[kind]}
+    if kind == "train" and isinstance(model, DilatedFCN):
+        # Fifty layers of batch norm amplify rounding: torch's two memory formats differ by 0.035 from each other.
+        tolerances["update"] = 0.1
     about = {"encoder": model.encoder, "width": settings.width, "num_classes": NUM_CLASSES}
     about |= {"images_shape": [batch_size, *size, 3], "dtype": settings.dtype}
     variants = _NETWORK_VARIANTS[settings.kind]
