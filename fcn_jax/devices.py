@@ -148,19 +148,21 @@ def state_shardings(state: Any, mesh: Mesh) -> Any:
     return jax.tree.map(sharding, state)
 
 
-def _on(mesh: Mesh, tree: Any) -> Any:
-    """See arrays as lying on more devices, or on this process's alone; they keep their shapes, nothing is copied."""
+def _on(mesh: Mesh, tree: Any, times: int = 1) -> Any:
+    """See arrays as parts of arrays, ``times`` as long, over more devices, or as this process's; nothing is copied."""
 
     def rewrap(x: jax.Array) -> jax.Array:
         sharding = NamedSharding(mesh, getattr(x.sharding, "spec", PartitionSpec()))
-        return jax.make_array_from_single_device_arrays(x.shape, sharding, [s.data for s in x.addressable_shards])
+        shape, pieces = (times * x.shape[0], *x.shape[1:]) if times > 1 else x.shape, x.addressable_shards
+        return jax.make_array_from_single_device_arrays(shape, sharding, [piece.data for piece in pieces])
 
     return jax.tree.map(rewrap, tree)
 
 
-def _spread(batch: Mapping[str, Any], sharding: Callable[[Any], NamedSharding]) -> Batch:
+def _spread(batch: Mapping[str, Any], mesh: Mesh, sharding: Callable[[Any, Mesh], NamedSharding]) -> Batch:
     """Copy this process's rows to its devices, as a part of the global batch."""
-    return {key: jax.make_array_from_process_local_data(sharding(x), x) for key, x in batch.items()}
+    local = {key: jax.device_put(x, sharding(x, mesh.local_mesh)) for key, x in batch.items()}
+    return local if jax.process_count() == 1 else _on(mesh, local, jax.process_count())
 
 
 MakeStep = Callable[..., TrainStep]
@@ -179,10 +181,11 @@ def _pmap(make_step: MakeStep, mesh: Mesh) -> tuple[Any, Any]:
         devices=list(mesh.devices.flat),
         donate_argnums=(0,),
     )
-    local, rows = mesh.local_mesh.size, NamedSharding(mesh, PartitionSpec(AXIS))
+    local = mesh.local_mesh.size
 
     def place_batch(batch: Mapping[str, Any]) -> Batch:
-        return _spread({key: np.reshape(x, (local, -1, *x.shape[1:])) for key, x in batch.items()}, lambda x: rows)
+        parts = {key: np.reshape(x, (local, -1, *x.shape[1:])) for key, x in batch.items()}
+        return _spread(parts, mesh, lambda x, mesh: NamedSharding(mesh, PartitionSpec(AXIS)))
 
     def step_together(state: TrainState, batch: Batch) -> tuple[TrainState, StepSums]:
         # What comes out of pmap is this process's copy alone; checkpoints are made of the global form.
@@ -207,7 +210,7 @@ def _mesh(make_step: MakeStep, mesh: Mesh) -> tuple[Any, Any]:
         return jax.lax.with_sharding_constraint((state, sums), (state_shardings(state, mesh), everywhere))
 
     def place_batch(batch: Mapping[str, Any]) -> Batch:
-        return _spread(batch, partial(batch_sharding, mesh=mesh))
+        return _spread(batch, mesh, batch_sharding)
 
     return jax.jit(step, donate_argnums=0), place_batch
 
