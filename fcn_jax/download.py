@@ -41,6 +41,8 @@ def download(url: str, target: Path, digest: str | None = None) -> Path:
     Raises:
         InputError: no network, not the file that was published, or a folder that cannot be written to.
     """
+    if target.is_file():
+        return target
     part = target.with_name(f"{target.name}.part")
     lock = filelock.FileLock(f"{part}.lock")
     try:

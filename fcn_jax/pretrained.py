@@ -31,12 +31,14 @@ class NetworkInfo:
     """RGB in [0, 255], one colour per class."""
     preprocessing: str
     """A key of ``preprocessing.PREPROCESSINGS``."""
+    preprocessing_known: bool = True
+    """Whether the source or the caller says it."""
     input_size: tuple[int, int] | None = None
     """Height and width that images are resized to before the network; None: they keep their size."""
     step: int | None = None
     """Of a run."""
     named: bool = True
-    """Whether the class names are the source's own, and no numbers."""
+    """Whether the class names are the source's own, and not assumed."""
     licence: str | None = None
     score: str | None = None
     """The published mean IoU, with its split."""
@@ -59,30 +61,40 @@ def from_pretrained(
     Raises:
         InputError: the source cannot be opened, holds an encoder alone, or does not say which network it is.
     """
-    if Path(source).is_dir():
-        return _from_run(str(source), checkpoint)
     name, entry = str(source), weights.PRETRAINED.get(str(source))
+    if entry is None and Path(source).is_dir():
+        if not is_hub_folder(Path(source)):
+            return _from_run(name, checkpoint)
+        source = Path(source) / "model.safetensors"
     if entry is not None and entry.is_encoder:
         raise InputError(f"{name} is an encoder, not a whole network; start a run from it: train.py --init {name}")
     tensors = weights.open_source(source)
     info = weights.inspect(tensors)
-    if info.layout is not None and info.fit is None:
-        way_out = "start a run from it (train.py --init), or name the network that it was exported from"
-        raise InputError(f"{name} holds an encoder alone, or does not say its network; {way_out}")
+    if info.layout is None:
+        raise weights.unknown_layout(tensors)
+    if info.fit is None and (info.layout != "fcn_jax" or model is None):
+        alone = "holds an encoder alone; start a run from it: train.py --init"
+        raise InputError(f"{name} {'does not say its network; give --model' if info.layout == 'fcn_jax' else alone}")
+    if info.fit is not None and model not in (None, *info.fit.models):
+        raise InputError(f"{name} is of {' or '.join(info.fit.models)}, not {model}; leave out --model {model}")
     network = model or (entry.network if entry else weights.only_model(name, info))
     options, num_classes = weights.source_options(info, network)
     if num_classes is None:
         raise InputError(f"{name}: its score layer is missing; give a whole network's file")
-    made = create_model(network, num_classes, **options)
+    try:
+        made = create_model(network, num_classes, **options)
+    except InputError as error:
+        raise InputError(f"{name}: what its shapes say is no network: {error}") from error
     like = jax.eval_shape(functools.partial(init_variables, made), jax.random.key(0))
     variables = weights.load(tensors, made, like)
-    classes, notes = _classes(name, info, num_classes)
+    classes, notes = _classes(name, info, num_classes, named=entry is not None)
     chosen = preprocessing or info.preprocessing
     if chosen is None:
         notes = (*notes, f"{name} does not say its preprocessing: imagenet is assumed")
     about = NetworkInfo(
         source=name,
         preprocessing=chosen or "imagenet",
+        preprocessing_known=chosen is not None,
         licence=entry.licence if entry else None,
         score=entry.score if entry else None,
         notes=notes,
@@ -136,22 +148,40 @@ def _from_run(source: str, checkpoint: str) -> tuple[FCN, dict[str, Any], Networ
 
     run = open_run(source, checkpoint)
     data, dataset = run.config.data, run.dataset
-    info = NetworkInfo(source, dataset.class_names, dataset.palette, data.preprocessing, data.input_size, run.step)
+    size, step = data.input_size, run.step
+    info = NetworkInfo(source, dataset.class_names, dataset.palette, data.preprocessing, input_size=size, step=step)
     return run.model, run.variables, info
 
 
-def _classes(name: str, info: weights.Info, count: int) -> tuple[dict[str, Any], tuple[str, ...]]:
+def _classes(name: str, info: weights.Info, count: int, named: bool) -> tuple[dict[str, Any], tuple[str, ...]]:
     from fcn_jax.data import io, voc  # OpenCV
 
     if info.classes is not None:
         return {**info.classes}, ()
     palette = io.palette(count)
     if count == len(voc.CLASSES):
-        return {"class_names": voc.CLASSES, "palette": palette}, (f"{name} names no classes: PASCAL VOC's are assumed",)
+        note = f"{name} names no classes: PASCAL VOC's are assumed"
+        return {"class_names": voc.CLASSES, "palette": palette, "named": named}, (note,) * (not named)
     numbers = tuple(f"class {index}" for index in range(count))
     return {"class_names": numbers, "palette": palette, "named": False}, (
         f"{name} names no classes: they are numbered",
     )
+
+
+def is_hub_folder(folder: Path) -> bool:
+    """Whether a folder is one of ``write_hub_files``, and no run's."""
+    try:
+        return json.loads((folder / "config.json").read_text()).get("library_name") == "fcn_jax"
+    except (OSError, ValueError, AttributeError):
+        return False
+
+
+def check_hub_folder(folder: Path) -> None:
+    """Raise InputError where ``write_hub_files`` would overwrite what is not its own, or an edited model card."""
+    if (folder / "config.json").exists() and not is_hub_folder(folder):
+        raise InputError(f"{folder} has a config.json of something else; give another folder as --out")
+    if (folder / "README.md").exists():
+        raise InputError(f"{folder} has a README.md, which would be overwritten; move it, or give another --out")
 
 
 def write_hub_files(folder: Path, model: FCN, info: NetworkInfo, scores: Mapping[str, Any]) -> None:
@@ -161,12 +191,14 @@ def write_hub_files(folder: Path, model: FCN, info: NetworkInfo, scores: Mapping
     config |= {"preprocessing": info.preprocessing, "input_size": info.input_size}
     config |= {"class_names": info.class_names, "palette": info.palette}
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    rows = "".join(f"| {key.replace('_', ' ')} | {value} |\n" for key, value in scores.items())
+    shown = {key: f"{value:.2%}" if isinstance(value, float) else value for key, value in scores.items()}
+    rows = "".join(f"| {key.replace('_', ' ')} | {value} |\n" for key, value in shown.items())
+    resized = f"; images are resized to {info.input_size[0]}x{info.input_size[1]} first" if info.input_size else ""
     card = _CARD.format(
         name=name,
         encoder=model.encoder,
         classes=", ".join(info.class_names),
-        preprocessing=_PREPROCESSING[info.preprocessing],
+        preprocessing=_PREPROCESSING[info.preprocessing] + resized,
         scores=f"| score | |\n|---|---|\n{rows}" if rows else "No score is recorded: evaluate before exporting.\n",
         licence=info.licence or "not stated; add the one that you publish these weights under",
     )

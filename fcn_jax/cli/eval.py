@@ -1,4 +1,4 @@
-"""`fcn-jax eval` and eval.py: score a trained run on a split."""
+"""`fcn-jax eval` and eval.py: score a trained network on a split."""
 
 from __future__ import annotations
 
@@ -51,12 +51,14 @@ def main(arguments: Sequence[str]) -> int:
     if given.batch_size is not None and given.batch_size < 1:
         raise InputError(f"expected --batch-size >= 1, got {given.batch_size}; leave it out for training's")
     views = Views(given.scales, given.flip)
+    if given.out is not None:
+        make_folder(given.out)
     model, variables, info = open_network(given.network)
     folder = given.network.run
     options: dict[str, Any] = {"preprocessing": info.preprocessing, "input_size": info.input_size}
     config = Config(data=DataConfig(**options)) if folder is None else RunFolder(folder).read_config()[0]
     if folder is None and given.split is None:
-        raise InputError("weights have no validation split of their own; give --split DATASET/SPLIT")
+        raise InputError("weights have no validation split of their own; give --split DATASET/SPLIT, or a run as --run")
     data = config.data if given.dir is None else replace(config.data, dir=given.dir)
     name = given.split or data.val
     split = load(name, data)
@@ -72,7 +74,6 @@ def main(arguments: Sequence[str]) -> int:
     out = given.out or folder
     if out is None:
         return 0
-    make_folder(out)
     file = evaluation_name(name, views, None if folder is None else config.data.val)
     content = {
         "scores": result.scores.to_json(),

@@ -13,9 +13,10 @@ import tyro
 from fcn_jax import weights
 from fcn_jax.cli.network import NetworkArguments, open_network
 from fcn_jax.cli.process import make_folder
+from fcn_jax.errors import InputError
 from fcn_jax.models.catalog import describe_model
 from fcn_jax.models.fcn import FCN
-from fcn_jax.pretrained import NetworkInfo, write_hub_files
+from fcn_jax.pretrained import NetworkInfo, check_hub_folder, write_hub_files
 
 
 @dataclass(frozen=True)
@@ -38,10 +39,17 @@ def main(arguments: Sequence[str]) -> int:
     is_hub = given.format == "hub"
     file = given.out / "model.safetensors" if is_hub else given.out
     weights.check_suffix(file)
-    model, variables, info = open_network(given.network)
+    if is_hub and given.layout != "fcn_jax":
+        raise InputError(f"--format hub has the names of fcn_jax; leave out --layout {given.layout}")
+    if given.network.weights and file.exists() and file.resolve() == Path(given.network.weights).resolve():
+        raise InputError(f"{file} is the source and would be overwritten; choose another --out")
+    if is_hub:
+        check_hub_folder(given.out)
     make_folder(file.parent)
+    model, variables, info = open_network(given.network)
     classes = {"class_names": info.class_names, "palette": info.palette, "input_size": info.input_size}
-    weights.save(file, model, variables, info.preprocessing, given.layout, classes if info.named else None)
+    said = info.preprocessing if info.preprocessing_known else None
+    weights.save(file, model, variables, said, given.layout, classes if info.named else None)
     if is_hub:
         write_hub_files(given.out, model, info, _scores(given.network.run, info))
     step = "" if info.step is None else f", step {info.step}"
@@ -59,7 +67,7 @@ def _scores(run: Path | None, info: NetworkInfo) -> dict[str, Any]:
         if saved["step"] != info.step:
             return {}
         return {"split": saved["split"], **{name: saved["scores"][name] for name in ("mean_iu", "pixel_accuracy")}}
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, TypeError):
         return {}
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from fcn_jax import weights
 from fcn_jax.errors import InputError, check_local
 from fcn_jax.models.fcn import FCN
 from fcn_jax.pretrained import NetworkInfo, from_pretrained
@@ -33,6 +34,12 @@ def open_network(given: NetworkArguments) -> tuple[FCN, dict[str, Any], NetworkI
     if (given.run is None) == (given.weights is None):
         raise InputError("expected one of --run RUN and --weights SOURCE; give the network in one way")
     check_local(given.run, "--run")
+    if given.run is not None and (given.model or given.preprocessing):
+        raise InputError("a run says its own network and preprocessing; leave out --model and --preprocessing")
+    if given.weights is not None and given.checkpoint != "best" and not Path(given.weights).is_dir():
+        raise InputError(f"--checkpoint {given.checkpoint} belongs to a run; leave it out with --weights")
+    if given.weights is not None and not weights.is_published(given.weights):
+        check_local(given.weights, "--weights")
     if given.run is not None and not given.run.is_dir():
         what = "is a file" if given.run.is_file() else "is not there"
         raise InputError(f"{given.run} {what} and not a run; give the folder that training wrote, or --weights")

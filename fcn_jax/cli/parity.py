@@ -60,7 +60,7 @@ class ParityArguments:
     num_classes: int | None = None
     """By default 21."""
     weights: str | None = None
-    """A .safetensors or .pth file of any known layout, or a pretrained encoder by name; all else is drawn at random.
+    """A .safetensors, .pth or .caffemodel file of any known layout, or a published name; all else is drawn at random.
     What the file says of its network (encoder, width ...) is the default below."""
     encoder: Literal["vgg11", "vgg13", "vgg16", "vgg19"] | None = None
     """By default vgg16."""

@@ -26,7 +26,8 @@ class PortArguments:
     """Convert weights of another project to a file of ours, or ours to another's names; prints what became of all."""
 
     source: tyro.conf.Positional[str]
-    """A .safetensors, .pth or .pt file in any layout that is known, or a pretrained encoder, say vgg16-imagenet."""
+    """A .safetensors, .pth, .pt or .caffemodel file in any layout that is known, hf://OWNER/REPO, or a published name,
+    say vgg16-imagenet."""
     out: Path
     """A .safetensors or .pth file, or a folder for weights.safetensors and report.json."""
     model: str | None = None
@@ -84,7 +85,8 @@ def main(arguments: Sequence[str]) -> int:
         )
     report = replace(report, preprocessing=given.preprocessing or info.preprocessing)
     make_folder(file.parent)
-    weights.save(file, model, variables, report.preprocessing, given.layout)
+    classes = info.classes if model.num_classes == (info.fit and info.fit.num_classes) else None
+    weights.save(file, model, variables, report.preprocessing, given.layout, classes)
     if file.parent == given.out:
         (given.out / "report.json").write_text(json.dumps(asdict(report), indent=2) + "\n")
     _print_report(given.source, info, report)

@@ -36,8 +36,8 @@ def main(arguments: Sequence[str]) -> int:
         raise InputError("no image given; name one or more image files")
     outputs = [(given.out / f"{image.stem}.png", given.out / f"{image.stem}_overlay.png") for image in given.images]
     _check_outputs(given.images, [path for pair in outputs for path in pair])
-    model, variables, info = open_network(given.network)
     make_folder(given.out)
+    model, variables, info = open_network(given.network)
     for path, (out, overlay_out) in zip(given.images, outputs, strict=True):
         image = decode_image(_read(path), str(path))
         labels = predict(model, variables, image, info)

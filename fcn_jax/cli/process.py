@@ -90,7 +90,10 @@ def _message(error: BaseException) -> tuple[str, int] | None:
     if isinstance(error, Stopped):
         return str(error), 128 + error.number
     if isinstance(error, KeyboardInterrupt):
-        return "stopped; the same command goes on from the last checkpoint", 130  # 128 + SIGINT, as shells have it
+        return (
+            "stopped; a run goes on from its last checkpoint with the same command",
+            130,
+        )  # 128 + SIGINT, as shells have it
     # A file that cannot be written or a path that cannot be named, wherever that shows.
     if isinstance(error, OSError) and (error.filename is not None or error.errno in _DISK):
         return f"error: {error.filename or 'a file'}: {error.strerror}; check the path and the disk", 2

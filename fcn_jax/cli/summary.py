@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import tyro
 from rich.console import Console
@@ -26,22 +26,27 @@ class SummaryArguments:
     """In its place a weights file, a published name or hf://OWNER/REPO: the network that it holds."""
     image_size: tuple[int, int] = (500, 500)
     """Height and width in pixels."""
-    num_classes: int = 21
+    num_classes: int | None = None
+    """By default 21."""
     encoder: Literal["vgg11", "vgg13", "vgg16", "vgg19"] | None = None
     """By default vgg16, and the ResNet that a name says."""
     encoder_norm: Literal["batch"] | None = None
-    width: float = 1.0
+    width: float | None = None
+    """By default 1."""
 
 
 def main(arguments: Sequence[str]) -> int:
     """Print the table; the exit code."""
     given = tyro.cli(SummaryArguments, prog="fcn-jax summary", args=list(arguments))
     chosen = {"encoder": given.encoder, "encoder_norm": given.encoder_norm}
-    options = {name: value for name, value in chosen.items() if value is not None}
-    if given.weights is not None and given.model is None:
-        model = from_pretrained(given.weights)[0]
-    elif given.model is not None and given.weights is None:
-        model = create_model(given.model, given.num_classes, width=given.width, **options)
+    sizes: dict[str, Any] = {"num_classes": given.num_classes, "width": given.width, **chosen}
+    if given.weights is not None:
+        if said := [f"--{name.replace('_', '-')}" for name, value in sizes.items() if value is not None]:
+            raise InputError(f"--weights says what {' '.join(said)} would; leave that out")
+        model = from_pretrained(given.weights, model=given.model)[0]
+    elif given.model is not None:
+        options = {name: value for name, value in sizes.items() if value is not None}
+        model = create_model(given.model, **{"num_classes": 21, **options})
     else:
         raise InputError("expected a network's name or --weights SOURCE; `fcn-jax models` lists the names")
     height, width = given.image_size

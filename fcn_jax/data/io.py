@@ -57,7 +57,9 @@ def read_bytes(path: Path) -> bytes:
         return path.read_bytes()
     except (OSError, ValueError) as error:  # ValueError: the system takes no such name
         reason = getattr(error, "strerror", None) or first_line(error)
-        raise UnreadableError(f"{path}: cannot be read ({reason}); put the file there or correct --data.dir") from error
+        raise UnreadableError(
+            f"{path}: cannot be read ({reason}); put the file there or correct --data.dir (eval.py: --dir)"
+        ) from error
 
 
 def lines_in(path: Path, what: str) -> list[str]:
@@ -89,7 +91,7 @@ def path_of(name: str, flag: str) -> Path:
 def folder_of(config: DataConfig, dataset: str, content: str) -> Path:
     """Return ``config.dir``; an InputError where it is not given, or is missing and nothing is to be downloaded."""
     if config.dir is None:
-        raise InputError(f"{dataset} needs the folder that holds {content}: give it with --data.dir")
+        raise InputError(f"{dataset} needs the folder that holds {content}: give it with --data.dir (eval.py: --dir)")
     folder = path_of(config.dir, "--data.dir")
     if not folder.is_dir() and not config.download:
         raise InputError(f"--data.dir {folder}: no such folder; give the one that holds {content}")
@@ -127,7 +129,7 @@ def pairs_by_name(
 
 def _by_stem(folder: Path, suffixes: tuple[str, ...]) -> dict[str, Path]:
     if not folder.is_dir():
-        raise InputError(f"{folder}: no such folder; create it or correct --data.dir")
+        raise InputError(f"{folder}: no such folder; create it or correct --data.dir (eval.py: --dir)")
     found: dict[str, Path] = {}
     for path in sorted(folder.iterdir()):
         if path.suffix.lower() in suffixes and not path.name.startswith("."):
@@ -137,7 +139,9 @@ def _by_stem(folder: Path, suffixes: tuple[str, ...]) -> dict[str, Path]:
                 raise InputError(f"{folder}: {found[path.stem].name} and {path.name} share a name; remove one of them")
             found[path.stem] = path
     if not found:
-        raise InputError(f"{folder}: holds no files of type {' '.join(suffixes)}; put them there or correct --data.dir")
+        raise InputError(
+            f"{folder}: holds no {' '.join(suffixes)} files; put them there or correct --data.dir (eval.py: --dir)"
+        )
     return found
 
 

@@ -9,6 +9,7 @@ from typing import Any
 from fcn_jax.config import Config
 from fcn_jax.errors import InputError, check_local, first_line
 from fcn_jax.evaluation.padding import MULTIPLE
+from fcn_jax.weights import is_published
 
 _LONGEST = 2**20  # pixels of a side; no memory holds such an image
 _SIDES = ("data.base_size", "data.crop_size", "data.input_size", "data.shapes_size")
@@ -100,5 +101,5 @@ def check_config(config: Config) -> None:
             f"both --init {config.init} and --init-from {config.init_from} are set; set one of them to None"
         )
     for name in _PATHS:
-        if values[name] is not None:
+        if values[name] is not None and not (name in ("init", "init_from") and is_published(values[name])):
             check_local(values[name], "--" + name.replace("_", "-"))

@@ -196,7 +196,7 @@ class RunFolder:
             return config_from_json(content["config"], str(self.config_file)), dataset
         except (FileNotFoundError, NotADirectoryError):
             what = "is a file" if self.path.is_file() else "has no config.json"
-            raise InputError(f"{self.path} {what} and not a run; give the folder that training wrote") from None
+            raise InputError(f"{self.path} {what} and is no run; give the folder that training wrote") from None
         except InputError:
             raise
         except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:

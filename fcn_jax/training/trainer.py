@@ -34,6 +34,7 @@ from fcn_jax.training.config_checks import check_config, flatten
 from fcn_jax.training.distributed import check_same, digest, together, writer_first
 from fcn_jax.training.run import open_run
 from fcn_jax.weights.names import COUNTER
+from fcn_jax.weights.pretrained import HUB_FILE
 
 Notes = tuple[str, ...]
 
@@ -102,10 +103,13 @@ def make_trainer(config: Config, resuming: bool = False) -> Trainer:
     check_height((output_size(config.data) or train.image_size or (None,))[0], mesh)
     length = run_length(config, len(train))
     model = model_from_config(config.model, train.num_classes, config.train.remat)
+    fetched = config
     if not resuming:  # names become files, which are fetched and hashed once
-        config = dataclasses.replace(config, init=_fetched(config.init), init_from=_fetched(config.init_from))
+        fetched = dataclasses.replace(config, init=_fetched(config.init), init_from=_fetched(config.init_from))
     # Orbax reads a run in all processes at once.
-    variables, notes = together(lambda: starting_variables(config, model, resuming))
+    variables, notes = together(lambda: starting_variables(fetched, model, resuming))
+    for name, file in ((config.init, fetched.init), (config.init_from, fetched.init_from)):
+        notes = tuple(note.replace(file, name) if name and file else note for note in notes)
     # The same name may be another file in another process.
     check_same({"training images": len(train), "validation images": len(val), "starting weights": digest(variables)})
     optimizer = make_optimizer(variables["params"], config.optim, length.steps, config.model.freeze_stages)
@@ -232,7 +236,10 @@ def _carry_over(config: Config, model: FCN, variables: dict[str, Any], given: st
     try:
         filled, report = weights.load_with_report(tensors, model, variables, _NEW, ["*"])
     except InputError as error:
-        what = str(error).removeprefix("the dict: ").partition("; ")[0]
+        what = str(error).removeprefix("the dict: ")
+        if " tensor(s) " not in what and "the model has" not in what:
+            raise InputError(f"--init-from {given}: {what}") from error
+        what = what.partition("; ")[0]
         raise InputError(
             f"--init-from {given}: {what}; give both networks the same encoder, width and features"
         ) from error
@@ -242,13 +249,20 @@ def _carry_over(config: Config, model: FCN, variables: dict[str, Any], given: st
 def _open(given: str, model: FCN) -> tuple[weights.Source, str | None, FCN | None]:
     """Open a run or a file under our names: its tensors, its preprocessing, and its network, as far as known."""
     path = Path(given)
-    if path.is_dir():
+    if path.is_dir() and (path / HUB_FILE).exists():
+        given = str(path / HUB_FILE)
+    elif path.is_dir():
         run = open_run(given)
         return weights.to_torch(run.model, run.variables), run.config.data.preprocessing, run.model
     if not path.exists() and not weights.is_published(given):
-        raise InputError(f"--init-from {given}: no such run or file; train the run that it names first, or give a file")
+        raise InputError(
+            f"--init-from {given}: no such run or file; train the run that it names first, give a file, or a name that "
+            "`fcn-jax models` lists"
+        )
     tensors = weights.open_source(given)
     info = weights.inspect(tensors)
+    if info.layout is None:
+        raise weights.unknown_layout(tensors)
     if info.fit is None:
         return tensors, info.preprocessing, None
     # The names of a published network depend on its stride, so it is read as what it is first.
@@ -308,6 +322,6 @@ def _warnings(model: FCN, variables: dict[str, Any]) -> Notes:
     if not untrained or max(model.skip_scales) <= _AT_ONCE:
         return ()
     return (
-        "an 8s that starts from an encoder alone learns little: train a 32s and a 16s before and give --init-from, "
-        "or set --model.skip-scales 0.01 0.0001",
+        "an 8s with new score layers learns little: train a 32s and a 16s before and give --init-from, or set "
+        "--model.skip-scales 0.01 0.0001",
     )

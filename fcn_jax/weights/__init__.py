@@ -1,7 +1,16 @@
 """Weights in and out: files and state dicts to variables, and back to torch."""
 
 from fcn_jax.weights.layouts import LAYOUTS
-from fcn_jax.weights.load import Info, Report, inspect, load, load_with_report, only_model, source_options
+from fcn_jax.weights.load import (
+    Info,
+    Report,
+    inspect,
+    load,
+    load_with_report,
+    only_model,
+    source_options,
+    unknown_layout,
+)
 from fcn_jax.weights.pretrained import PRETRAINED, Pretrained, fetch, is_published
 from fcn_jax.weights.save import check_suffix, left_out, save, to_torch
 from fcn_jax.weights.sources import Source, TensorInfo, Tensors, open_source
@@ -27,4 +36,5 @@ __all__ = [
     "save",
     "source_options",
     "to_torch",
+    "unknown_layout",
 ]

@@ -13,7 +13,7 @@ import numpy as np
 from flax import traverse_util
 
 from fcn_jax.errors import InputError, unknown
-from fcn_jax.models.catalog import create_model, describe_model
+from fcn_jax.models.catalog import MODELS, create_model, describe_model
 from fcn_jax.models.fcn import ENCODER_SCOPES, FCN
 from fcn_jax.preprocessing import PREPROCESSINGS
 from fcn_jax.weights.layouts import LAYOUTS, recognise
@@ -74,18 +74,18 @@ def inspect(source: Source) -> Info:
         raise InputError(f"{tensors.origin}: its metadata says {wrong}; write the file again")
     if name is None:
         return Info(None, None, stated, tensors.infos, unwrapped=tensors.unwrapped)
-    classes = _saved_classes(tensors)
     layout, shapes = LAYOUTS[name], tensors.shapes
     fit = layout.fit(shapes) if layout.fit else _saved_fit(tensors)
     if fit and tensors.metadata.get("format") == "caffe":  # which has the at-once scales as layers
         fit = replace(fit, models=fit.models[:1])
+    classes = _saved_classes(tensors, fit.num_classes if fit else None)
     variant = layout.encoder(shapes) if layout.encoder else fit.encoder if fit else None
     # The file's own statement takes precedence over what is usual for its layout.
     return Info(name, variant, stated or layout.preprocessing, tensors.infos, fit, tensors.unwrapped, classes)
 
 
-def _saved_classes(tensors: Tensors) -> dict[str, Any] | None:
-    """Return what ``save`` recorded of the classes in a file's metadata, if anything."""
+def _saved_classes(tensors: Tensors, count: int | None) -> dict[str, Any] | None:
+    """Return what ``save`` recorded of so many classes in a file's metadata, if anything."""
     if "classes" not in tensors.metadata:
         return None
     try:
@@ -94,10 +94,14 @@ def _saved_classes(tensors: Tensors) -> dict[str, Any] | None:
         colours = np.asarray(palette, np.uint8)
         if colours.shape != (len(names), 3) or not all(isinstance(name, str) for name in names):
             raise ValueError("names and colours do not go together")
+        if count not in (None, len(names)):
+            raise ValueError(f"{len(names)} names for {count} classes")
+        if size is not None and not (len(size) == 2 and all(type(n) is int and 0 < n <= 2**20 for n in size)):
+            raise ValueError(f"no size: {size}")
         return {
             "class_names": tuple(names),
             "palette": tuple(map(tuple, colours.tolist())),
-            "input_size": None if size is None else (int(size[0]), int(size[1])),
+            "input_size": None if size is None else tuple(size),
         }
     except (ValueError, KeyError, TypeError, IndexError, OverflowError, RecursionError) as error:
         wrong = f"its metadata describes no classes ({error})"
@@ -125,6 +129,10 @@ def source_options(info: Info, name: str) -> tuple[dict[str, Any], int | None]:
 
     ``name`` is the network to create; there are no options where the source's weights belong to another.
     """
+    if info.layout == "fcn_jax" and info.fit is None and name in MODELS:  # one of our .pth files
+        scores = (info.tensors.get(f"{layer}.weight") for layer in ("score_fr", "head.score", "classifier"))
+        count = next((tensor.shape[0] for tensor in scores if tensor and tensor.shape), None)
+        info = replace(info, fit=Fit((name,), count, encoder_options(info.variant)))
     if info.fit is None:
         return encoder_options(info.variant or "vgg16"), None
     if name not in info.fit.models:
@@ -135,19 +143,25 @@ def source_options(info: Info, name: str) -> tuple[dict[str, Any], int | None]:
 def _sizes(info: Info, name: str) -> dict[str, Any]:
     """Infer the options that the shapes of a published network's file say: width and features."""
     layout = LAYOUTS[info.layout or "fcn_jax"]
-    if layout.modules is None or info.fit is None:
-        return {}
+    assert info.fit is not None
     model = create_model(name, info.fit.num_classes or 1, **info.fit.options)
-    outputs = {ours: info.tensors.get(f"{theirs}.weight") for ours, theirs in layout.modules(model)}
+    theirs = dict(layout.modules(model)) if layout.modules else {}
 
-    def channels(layer: str) -> int | None:
-        tensor = outputs.get(layer)
-        return tensor.shape[0] if tensor and tensor.shape else None
+    def length(layer: str, axis: int = 0) -> int | None:
+        tensor = info.tensors.get(f"{theirs.get(layer, layer)}.weight")
+        return tensor.shape[axis] if tensor and len(tensor.shape) == 4 else None
 
-    first = channels("vgg.conv1_1") or channels("resnet.conv1")
-    sizes: dict[str, Any] = {"fc_features": channels("head.fc6"), "head_features": channels("head.conv")}
-    sizes |= {"width": None if first is None else first / 64}
-    return {option: value for option, value in sizes.items() if value is not None and hasattr(model, option)}
+    first = length("vgg.conv1_1") or length("resnet.conv1")
+    sizes: dict[str, Any] = {"fc_features": length("head.fc6"), "head_features": length("head.conv")}
+    sizes |= {"fc6_kernel": length("head.fc6", 2), "width": None if first is None else first / 64}
+    known = describe_model(model)[1]
+    return {option: value for option, value in sizes.items() if value is not None and option in known}
+
+
+def unknown_layout(tensors: Tensors) -> InputError:
+    """Return the error for names that no layout has."""
+    sample = ", ".join(list(tensors.infos)[:3])
+    return InputError(f"{tensors.origin}: no known layout has names like {sample}; known: {', '.join(LAYOUTS)}")
 
 
 def only_model(source: str, info: Info) -> str:
@@ -199,8 +213,7 @@ def load_with_report(
     tensors = open_source(source)
     info = inspect(tensors)
     if info.layout is None:
-        sample = ", ".join(list(tensors.infos)[:3])
-        raise InputError(f"{tensors.origin}: no known layout has names like {sample}; known: {', '.join(LAYOUTS)}")
+        raise unknown_layout(tensors)
     # A single pattern given as a string would otherwise be read letter by letter.
     may_miss, may_stay = ([p] if isinstance(p, str) else list(p) for p in (allow_missing, allow_unexpected))
     _check_network(tensors.origin, info, model, partial=bool(may_miss or may_stay))

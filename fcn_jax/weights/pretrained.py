@@ -11,7 +11,8 @@ from fcn_jax.download import check_digest, download
 from fcn_jax.errors import InputError, first_line
 
 _HUB = re.compile(r"hf://([\w.-]+/[\w.-]+)(?:@([\w./-]+))?")
-_HUB_FILE = "model.safetensors"
+HUB_FILE = "model.safetensors"
+"""What a repository, or a folder of ``fcn-jax export --format hub``, holds the weights in."""
 
 
 @dataclass(frozen=True)
@@ -118,9 +119,14 @@ def _from_hub(name: str, address: str) -> Path:
     if not (match := _HUB.fullmatch(address)):
         raise InputError(f"{name}: expected hf://OWNER/REPO or hf://OWNER/REPO@REVISION")
     try:
-        return Path(huggingface_hub.hf_hub_download(match[1], _HUB_FILE, revision=match[2]))
-    except (OSError, ValueError) as error:  # HfHubHTTPError is an OSError
-        way_out = f"check the name and the network, or fetch {_HUB_FILE} elsewhere and give its path"
-        raise InputError(
-            f"{name}: {_HUB_FILE} of {address} cannot be fetched ({first_line(error)}); {way_out}"
-        ) from error
+        return Path(huggingface_hub.hf_hub_download(match[1], HUB_FILE, revision=match[2]))
+    except Exception as error:  # of the HTTP client as well, which depends on huggingface_hub's version
+        reasons = {
+            "GatedRepoError": "its owner has to grant you access: ask there, then `hf auth login`",
+            "RepositoryNotFoundError": "there is no such repository, or it is private: `hf auth login`",
+            "RevisionNotFoundError": f"the repository has no revision {match[2]}",
+            "RemoteEntryNotFoundError": f"the repository has no {HUB_FILE}",
+        }
+        reason = reasons.get(type(error).__name__, first_line(error))
+        way_out = f"check the name and the network, or fetch {HUB_FILE} elsewhere and give its path"
+        raise InputError(f"{name}: {HUB_FILE} of {address} cannot be fetched ({reason}); {way_out}") from error

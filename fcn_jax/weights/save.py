@@ -124,6 +124,8 @@ def save(
     part = path.with_name(f".{os.getpid()}.{path.name}")
     try:
         _write(part, arrays, metadata)
+        os.umask(mask := os.umask(0))  # safetensors makes files that their owner alone can read
+        part.chmod(0o666 & ~mask)
         os.replace(part, path)
     except (OSError, RuntimeError) as error:  # RuntimeError: torch could not write
         raise InputError(f"{path}: cannot be written: {first_line(error)}") from error

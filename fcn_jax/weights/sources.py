@@ -82,17 +82,18 @@ def open_source(source: Source) -> Tensors:
         head = _read_head(path)
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror}") from error
-    if path.suffix.lower() == ".caffemodel" and head and not head.lstrip().lower().startswith(_PAGE):
-        return replace(_from_mapping(read_caffe(path), str(path)), metadata={"format": "caffe"})
-    is_safetensors = path.suffix.lower() == ".safetensors"
-    if mistaken := _mistaken_for(head, is_safetensors):
+    suffix = path.suffix.lower()
+    if mistaken := _mistaken_for(head, suffix):
         raise InputError(f"{path}: {mistaken}")
+    if suffix == ".caffemodel":
+        return replace(_from_mapping(read_caffe(path), str(path)), metadata={"format": "caffe"})
+    is_safetensors = suffix == ".safetensors"
     return _from_safetensors(path) if is_safetensors else _from_mapping(_read_torch(path, head), str(path))
 
 
 def _read_head(path: Path) -> bytes:
     if path.is_dir():
-        raise InputError(f"{path}: is a folder; give a file of weights")
+        raise InputError(f"{path}: is a folder; give a file of weights, of a run the one that `fcn-jax export` writes")
     if not path.name.lower().endswith((".safetensors", ".caffemodel", *_TORCH_SUFFIXES)):
         if not path.suffix and not path.exists():
             raise InputError(f"{path}: no such file, and {unknown('name of published weights', str(path), PRETRAINED)}")
@@ -104,7 +105,7 @@ def _read_head(path: Path) -> bytes:
         return file.read(1024)
 
 
-def _mistaken_for(head: bytes, is_safetensors: bool) -> str | None:
+def _mistaken_for(head: bytes, suffix: str) -> str | None:
     """Identify a file by its first bytes; None where they fit its suffix."""
     if not head:
         return "the file is empty; fetch it again"
@@ -113,10 +114,13 @@ def _mistaken_for(head: bytes, is_safetensors: bool) -> str | None:
     if head.startswith(b"version https://git-lfs"):
         return "a pointer of git-lfs, not the file that it stands for; fetch that with git lfs pull"
     # A .safetensors file begins with eight bytes that may be any number, then a brace.
-    if not is_safetensors and head[8:10] == b'{"':
+    if suffix != ".safetensors" and head[8:10] == b'{"':
         return "a safetensors file; give it the suffix .safetensors"
-    if is_safetensors and head[8:9] != b"{" and head.startswith((_ZIP, b"\x80")):
+    is_torch = head.startswith(_ZIP) or (head.startswith(b"\x80") and head[1:2] < b"\x06")
+    if is_torch and (suffix == ".caffemodel" or (suffix == ".safetensors" and head[8:9] != b"{")):
         return "a torch file (a zip archive or a pickle); give it the suffix .pth"
+    if suffix == ".caffemodel" and re.match(rb"[\w\s#\"':{}.-]+$", head[:200]):
+        return "a text file, perhaps the network's .prototxt; give the .caffemodel with its weights"
     return None
 
 

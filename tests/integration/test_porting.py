@@ -108,7 +108,7 @@ def begin(name="fcn8s", init=None, init_from=None, preprocessing="imagenet", num
 
 
 def test_an_8s_from_a_bare_encoder_is_warned_of_unless_scaled_or_staged(uncompiled, encoder, tmp_path):
-    warning = "an 8s that starts from an encoder alone learns little"
+    warning = "an 8s with new score layers learns little"
     encoder, coarse = encoder[0], tmp_path / "32s.safetensors"
     _, _, notes = begin(init=encoder)
     assert warning in notes and "new: score_fr, score_pool3, score_pool4, upscore2" in notes

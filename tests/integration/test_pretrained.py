@@ -32,6 +32,7 @@ from fcn_jax.cli import summary as cli_summary
 from fcn_jax.cli import train as cli_train
 from fcn_jax.errors import InputError
 
+ROOT = Path(__file__).parents[2]
 QUICK = {"pytorch-fcn 8s", "tramac 8s aux", "boostcamp 32s"}
 MARKED = [pytest.param(case, marks=[] if case in QUICK else pytest.mark.slow) for case in CASES]
 NAMES = ("sky", "road", "tree")
@@ -81,6 +82,52 @@ def test_a_caffe_file_of_21_classes_is_vocs_and_needs_no_torch(tmp_path, monkeyp
     file = write_caffe(tmp_path / "fcn8s.caffemodel", weights.to_torch(model, variables, "pytorch-fcn"))
     found, _, info = fcn_jax.from_pretrained(file)
     assert found == model and info.class_names[15] == "person" and "PASCAL VOC" in info.notes[0]
+
+
+def test_a_torch_file_of_ours_needs_its_name_alone(tmp_path):
+    model, variables = build("fcn8s", 5, fc_features=6, fc6_kernel=3, encoder_norm="batch")
+    weights.save(tmp_path / "own.pth", model, variables, "caffe")
+    with pytest.raises(InputError, match="own.pth does not say its network; give --model"):
+        fcn_jax.from_pretrained(tmp_path / "own.pth")
+    found, values, info = fcn_jax.from_pretrained(tmp_path / "own.pth", model="fcn8s")
+    assert found == model and not info.named and not info.preprocessing_known and len(info.notes) == 2
+    assert_same(values, variables)
+
+
+def test_what_is_assumed_is_not_written_as_known(tmp_path):
+    model, variables = build("fcn32s", 21, fc_features=8, fc6_kernel=1)
+    weights.save(tmp_path / "a.safetensors", model, variables, None)
+    names = [str(tmp_path / "a.safetensors"), "--out", str(tmp_path / "b.safetensors")]
+    assert cli_export.main(["--weights", *names]) == 0
+    assert len(fcn_jax.from_pretrained(tmp_path / "b.safetensors")[2].notes) == 2
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"input_size": [0, -5]}, "no size"),
+        ({"input_size": "64"}, "no size"),
+        ({"class_names": ["a"], "palette": [[0, 0, 0]]}, "1 names for 3 classes"),
+    ],
+)
+def test_damaged_classes_are_one_line(change, message, tmp_path):
+    model, variables = build("fcn32s", fc_features=8, fc6_kernel=1)
+    weights.save(tmp_path / "w.safetensors", model, variables, None, classes=CLASSES | change)
+    with pytest.raises(InputError, match=f"w.safetensors: its metadata describes no classes .*{message}"):
+        fcn_jax.from_pretrained(tmp_path / "w.safetensors")
+
+
+def test_an_export_overwrites_neither_its_source_nor_a_run_nor_an_edited_card(exported, tmp_path, fails):
+    file, hub = str(exported[0]), tmp_path / "hub"
+    fails(cli_export.main, ["--weights", file, "--out", file], "is the source and would be overwritten")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/config.json").write_text('{"config": {}}')
+    command = ["--weights", file, "--format", "hub", "--out"]
+    fails(cli_export.main, [*command, tmp_path / "run"], "config.json of something else")
+    assert cli_export.main([*command, str(hub)]) == 0
+    fails(cli_export.main, [*command, hub], "README.md, which would be overwritten")
+    fails(cli_export.main, [*command, tmp_path / "x", "--layout", "pytorch-fcn"], "leave out --layout")
+    assert_same(fcn_jax.from_pretrained(hub)[1], exported[2])
 
 
 def test_what_is_no_whole_network_is_one_line(tmp_path, exported):
@@ -170,6 +217,14 @@ def test_a_hub_folder_is_read_back_through_the_hub(hub, exported):
     assert found["names"] == list(NAMES) and asked
     assert found["sum"] == pytest.approx(float(sum(np.abs(x).sum() for x in jax.tree.leaves(exported[2]))), rel=1e-5)
     assert [line.partition(":")[0] for line in found["errors"]] == ["hf", "hf", "hf"] and "hf://me/other" in done.stdout
+    asked.clear()
+    training = "shapes --init-from hf://me/fcn@v1 --model.name fcn32s --model.encoder vgg11 --model.encoder-norm None "
+    training += "--model.width 0.0625 --model.fc-features 8 --model.fc6-kernel 1 --data.preprocessing caffe "
+    training += "--train.steps 1 --train.batch-size 2 --data.shapes-count 4 --devices 1 --data.workers 0"
+    paths = ["--run", str(folder.parent / "run"), "--data.cache-dir", str(folder.parent / "cache")]
+    command = [sys.executable, "train.py", *training.split(), *paths]
+    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and asked and "from hf://me/fcn@v1" in " ".join(done.stdout.split()), done
 
 
 def test_commands_take_weights(exported, tmp_path, capsys, fails):

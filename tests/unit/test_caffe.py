@@ -84,7 +84,8 @@ def test_files_that_are_not_whole_or_not_these_are_one_line(tmp_path):
     path = write_caffe(tmp_path / "fcn.caffemodel", arrays)
     content = path.read_bytes()
     cases = {
-        content[:-7]: "not a whole Caffe file", b"name: 'net'": "not a whole Caffe file", b"": "empty",
+        content[:-7]: "not a whole Caffe file", b"name: 'net'": "a text file",
+        b"PK\x03\x04": "a torch file", b"": "empty",
         b"\x0a\x03net": "not a Caffe file with weights", b"<html>": "web page",
     }  # fmt: skip
     for broken, message in cases.items():

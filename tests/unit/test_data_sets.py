@@ -191,7 +191,7 @@ BLACK_AND_WHITE = np.triu(ALL_IGNORED)
         (lambda root: _mask(root, 0, 15), r"masks/001\.png: the image is 16 x 12 pixels, its mask 15 x 12"),
         (_without("masks/001.png"), r"train/images: '001' has no mask in .*train/masks \(1 such\)"),
         (_without("images/001.jpg"), r"train/masks: '001' has no image in .*train/images \(1 such\)"),
-        (_no_images, r"train/images: holds no files of type \.jpg"),
+        (_no_images, r"train/images: holds no \.jpg"),
         (_two_of_a_name, r"train/images: 001\.jpg and 001\.png share a name"),
         (lambda root: _masks(root, BLACK_AND_WHITE), r"train: the masks hold only 0 and 255, and 255 means ignore"),
         (lambda root: _masks(root, ALL_IGNORED), r"folder/train: the masks hold only 255, and 255 means ignore"),
