@@ -262,6 +262,7 @@ _KINDS = "all-reduce|all-gather|reduce-scatter|collective-permute|all-to-all|col
 _OPERATION = re.compile(rf"^\s*(?:ROOT )?%?\S+ = (.+?) ({_KINDS})(-start)?\((.*)$", re.MULTILINE)
 _ARRAY = re.compile(r"\b(pred|[a-z]+\d+\w*)\[([\d,]*)\]")
 _SINGLE = re.compile(r"replica_groups=\{(\{\d+\},?)+\}|replica_groups=\[\d+,1\]")
+_CHANNEL = re.compile(r"channel_id=(\d+)")
 _PRODUCT = re.compile(r"stablehlo\.(convolution|dot_general)\b.*?\((tensor<\S+?>), (tensor<\S+?>)\) ->")
 _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
 _NAMES = re.compile(r'^\s*(?:ROOT )?%?(\S+) = (\(?[^\s{(]+)|op_name="([^"]*)"')
@@ -270,15 +271,18 @@ _NAMES = re.compile(r'^\s*(?:ROOT )?%?(\S+) = (\(?[^\s{(]+)|op_name="([^"]*)"')
 def count_collectives(hlo: str) -> list[dict[str, Any]]:
     """Count the collective operations of a compiled program that connect two devices or more.
 
-    An operation within a loop counts once. Of an asynchronous pair the start is counted; its tuple holds operands and
+    An operation within a loop counts once, and so does one that lies in several fusions, by its channel. Of an asynchronous pair the start is counted; its tuple holds operands and
     results except for all-reduce, whose tuple is the results. ``hlo`` is ``compiled.as_text()``. The entries have
     "kind", "dtype", "count" (of operations with such a result) and "bytes" (of the results on one device).
     """
     counts: Counter[tuple[str, str]] = Counter()
     sizes: Counter[tuple[str, str]] = Counter()
+    channels: set[str] = set()
     for shape, kind, start, rest in _OPERATION.findall(hlo):
-        if _SINGLE.search(rest):
-            continue  # a device's sum with itself
+        channel = _CHANNEL.search(rest)
+        if _SINGLE.search(rest) or (channel and channel[1] in channels):
+            continue  # a device's sum with itself, or a part of an asynchronous operation that was counted
+        channels |= {channel[1]} if channel and kind != "all-reduce" else set()  # ``psum`` has the same for all
         arrays = _ARRAY.findall(shape)
         if start and kind != "all-reduce":
             arrays = arrays[len(arrays) // 2 :] if kind != "collective-permute" else arrays[1:2]

@@ -20,7 +20,9 @@ _SCORE_OPTIONS = frozenset(
     {"fc_features", "fc6_kernel", "pool", "dropout", "dropout_rate", "skip_scales", "skip_bias", "upsample_bias"}
 )
 # How a network is computed, which leaves its shapes and values as they are.
-_COMPUTE_OPTIONS = frozenset({"freeze_stages", "remat", "dtype", "param_dtype", "precision", "axis_name"})
+_COMPUTE_OPTIONS = frozenset(
+    {"freeze_stages", "remat", "dtype", "param_dtype", "precision", "axis_name", "whole_gradients"}
+)
 _INTERPOLATED_OPTIONS = frozenset({"head_features", "dropout", "dropout_rate", "aux_head"})
 _COMMON_OPTIONS = _COMPUTE_OPTIONS | {"encoder", "encoder_norm", "width"}
 _OPTIONS: dict[type[FCN], frozenset[str]] = {

@@ -50,12 +50,14 @@ class FCN(nn.Module):
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
     precision: Any = None
-    axis_name: str | None = None
+    axis_name: str | tuple[str, ...] | None = None
+    whole_gradients: bool = False
+    """See ``layers.Compute``."""
 
     @property
     def compute(self) -> Compute:
         """How the layers compute."""
-        return Compute(self.dtype, self.param_dtype, self.precision, self.axis_name)
+        return Compute(self.dtype, self.param_dtype, self.precision, self.axis_name, self.whole_gradients)
 
     def encode(
         self, images: jax.Array, train: bool, pool: Literal["ceil", "floor"], margin: int = 1

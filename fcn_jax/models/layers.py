@@ -27,7 +27,14 @@ class Compute:
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
     precision: Any = None
-    axis_name: str | None = None
+    axis_name: str | tuple[str, ...] | None = None
+    whole_gradients: bool = False
+    """Compute the gradients of parameters in ``param_dtype``, where XLA adds them up over devices."""
+
+    @property
+    def product_dtype(self) -> Any:
+        """The dtype that kernels and biases are taken in; results are in ``dtype``."""
+        return jnp.promote_types(self.dtype, self.param_dtype) if self.whole_gradients else self.dtype
 
 
 def scaled(channels: int, width: float) -> int:
@@ -45,7 +52,7 @@ def conv(
     dilation: int = 1,
     bias: bool = True,
     zero: bool = False,
-    kind: type[nn.Conv] = nn.Conv,
+    kind: type[Conv] | None = None,
     name: str | None = None,
 ) -> Any:
     """Make a convolution of a kernel x kernel window.
@@ -53,7 +60,7 @@ def conv(
     ``padding`` is pixels added on every side, "SAME" or "VALID". The kernel starts from He's normal distribution or at
     ``zero``, as the paper has it for score layers; the bias starts at zero. ``kind`` is the module's class.
     """
-    return kind(
+    return (kind or Conv)(
         features,
         (kernel, kernel),
         strides=(stride, stride),
@@ -61,7 +68,8 @@ def conv(
         padding=padding if isinstance(padding, str) else ((padding, padding), (padding, padding)),
         use_bias=bias,
         kernel_init=nn.initializers.zeros_init() if zero else nn.initializers.he_normal(),
-        dtype=compute.dtype,
+        result_dtype=compute.dtype,
+        dtype=compute.product_dtype,
         param_dtype=compute.param_dtype,
         precision=compute.precision,
         conv_general_dilated=conv2d,
@@ -69,7 +77,17 @@ def conv(
     )
 
 
-class PooledConv(nn.Conv):
+class Conv(nn.Conv):
+    """A convolution whose result may have a smaller dtype than its products."""
+
+    result_dtype: Any = None
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Convolve x (b, h, w, c)."""
+        return super().__call__(x).astype(self.result_dtype)
+
+
+class PooledConv(Conv):
     """A convolution of which only the pooled maxima are used.
 
     A bias moves all pixels of a window alike, so its gradient is the sum over the pooled map: the whole map, four times
@@ -83,8 +101,8 @@ class PooledConv(nn.Conv):
 
     def max_pool(self, y: jax.Array, mode: Literal["ceil", "floor"]) -> jax.Array:
         """Pool what ``__call__`` returned, and add zero with the gradient of the bias."""
-        bias: jax.Array = self.get_variable("params", "bias").astype(y.dtype)
-        return max_pool(y, mode) + (bias - jax.lax.stop_gradient(bias))
+        bias: jax.Array = self.get_variable("params", "bias").astype(self.dtype)
+        return (max_pool(y, mode) + (bias - jax.lax.stop_gradient(bias))).astype(y.dtype)
 
 
 def max_pool(x: jax.Array, mode: Literal["ceil", "floor"]) -> jax.Array:

@@ -26,8 +26,8 @@ def transposed_conv(
     out[o] = sum over i of x[i] kernel[o + padding - i stride], per axis.
 
     Args:
-        x: (b, h, w, c_in).
-        kernel: (k, k, c_in, c_out).
+        x: (b, h, w, c_in); the result has its dtype.
+        kernel: (k, k, c_in, c_out), in that dtype or a wider one, in which products are computed then.
         stride: the factor s of the upsampling.
         padding: rows and columns cut from every side of the full output.
         output_padding: rows and columns kept beyond that at the bottom and right.
@@ -43,7 +43,7 @@ def transposed_conv(
         if stride > 2:
             return _by_cells(x, kernel, stride, padding, (out_h, out_w), precision)
         margins = [(k - 1 - padding, k - 1 - padding + output_padding)] * 2
-        return conv2d(x, kernel[::-1, ::-1], (1, 1), margins, lhs_dilation=(stride, stride), precision=precision)
+        return _conv(x, kernel[::-1, ::-1], margins, precision, (stride, stride))
     if stride == 2 and k % 2 and padding <= k - 2:
         return _doubled(x, kernel, padding, (out_h, out_w), precision)  # its phases differ in their taps
     taps = -(-k // stride)
@@ -56,6 +56,11 @@ def transposed_conv(
     x = jnp.pad(x, ((0, 0), margin, margin, (0, 0)))
     shifts = [x[:, i : i + rows, j : j + columns] for i in reversed(range(taps)) for j in reversed(range(taps))]
     return multiply_phases(jnp.concatenate(shifts, axis=-1), kernel, Window(padding, out_h, out_w), precision)
+
+
+def _conv(x: jax.Array, kernel: jax.Array, margins: Any, precision: Any, dilation: Any = (1, 1)) -> jax.Array:
+    y = conv2d(x.astype(kernel.dtype), kernel, (1, 1), margins, lhs_dilation=dilation, precision=precision)
+    return y.astype(x.dtype)
 
 
 def _by_cells(
@@ -75,7 +80,7 @@ def _by_cells(
     shift = -(-padding // s)
     rows, columns = (-(-n // s) for n in size)
     margins = [(taps - 1 - shift, cells - n + shift) for cells, n in ((rows, h), (columns, w))]
-    cells = conv2d(x, kernel, (1, 1), margins, precision=precision).reshape(-1, rows, columns, s, s, c_out)
+    cells = _conv(x, kernel, margins, precision).reshape(-1, rows, columns, s, s, c_out)
     # The columns of a row are put in order by a product with ones and zeros, which is exact: compilers for TPUs then
     # keep them side by side in memory, where a transposition leaves the few classes there, padded to 128.
     order = jnp.eye(columns * s, dtype=x.dtype).reshape(-1, columns, s)
@@ -139,12 +144,12 @@ class TransposedConv(nn.Module):
         compute, k = self.compute, self.kernel_size
         init = bilinear_init if self.bilinear else nn.initializers.he_normal()
         kernel = self.param("kernel", init, (k, k, x.shape[-1], self.features), compute.param_dtype)
-        x, kernel = x.astype(compute.dtype), kernel.astype(compute.dtype)
+        x, kernel = x.astype(compute.dtype), kernel.astype(compute.product_dtype)
         y = transposed_conv(x, kernel, self.stride, self.padding, self.output_padding, compute.precision)
         if self.use_bias:
             bias = self.param("bias", nn.initializers.zeros_init(), (self.features,), compute.param_dtype)
-            y = y + bias.astype(compute.dtype)
-        return y
+            y = y + bias.astype(compute.product_dtype)
+        return y.astype(compute.dtype)
 
 
 def _interpolation(size: int, new_size: int, align_corners: bool) -> np.ndarray:

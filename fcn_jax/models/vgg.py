@@ -59,7 +59,7 @@ class VGG(nn.Module):
             padding = self.margin if name == "1_1" else 1
             pooled = number == count and self.norm is None
             layer = conv(
-                features, 3, self.compute, padding=padding, kind=PooledConv if pooled else nn.Conv, name=f"conv{name}"
+                features, 3, self.compute, padding=padding, kind=PooledConv if pooled else None, name=f"conv{name}"
             )
             x = layer(x)
             if self.norm == "batch":

@@ -136,7 +136,7 @@ def make_parallel_step(config: Config, model: FCN, optimizer: Any, loss: Loss, m
     """Make the training step of a run on its devices, from 8-bit images."""
 
     def make_step(axis_name: AxisName, **options: Any) -> TrainStep:
-        network = model.clone(axis_name=axis_name)
+        network = model.clone(axis_name=axis_name, whole_gradients=mesh.shape["space"] > 1)
 
         def apply_fn(variables: Any, images: jax.Array, **keywords: Any) -> Any:
             return network.apply(variables, normalize(images, config.data.preprocessing, model.param_dtype), **keywords)

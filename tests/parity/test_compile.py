@@ -185,6 +185,18 @@ def test_gradients_of_a_bfloat16_network_are_summed_in_float32(target, tmp_path)
 
 @TPU
 @pytest.mark.slow
+@pytest.mark.parametrize("axes", ["data=2,fsdp=2", "data=1,fsdp=2,space=2", "data=1,space=4"])
+def test_meshes_sum_gradients_in_float32_too(axes, tmp_path):
+    size = ["--image-size", 128, 64, "--batch-size", 4, "--mesh", axes]
+    _, by_pmap = reduced(tmp_path, "v5e:2x2", "pmap", *TINY)
+    report, on_mesh = reduced(tmp_path, "v5e:2x2", "mesh", *TINY, *size)
+    assert on_mesh["dtype"] == "f32" and on_mesh["bytes"] >= by_pmap["bytes"]
+    kinds = {each["kind"] for each in report["collectives"]}
+    assert ("collective-permute" in kinds) == ("space" in axes)
+
+
+@TPU
+@pytest.mark.slow
 @pytest.mark.parametrize("target", ["v5p:2x2x1", "v6e:2x2"])
 def test_chips_with_sparsecores_print_their_program_too(target, tmp_path):
     report, reduce = reduced(tmp_path, target, "mesh", *TINY)
