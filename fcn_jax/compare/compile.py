@@ -271,9 +271,10 @@ _NAMES = re.compile(r'^\s*(?:ROOT )?%?(\S+) = (\(?[^\s{(]+)|op_name="([^"]*)"')
 def count_collectives(hlo: str) -> list[dict[str, Any]]:
     """Count the collective operations of a compiled program that connect two devices or more.
 
-    An operation within a loop counts once, and so does one that lies in several fusions, by its channel. Of an asynchronous pair the start is counted; its tuple holds operands and
-    results except for all-reduce, whose tuple is the results. ``hlo`` is ``compiled.as_text()``. The entries have
-    "kind", "dtype", "count" (of operations with such a result) and "bytes" (of the results on one device).
+    An operation within a loop counts once, and so does one that lies in several fusions, by its channel. Of an
+    asynchronous pair the start is counted; its tuple holds operands and results except for all-reduce, whose tuple is
+    the results. ``hlo`` is ``compiled.as_text()``. The entries have "kind", "dtype", "count" (of operations with such a
+    result) and "bytes" (of the results on one device).
     """
     counts: Counter[tuple[str, str]] = Counter()
     sizes: Counter[tuple[str, str]] = Counter()

@@ -161,14 +161,15 @@ TINY = "--model.encoder vgg11 --model.width 0.03 --model.fc-features 8 --model.f
 BFLOAT16 = ["--model.dtype", "bfloat16"]
 
 
-def reduced(tmp_path, target, mode, *words):
-    """Compile for a target; return the report and the one sum over devices that there is."""
+def reduced(tmp_path, target, mode, *words, others=False):
+    """Compile for a target; return the report and the one sum over devices that there is, beside others if allowed."""
     out = tmp_path / f"{mode}.json"
     printed = run_command("fcn8s", "--target", target, *BFLOAT16, "--parallel", mode, "--out", out, *words)
     assert "memory planned" in printed
     report = json.loads(out.read_text())
-    assert [each["kind"] for each in report["collectives"]] == ["all-reduce"]
-    return report, report["collectives"][0]
+    (found,) = [each for each in report["collectives"] if each["kind"] == "all-reduce"]
+    assert others or report["collectives"] == [found]
+    return report, found
 
 
 @pytest.mark.parametrize(
@@ -189,7 +190,7 @@ def test_gradients_of_a_bfloat16_network_are_summed_in_float32(target, tmp_path)
 def test_meshes_sum_gradients_in_float32_too(axes, tmp_path):
     size = ["--image-size", 128, 64, "--batch-size", 4, "--mesh", axes]
     _, by_pmap = reduced(tmp_path, "v5e:2x2", "pmap", *TINY)
-    report, on_mesh = reduced(tmp_path, "v5e:2x2", "mesh", *TINY, *size)
+    report, on_mesh = reduced(tmp_path, "v5e:2x2", "mesh", *TINY, *size, others=True)
     assert on_mesh["dtype"] == "f32" and on_mesh["bytes"] >= by_pmap["bytes"]
     kinds = {each["kind"] for each in report["collectives"]}
     assert ("collective-permute" in kinds) == ("space" in axes)
