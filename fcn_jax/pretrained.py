@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from fcn_jax import weights
 from fcn_jax.errors import InputError
@@ -104,7 +105,12 @@ def from_pretrained(
 
 
 def predict(
-    model: FCN, variables: Mapping[str, Any], image: np.ndarray, info: NetworkInfo, probabilities: bool = False
+    model: FCN,
+    variables: Mapping[str, Any],
+    image: np.ndarray,
+    info: NetworkInfo,
+    probabilities: bool = False,
+    mesh: Mesh | None = None,
 ) -> np.ndarray:
     """Predict one image of any size; large ones are cut into tiles.
 
@@ -114,6 +120,7 @@ def predict(
         image: RGB, uint8 (h, w, 3).
         info: preprocessing, and the size that the network sees.
         probabilities: return the softmax, in place of the classes.
+        mesh: of ``devices.pick_mesh``, as in "space=4": whole images are split over devices by rows.
 
     Returns:
         Classes uint8 (h, w), or float32 (h, w, num_classes).
@@ -125,22 +132,22 @@ def predict(
         found = f"{getattr(image, 'dtype', type(image).__name__)} {getattr(image, 'shape', '')}"
         raise InputError(f"expected an RGB image, uint8 (h, w, 3), got {found}")
     if info.input_size is None:
-        return _any_size(model, info.preprocessing, probabilities)(variables, image)
+        return _any_size(model, info.preprocessing, probabilities, mesh)(variables, image)
     from fcn_jax.data.transforms import resize_image  # OpenCV
 
     resized = resize_image(image, info.input_size)[None]
-    return _one_size(model, info.preprocessing, probabilities)(variables, resized, image.shape[:2])[0]
+    return _one_size(model, info.preprocessing, probabilities, mesh)(variables, resized, image.shape[:2])[0]
 
 
 # So that a program is compiled once for many images.
 @functools.lru_cache(maxsize=8)
-def _any_size(model: FCN, preprocessing: str, probabilities: bool) -> ImagePredictor:
-    return make_image_predictor(model, preprocessing, probabilities=probabilities)
+def _any_size(model: FCN, preprocessing: str, probabilities: bool, mesh: Mesh | None) -> ImagePredictor:
+    return make_image_predictor(model, preprocessing, probabilities=probabilities, mesh=mesh)
 
 
 @functools.lru_cache(maxsize=8)
-def _one_size(model: FCN, preprocessing: str, probabilities: bool) -> Predictor:
-    return make_predictor(model, preprocessing, probabilities=probabilities)
+def _one_size(model: FCN, preprocessing: str, probabilities: bool, mesh: Mesh | None) -> Predictor:
+    return make_predictor(model, preprocessing, mesh, probabilities=probabilities)
 
 
 def _from_run(source: str, checkpoint: str) -> tuple[FCN, dict[str, Any], NetworkInfo]:

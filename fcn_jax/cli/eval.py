@@ -17,7 +17,7 @@ from fcn_jax.cli.process import make_folder
 from fcn_jax.config import Config, DataConfig
 from fcn_jax.data.datasets import load
 from fcn_jax.data.pipeline import make_eval_batches
-from fcn_jax.devices import make_mesh
+from fcn_jax.devices import make_mesh, pick_mesh
 from fcn_jax.errors import InputError
 from fcn_jax.evaluation.evaluate import PLAIN, Views, evaluate, make_predictor, spread
 from fcn_jax.evaluation.figures import save_confusion, save_panel, save_predictions
@@ -37,6 +37,8 @@ class EvalArguments:
     """Folder for the scores and figures; by default the run's. Of weights without it, the table alone is printed."""
     dir: str | None = None
     """Folder of the data set, where it is not where it was in training."""
+    mesh: str | None = None
+    """Axes as in training, data=2,space=2, over which images are split; by default data alone."""
     batch_size: int | None = None
     """Images at once; by default as in training, which gives the same numbers to the last digit."""
     flip: bool = False
@@ -65,7 +67,7 @@ def main(arguments: Sequence[str]) -> int:
     _check_classes(name, split.class_names, info)
     if views != PLAIN:
         data = replace(data, eval_multiple=1)  # an image that is padded has no mirror image
-    mesh = make_mesh(jax.devices()[: config.devices])
+    mesh = make_mesh(jax.devices()[: config.devices]) if given.mesh is None else pick_mesh(given.mesh)
     batches = make_eval_batches(split, data, given.batch_size or config.train.eval_batch_size)
     predict = make_predictor(model, data.preprocessing, mesh, views)
     result = evaluate(predict, variables, batches, split.num_classes, spread(len(split)))

@@ -13,6 +13,7 @@ import tyro
 from fcn_jax.cli.network import NetworkArguments, open_network
 from fcn_jax.cli.process import make_folder
 from fcn_jax.data.io import decode_image
+from fcn_jax.devices import groups, pick_mesh
 from fcn_jax.errors import InputError
 from fcn_jax.evaluation.figures import overlay, save_palette_png
 from fcn_jax.pretrained import predict
@@ -26,6 +27,8 @@ class PredictArguments:
     """Image files of any size."""
     out: Path
     """Folder to write to."""
+    mesh: str | None = None
+    """space=N splits each image over N devices by rows, so that images N times as large are not cut into tiles."""
     network: Annotated[NetworkArguments, tyro.conf.arg(name="")] = field(default_factory=NetworkArguments)
 
 
@@ -35,12 +38,15 @@ def main(arguments: Sequence[str]) -> int:
     if not given.images:
         raise InputError("no image given; name one or more image files")
     outputs = [(given.out / f"{image.stem}.png", given.out / f"{image.stem}_overlay.png") for image in given.images]
+    mesh = None if given.mesh is None else pick_mesh(given.mesh)
+    if mesh is not None and groups(mesh) > 1:
+        raise InputError(f"--mesh {given.mesh} splits more than rows; give space={mesh.size} alone")
     _check_outputs(given.images, [path for pair in outputs for path in pair])
     make_folder(given.out)
     model, variables, info = open_network(given.network)
     for path, (out, overlay_out) in zip(given.images, outputs, strict=True):
         image = decode_image(_read(path), str(path))
-        labels = predict(model, variables, image, info)
+        labels = predict(model, variables, image, info, mesh=mesh)
         save_palette_png(out, labels, info.palette)
         blended = overlay(image, labels, info.palette, info.class_names, path.name)
         if not cv2.imwrite(str(overlay_out), cv2.cvtColor(blended, cv2.COLOR_RGB2BGR)):

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from fcn_jax.evaluation.evaluate import make_predictor
 from fcn_jax.evaluation.padding import merge_padded_maps, padded_maps
@@ -61,14 +63,14 @@ def _round_up(size: int, multiple: int = MULTIPLE) -> int:
     return -(-size // multiple) * multiple
 
 
-def _windows(size: int, tile: int, margin: int) -> tuple[int, list[_Window]]:
+def _windows(size: int, tile: int, margin: int, multiple: int = MULTIPLE) -> tuple[int, list[_Window]]:
     """Cut an axis into tiles with margins, which start at multiples of 32; return the side of all arrays, and where.
 
     Windows stay within the image, but for at most 31 pixels of the last one.
     """
     side = tile + 2 * margin
     if size <= side:
-        return _round_up(size), [_Window(0, 0, size)]
+        return _round_up(size, multiple), [_Window(0, 0, size)]
     end = _round_up(size - side, 32)
     firsts = range(0, size, tile)
     return side, [_Window(min(max(0, first - margin), end), first, min(size, first + tile)) for first in firsts]
@@ -79,6 +81,7 @@ def make_image_predictor(
     preprocessing: str,
     *,
     probabilities: bool = False,
+    mesh: Mesh | None = None,
     whole_pixels: int = WHOLE_PIXELS,
     tile: int = TILE,
 ) -> ImagePredictor:
@@ -91,7 +94,8 @@ def make_image_predictor(
         model: the network.
         preprocessing: what its weights expect.
         probabilities: return the softmax in place of classes.
-        whole_pixels: larger images are cut into tiles.
+        mesh: splits the height of whole images over its axis ``space``; by default one device.
+        whole_pixels: larger images, for each device of ``space``, are cut into tiles.
         tile: side of a tile in pixels, a multiple of 32.
 
     Returns:
@@ -99,7 +103,8 @@ def make_image_predictor(
         a size that is not served.
     """
     network: Any = model
-    predictor = make_predictor(model, preprocessing, probabilities=probabilities)
+    predictor = make_predictor(model, preprocessing, mesh, probabilities=probabilities)
+    space = 1 if mesh is None else mesh.shape["space"]
 
     def classes_of(variables: Mapping[str, Any], images: np.ndarray, extents: np.ndarray) -> list[np.ndarray]:
         return [predictor(variables, images, images.shape[1:3], extents)]
@@ -120,7 +125,8 @@ def make_image_predictor(
         margin = context(model)
         # A side below 32 has one cell of stride 32, too.
         (height, rows), (width, columns) = (
-            _windows(n, n, 0) if h * w <= whole_pixels else _windows(n, tile, margin) for n in (max(h, 32), max(w, 32))
+            _windows(n, n, 0, m) if h * w <= whole_pixels * space else _windows(n, tile, margin)
+            for n, m in ((max(h, 32), math.lcm(MULTIPLE, 32 * space)), (max(w, 32), MULTIPLE))
         )
         tiles = list(itertools.product(rows, columns))
         if len(tiles) == 1 and not (serves(model, height) and serves(model, width)):

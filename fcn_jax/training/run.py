@@ -25,7 +25,7 @@ from fcn_jax.training.config_checks import check_config, config_from_json, conve
 
 # Where and how fast, not what: these may change between stop and resume.
 _FREE_FIELDS = frozenset(
-    "run data.dir data.cache_dir data.download data.workers devices distributed num_processes process_id parallel "
+    "run data.dir data.cache_dir data.download data.workers devices distributed num_processes process_id parallel mesh "
     "train.log_every train.keep_last train.nonfinite train.pictures_every".split()
 )
 _LENGTH_FIELDS = frozenset({"train.steps", "train.epochs", "optim.step_every"})

@@ -1,6 +1,7 @@
 """The training step: what a batch gives does not depend on how many devices share it, nor on how they are driven."""
 
 import functools
+import json
 from functools import partial
 
 import jax
@@ -10,8 +11,11 @@ import pytest
 
 import fcn_jax
 from fcn_jax import devices
+from fcn_jax.cli import eval as cli_eval
+from fcn_jax.cli import train as cli_train
 from fcn_jax.config import OptimConfig
 from fcn_jax.devices import make_mesh, make_parallel
+from fcn_jax.errors import InputError
 from fcn_jax.losses import make_loss
 from fcn_jax.optim import make_optimizer
 from fcn_jax.preprocessing import normalize
@@ -103,6 +107,58 @@ SLOW_SHARDED += [("fcn8s", (8, 1)), ("fcn8s", (1, 4))]
 def test_a_mesh_that_splits_parameters_and_images_takes_the_same_step(name, axes, monkeypatch):
     monkeypatch.setattr(devices, "SMALLEST", 100)
     assert_equals_one_device(name, "mesh", 8, axes=axes, height=32 * max(2, axes[1]))
+
+
+def test_the_axis_fsdp_leaves_an_eighth_of_parameters_and_momentum_on_each_device():
+    model = fcn_jax.create_model("fcn8s", 21)
+    variables = jax.eval_shape(lambda key: fcn_jax.init_variables(model, key), jax.random.key(0))
+    optimizer = make_optimizer(variables["params"], OptimConfig(), 10)
+    state = jax.eval_shape(lambda v: new_state(v, optimizer), variables)
+    lies = devices.state_shardings(state, make_mesh(jax.devices(), 8))
+    parts = jax.tree.map(lambda x, where: np.prod(where.shard_shape(x.shape)), state, lies)
+    whole = sum(np.prod(x.shape) for x in jax.tree.leaves(state))
+    assert sum(jax.tree.leaves(parts)) < 0.126 * whole
+
+
+@pytest.mark.parametrize(
+    ("axes", "count", "message"),
+    [
+        ("data=4,row=2", None, "expected --mesh such as data=4,space=2"),
+        ("data=4,space=2", 4, "--mesh data=4,space=2 has 8 devices, --devices 4"),
+        ("data=16", None, "expected devices in 1 ... 8, got 16"),
+        ("space=3", None, "fsdp x space is 3, and a process has 8 devices"),
+    ],
+)
+def test_meshes_that_are_none(axes, count, message):
+    with pytest.raises(InputError, match=message):
+        devices.pick_mesh(axes, count)
+
+
+def test_heights_that_cannot_be_split_are_refused_with_the_nearest():
+    mesh = devices.pick_mesh("space=4")
+    assert mesh.shape == {"data": 2, "fsdp": 1, "space": 4}
+    devices.check_height(256, mesh)
+    with pytest.raises(InputError, match="multiples of 128, got 360; the nearest is 256 or 384: set --data.crop-size"):
+        devices.check_height(360, mesh)
+    with pytest.raises(InputError, match="got images of many heights; the nearest is 128"):
+        devices.check_height(None, mesh)
+    with pytest.raises(InputError, match="--parallel pmap has no axes fsdp and space"):
+        make_parallel("pmap", lambda **_: None, mesh)
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_over_another_mesh_and_is_evaluated_over_a_third(tmp_path):
+    size = "--model.encoder vgg11 --model.width 0.125 --model.fc-features 64 --model.fc6-kernel 3 --train.batch-size 8"
+    size += " --data.crop-size 64 64 --data.shapes-count 64 --data.workers 0 --train.eval-every 0.25"
+    paths = ["--run", str(tmp_path / "run"), "--data.cache-dir", str(tmp_path / "cache")]
+    words = ["shapes", *size.split(), *paths]
+    assert cli_train.main([*words, "--train.steps", "2", "--optim.schedule", "fixed", "--mesh", "fsdp=4,space=2"]) == 0
+    assert cli_train.main(["--resume", str(tmp_path / "run"), "--train.steps", "4", "--mesh", "data=2,space=2"]) == 0
+    scores = []
+    for axes in ("data=1", "data=2,space=2"):
+        assert cli_eval.main(["--run", str(tmp_path / "run"), "--out", str(tmp_path / axes), "--mesh", axes]) == 0
+        scores.append(json.loads((tmp_path / axes / "eval.json").read_text())["confusion"])
+    assert np.abs(np.subtract(*scores)).sum() <= 1e-3 * np.sum(scores[0])
 
 
 def test_the_mean_is_over_the_valid_pixels_of_the_global_batch():

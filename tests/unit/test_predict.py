@@ -111,6 +111,19 @@ def test_a_batch_over_devices_predicts_what_one_device_does():
     np.testing.assert_array_equal(one, eight)
 
 
+@pytest.mark.parametrize("name", ["fcn8s", "fcn8s_resize"])
+def test_rows_of_an_image_over_devices_predict_what_one_device_does(name):
+    from fcn_jax.devices import make_mesh
+
+    model, variables = make_network(name, biases=False)
+    image = np.random.default_rng(0).integers(0, 256, (150, 40, 3), np.uint8)
+    one = make_image_predictor(model, "imagenet", probabilities=True)(variables, image)
+    mesh = make_mesh(jax.devices()[:4], 1, 4)
+    four = make_image_predictor(model, "imagenet", probabilities=True, mesh=mesh, whole_pixels=1500)(variables, image)
+    assert four.shape == (150, 40, model.num_classes)
+    np.testing.assert_allclose(four, one, rtol=1e-10)
+
+
 def test_preprocessing_by_hand():
     red = np.array([[[[255, 0, 0]]]], np.uint8)
     np.testing.assert_allclose(
