@@ -42,7 +42,7 @@ def open_network(given: NetworkArguments) -> tuple[FCN, dict[str, Any], NetworkI
         check_local(given.weights, "--weights")
     if given.run is not None and not given.run.is_dir():
         what = "is a file" if given.run.is_file() else "is not there"
-        raise InputError(f"{given.run} {what} and not a run; give the folder that training wrote, or --weights")
+        raise InputError(f"{given.run} {what} and is no run; give the folder that training wrote, or --weights")
     source = str(given.run or given.weights)
     made = from_pretrained(source, model=given.model, preprocessing=given.preprocessing, checkpoint=given.checkpoint)
     for note in made[2].notes:

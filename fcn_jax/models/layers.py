@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import flax.linen as nn
 import jax
@@ -72,19 +72,26 @@ def conv(
         dtype=compute.product_dtype,
         param_dtype=compute.param_dtype,
         precision=compute.precision,
-        conv_general_dilated=conv2d,
         name=name,
     )
 
 
 class Conv(nn.Conv):
-    """A convolution whose result may have a smaller dtype than its products."""
+    """A convolution by ``conv2d``, whose result may have a smaller dtype than its products."""
 
     result_dtype: Any = None
 
+    @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """Convolve x (b, h, w, c)."""
-        return super().__call__(x).astype(self.result_dtype)
+        shape = (*cast(Any, self.kernel_size), x.shape[-1], self.features)
+        kernel = self.param("kernel", self.kernel_init, shape, self.param_dtype).astype(self.dtype)
+        options: dict[str, Any] = {"rhs_dilation": self.kernel_dilation, "precision": self.precision}
+        strides, padding = cast(Any, (self.strides, self.padding))
+        y = conv2d(x.astype(self.dtype), kernel, strides, padding, **options)
+        if self.use_bias:
+            y = y + self.param("bias", self.bias_init, (self.features,), self.param_dtype).astype(self.dtype)
+        return y.astype(self.result_dtype)
 
 
 class PooledConv(Conv):

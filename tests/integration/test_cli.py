@@ -151,7 +151,7 @@ def test_a_run_is_resumed_and_lengthened_by_its_folder_alone_and_no_other_run_ma
     assert RunFolder(run).read_config()[0].train.steps == 2
     fails(train_command, ["--resume", run, "--optim.lr", "0.5"], "optim.lr 0.1 (now 0.5)")
     fails(train_command, ["--resume"], "--resume needs the folder of a run")
-    fails(train_command, ["--resume", run / "config.json"], "is a file and not a run")
+    fails(train_command, ["--resume", run / "config.json"], "is a file and is no run")
 
 
 @pytest.mark.parametrize(
@@ -243,7 +243,7 @@ DISK = "error: %s: %s; check the path and the disk\n"
 @pytest.mark.parametrize(
     ("error", "code", "message"),
     [
-        (KeyboardInterrupt(), 130, "goes on from the last checkpoint"),
+        (KeyboardInterrupt(), 130, "goes on from its last checkpoint"),
         (Stopped("stopped by SIGTERM at step 7, which is saved; the same command goes on", 15), 143, "which is saved"),
         *((OSError(n, os.strerror(n)), 2, DISK % ("a file", os.strerror(n))) for n in (errno.ENOSPC, errno.EROFS)),
         (OSError(errno.ENOENT, "No such file", "/none/a.png"), 2, DISK % ("/none/a.png", "No such file")),
