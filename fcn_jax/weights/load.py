@@ -132,7 +132,8 @@ def source_options(info: Info, name: str) -> tuple[dict[str, Any], int | None]:
     if info.layout == "fcn_jax" and info.fit is None and name in MODELS:  # one of our .pth files
         scores = (info.tensors.get(f"{layer}.weight") for layer in ("score_fr", "head.score", "classifier"))
         count = next((tensor.shape[0] for tensor in scores if tensor and tensor.shape), None)
-        info = replace(info, fit=Fit((name,), count, encoder_options(info.variant)))
+        aux = {"aux_head": True} if any(tensor.startswith("aux.") for tensor in info.tensors) else {}
+        info = replace(info, fit=Fit((name,), count, encoder_options(info.variant) | aux))
     if info.fit is None:
         return encoder_options(info.variant or "vgg16"), None
     if name not in info.fit.models:

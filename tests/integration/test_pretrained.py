@@ -94,6 +94,15 @@ def test_a_torch_file_of_ours_needs_its_name_alone(tmp_path):
     assert_same(values, variables)
 
 
+@pytest.mark.parametrize(("name", "options"), [("fcn_resnet50", {}), ("fcn8s_resize", {"encoder": "vgg11"})])
+def test_a_torch_file_of_ours_may_have_an_auxiliary_head(name, options, tmp_path):
+    model, variables = build(name, 5, aux_head=True, **options)
+    weights.save(tmp_path / "own.pth", model, variables, "caffe")
+    found, values, _ = fcn_jax.from_pretrained(tmp_path / "own.pth", model=name)
+    assert found == model
+    assert_same(values, variables)
+
+
 def test_what_is_assumed_is_not_written_as_known(tmp_path):
     model, variables = build("fcn32s", 21, fc_features=8, fc6_kernel=1)
     weights.save(tmp_path / "a.safetensors", model, variables, None)
