@@ -76,7 +76,7 @@ def conv2d(
     dimension_numbers: Any = _NHWC,
     precision: Any = None,
 ) -> jax.Array:
-    """Convolve as ``jax.lax.conv_general_dilated``, whose signature it has: it serves ``flax.linen.Conv``.
+    """Convolve as ``jax.lax.conv_general_dilated``, whose signature it has.
 
     Args:
         x: (b, h, w, c_in).
