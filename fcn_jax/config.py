@@ -188,6 +188,8 @@ class Config:
     init_from: str | None = None
     """Start from another network of the family, say of a longer stride or with other classes: a run's folder, or what
     `init` takes. What has the same name is carried over, and what is new is said. In the place of `init`."""
+    profile: tuple[int, int] | None = None
+    """First and last step to trace into RUN/profile, for TensorBoard's profiler (`pip install xprof`)."""
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     loss: LossConfig = field(default_factory=LossConfig)

@@ -32,7 +32,7 @@ class UnreadableError(InputError):
 def check_local(path: object, flag: str) -> None:
     """Raise InputError for a path of an object store, ``SCHEME://...``, which would name a local folder."""
     if scheme := re.match(r"([a-z][a-z0-9+.-]*):/", str(path), re.IGNORECASE):  # pathlib drops the second slash
-        raise InputError(f"{flag} {path}: {scheme[1]}:// is not supported; give a path on a local or mounted disk")
+        raise InputError(f"{flag} {path}: {scheme[1]}:// is not supported here; give a path on a disk")
 
 
 def first_line(error: BaseException) -> str:

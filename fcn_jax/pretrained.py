@@ -20,6 +20,7 @@ from fcn_jax.evaluation.predict import ImagePredictor, make_image_predictor
 from fcn_jax.models import create_model, init_variables
 from fcn_jax.models.catalog import describe_model
 from fcn_jax.models.fcn import FCN
+from fcn_jax.paths import to_path
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ def from_pretrained(
 
     Args:
         source: a name of ``weights.PRETRAINED``, a weights file in any of ``weights.LAYOUTS``, a run's folder, or
-            ``hf://OWNER/REPO[@REVISION]``.
+            ``hf://OWNER/REPO[@REVISION]``; files and folders on a disk or at ``gs://BUCKET/...``.
         model: a name from the catalogue, for a file that may belong to several.
         preprocessing: "imagenet" or "caffe", for a file that does not say it.
         checkpoint: of a run: "best", "last", or a step's number.
@@ -63,10 +64,11 @@ def from_pretrained(
         InputError: the source cannot be opened, holds an encoder alone, or does not say which network it is.
     """
     name, entry = str(source), weights.PRETRAINED.get(str(source))
-    if entry is None and Path(source).is_dir():
-        if not is_hub_folder(Path(source)):
+    folder = None if weights.is_published(name) else to_path(source, "source")
+    if folder and folder.is_dir():
+        if not is_hub_folder(folder):
             return _from_run(name, checkpoint)
-        source = Path(source) / "model.safetensors"
+        source = folder / "model.safetensors"
     if entry is not None and entry.is_encoder:
         raise InputError(f"{name} is an encoder, not a whole network; start a run from it: train.py --init {name}")
     tensors = weights.open_source(source)

@@ -19,6 +19,7 @@ from fcn_jax.errors import Stopped
 from fcn_jax.step import TrainState
 from fcn_jax.training import loop
 from fcn_jax.training.checkpoint import Checkpoints, restore_newest
+from fcn_jax.training.logging import TIMES
 from fcn_jax.training.run import RunFolder
 
 TINY = Config(
@@ -28,7 +29,7 @@ TINY = Config(
     optim=OptimConfig(schedule="poly", lr=0.1),
     train=TrainConfig(batch_size=4, steps=13, eval_every=4 * 4 / 16, log_every=3, eval_batch_size=4),
 )  # logged at 3, 4, 6, 8, 9, 12, 13, validated and saved at 4, 8, 12, 13
-TIMING = ("images_per_s", "data_wait")
+TIMING = ("images_per_s", *TIMES)
 
 
 def train(config):

@@ -22,8 +22,9 @@ from fcn_jax.errors import InputError
 from fcn_jax.evaluation.evaluate import PLAIN, Views, evaluate, make_predictor, spread
 from fcn_jax.evaluation.figures import save_confusion, save_panel, save_predictions
 from fcn_jax.evaluation.report import evaluation_name, score_table
+from fcn_jax.paths import write_whole
 from fcn_jax.pretrained import NetworkInfo
-from fcn_jax.training.run import RunFolder, write_whole
+from fcn_jax.training.run import RunFolder
 
 
 @dataclass(frozen=True)
@@ -87,12 +88,14 @@ def main(arguments: Sequence[str]) -> int:
         "source": info.source,
         "step": info.step,
     }
-    write_whole(out / f"{file}.json", json.dumps(content, indent=2) + "\n")
-    figures = RunFolder(out).figures
+    results = RunFolder(out)
+    write_whole(results.local / f"{file}.json", json.dumps(content, indent=2) + "\n")
+    figures = results.figures
     save_confusion(figures / f"{file}_confusion.png", result.confusion, split.class_names)
     save_panel(figures / f"{file}_panel.png", result.samples, split.palette, split.class_names)
     save_predictions(figures / f"{file}_predictions.png", result.samples, split.palette, split.class_names)
-    print(f"scores in {out / file}.json, figures in {figures}")
+    results.upload()
+    print(f"scores in {results.path / file}.json, figures in {results.path / figures.name}")
     return 0
 
 

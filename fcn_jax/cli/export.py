@@ -16,6 +16,7 @@ from fcn_jax.cli.process import make_folder
 from fcn_jax.errors import InputError
 from fcn_jax.models.catalog import describe_model
 from fcn_jax.models.fcn import FCN
+from fcn_jax.paths import to_path
 from fcn_jax.pretrained import NetworkInfo, check_hub_folder, write_hub_files
 
 
@@ -58,12 +59,12 @@ def main(arguments: Sequence[str]) -> int:
     return 0
 
 
-def _scores(run: Path | None, info: NetworkInfo) -> dict[str, Any]:
+def _scores(run: str | None, info: NetworkInfo) -> dict[str, Any]:
     """Return the scores for a model card: those of RUN/eval.json where it is of this step, or the published one."""
     if run is None:
         return {"published mean IoU": info.score} if info.score else {}
     try:
-        saved = json.loads((run / "eval.json").read_text())
+        saved = json.loads((to_path(run, "--run") / "eval.json").read_text())
         if saved["step"] != info.step:
             return {}
         return {"split": saved["split"], **{name: saved["scores"][name] for name in ("mean_iu", "pixel_accuracy")}}

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 from fcn_jax import weights
-from fcn_jax.errors import InputError, check_local
+from fcn_jax.errors import InputError
 from fcn_jax.models.fcn import FCN
+from fcn_jax.paths import to_path
 from fcn_jax.pretrained import NetworkInfo, from_pretrained
 
 
@@ -16,8 +16,8 @@ from fcn_jax.pretrained import NetworkInfo, from_pretrained
 class NetworkArguments:
     """A run's network or published weights; one of the two."""
 
-    run: Path | None = None
-    """A run's folder."""
+    run: str | None = None
+    """A run's folder, on a disk or gs://BUCKET/..."""
     weights: str | None = None
     """In its place a weights file (.safetensors, .pth, .caffemodel), a published name (`fcn-jax models` lists them), or
     hf://OWNER/REPO[@REVISION]."""
@@ -33,16 +33,15 @@ def open_network(given: NetworkArguments) -> tuple[FCN, dict[str, Any], NetworkI
     """Open the network and print what was assumed of it."""
     if (given.run is None) == (given.weights is None):
         raise InputError("expected one of --run RUN and --weights SOURCE; give the network in one way")
-    check_local(given.run, "--run")
     if given.run is not None and (given.model or given.preprocessing):
         raise InputError("a run says its own network and preprocessing; leave out --model and --preprocessing")
-    if given.weights is not None and given.checkpoint != "best" and not Path(given.weights).is_dir():
+    run = None if given.run is None else to_path(given.run, "--run")
+    path = None if given.weights is None or weights.is_published(given.weights) else to_path(given.weights, "--weights")
+    if given.weights is not None and given.checkpoint != "best" and not (path and path.is_dir()):
         raise InputError(f"--checkpoint {given.checkpoint} belongs to a run; leave it out with --weights")
-    if given.weights is not None and not weights.is_published(given.weights):
-        check_local(given.weights, "--weights")
-    if given.run is not None and not given.run.is_dir():
-        what = "is a file" if given.run.is_file() else "is not there"
-        raise InputError(f"{given.run} {what} and is no run; give the folder that training wrote, or --weights")
+    if run is not None and not run.is_dir():
+        what = "is a file" if run.is_file() else "is not there"
+        raise InputError(f"{run} {what} and is no run; give the folder that training wrote, or --weights")
     source = str(given.run or given.weights)
     made = from_pretrained(source, model=given.model, preprocessing=given.preprocessing, checkpoint=given.checkpoint)
     for note in made[2].notes:

@@ -17,7 +17,7 @@ from typing import Any
 
 import jax
 
-from fcn_jax.errors import InputError, Stopped
+from fcn_jax.errors import InputError, Stopped, check_local
 
 _DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EFBIG}
 _MOST_COMPILED = 2 * 2**30
@@ -51,6 +51,7 @@ class Output:
 
 def make_folder(folder: Path, flag: str = "--out") -> None:
     """Make a folder for a command's results; an InputError, with the option's name, where it cannot be written to."""
+    check_local(folder, flag)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -111,8 +112,11 @@ def _has_backend() -> bool:
 
 
 def _quieten_orbax() -> None:
-    """Keep orbax from announcing its defaults and, where a disk is full, each array's failure: it raises that too."""
-    for name in ("absl", "asyncio"):
+    """Keep orbax from announcing its defaults and, where a disk is full, each array's failure: it raises that too.
+
+    gcsfs announces each bucket whose kind it cannot tell.
+    """
+    for name in ("absl", "asyncio", "gcsfs"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
     warnings.filterwarnings("ignore", "coroutine .* was never awaited")
     hook = sys.unraisablehook

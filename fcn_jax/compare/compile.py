@@ -20,6 +20,7 @@ import numpy as np
 from jax.experimental import topologies
 from jax.sharding import Mesh
 
+from fcn_jax.chips import CHIPS, Chip
 from fcn_jax.config import Config
 from fcn_jax.devices import batch_sharding, check_height, kernels_for, pick_mesh
 from fcn_jax.errors import InputError, first_line
@@ -31,29 +32,6 @@ from fcn_jax.optim import make_optimizer
 from fcn_jax.step import new_state
 from fcn_jax.training.trainer import make_parallel_step
 
-_GIB = 2**30
-
-
-@dataclass(frozen=True)
-class Chip:
-    """What vendors say of a chip."""
-
-    memory: int
-    """Bytes."""
-    flops_per_cycle: int = 0
-    """Of the matrix units in bfloat16: the published rate over the clock. 0: not known."""
-    example: str = ""
-    """A target's name."""
-
-
-# cloud.google.com/tpu/docs: v5e 197 TFLOP/s (at 1.5 GHz), v5p 459 and v6e 918 (at 1.75 GHz).
-CHIPS = {
-    "v5e": Chip(16 * _GIB, 2**17, "v5e:2x2"),
-    "v5p": Chip(95 * _GIB, 2**18, "v5p:2x2x2"),
-    "v6e": Chip(32 * _GIB, 2**19, "v6e:2x2"),
-    "h100": Chip(84_929_347_584, example="h100:8"),
-    "cpu": Chip(0, example="cpu:8"),
-}
 # In training the loss's gather goes to the SparseCores of v5p and v6e, and libtpu cannot print such a program.
 _PRINTABLE = {"xla_tpu_offload_gather_to_sparsecore": False}
 # The GPU's compiler times kernels on the device, which is not there; Triton's gemms need that.
@@ -94,10 +72,12 @@ def open_target(name: str) -> Target:
     """
     family, _, shape = name.partition(":")
     side = r"[1-9]\d*"
-    if family not in CHIPS or not re.fullmatch(
-        side if family in ("h100", "cpu") else rf"{side}(x{side}){{1,2}}", shape
+    if (
+        family not in CHIPS
+        or not CHIPS[family].example
+        or not re.fullmatch(side if family in ("h100", "cpu") else rf"{side}(x{side}){{1,2}}", shape)
     ):
-        known = ", ".join(chip.example for chip in CHIPS.values())
+        known = ", ".join(chip.example for chip in CHIPS.values() if chip.example)
         raise InputError(f"unknown target {name!r}; choose a family and its shape, as in {known}")
     # All devices are described here; JAX need not look for any of its own.
     jax.config.update("jax_platforms", "cpu")

@@ -12,7 +12,7 @@ from rich.table import Table
 
 from fcn_jax.compare.bench import Result, SideResult
 from fcn_jax.compare.parity import PARTS, Report, Row, first_over
-from fcn_jax.training.run import write_whole
+from fcn_jax.paths import write_whole
 
 
 def _error(value: float | None) -> str:

@@ -14,9 +14,10 @@ from collections import Counter
 from pathlib import Path
 
 from fcn_jax.config import DataConfig
-from fcn_jax.data.io import Listing, folder_of, lines_in, pairs_by_name, palette, path_of, read_files
+from fcn_jax.data.io import Listing, folder_of, lines_in, pairs_by_name, palette, read_files
 from fcn_jax.errors import InputError
 from fcn_jax.losses import IGNORE
+from fcn_jax.paths import to_path
 
 SPLITS = ("train", "val", "test", "all")
 _IMAGES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
@@ -54,6 +55,6 @@ def _folders(root: Path, split: str) -> tuple[Path, Path]:
 def listing(split: str, config: DataConfig) -> Listing:
     """List a split of the folder; image and mask are paired by their names without suffix."""
     root = folder_of(config, "folder", "images, masks and classes.txt")
-    names = read_classes(path_of(config.classes, "--data.classes") if config.classes else root / "classes.txt")
+    names = read_classes(to_path(config.classes, "--data.classes") if config.classes else root / "classes.txt")
     entries = pairs_by_name(*_folders(root, split), _IMAGES, _MASKS)
     return Listing("folder", split, names, palette(len(names)), entries, read_files)

@@ -13,8 +13,9 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from fcn_jax.config import DataConfig
-from fcn_jax.errors import InputError, UnreadableError, check_local, first_line
+from fcn_jax.errors import InputError, UnreadableError, first_line
 from fcn_jax.losses import IGNORE
+from fcn_jax.paths import to_path
 
 # Pillow tries only these: its EPS plugin, for one, runs Ghostscript.
 _FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
@@ -77,22 +78,11 @@ def read_files(entry: Entry) -> tuple[bytes, np.ndarray]:
     return read_bytes(entry.image), decode_label(read_bytes(entry.label), str(entry.label))
 
 
-def path_of(name: str, flag: str) -> Path:
-    """Return the local path that a user gave, ``~`` expanded; an InputError where there can be no such path."""
-    check_local(name, flag)
-    try:
-        path = Path(name).expanduser()
-        path.exists()
-    except (OSError, ValueError, RuntimeError) as error:  # too long; with a zero byte; an unknown ~user
-        raise InputError(f"{flag} {name!r}: not a usable path ({first_line(error)}); give another") from error
-    return path
-
-
 def folder_of(config: DataConfig, dataset: str, content: str) -> Path:
     """Return ``config.dir``; an InputError where it is not given, or is missing and nothing is to be downloaded."""
     if config.dir is None:
         raise InputError(f"{dataset} needs the folder that holds {content}: give it with --data.dir (eval.py: --dir)")
-    folder = path_of(config.dir, "--data.dir")
+    folder = to_path(config.dir, "--data.dir")
     if not folder.is_dir() and not config.download:
         raise InputError(f"--data.dir {folder}: no such folder; give the one that holds {content}")
     return folder

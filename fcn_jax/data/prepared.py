@@ -18,9 +18,10 @@ from typing import Any, Literal, TypedDict
 import numpy as np
 import tensorflow_datasets as tfds
 
-from fcn_jax.data.io import Listing, decode_image, encode_label, path_of
-from fcn_jax.errors import InputError, UnreadableError, first_line
+from fcn_jax.data.io import Listing, decode_image, encode_label
+from fcn_jax.errors import InputError, UnreadableError, check_local, first_line
 from fcn_jax.losses import IGNORE
+from fcn_jax.paths import absolute, is_remote, state_of, to_path, upload
 
 _log = logging.getLogger(__name__)
 _SPLIT = "examples"
@@ -111,7 +112,7 @@ class Pairs(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type: i
                 "write class ids: 0, 1, 2, ..."
             )
         first = self._listing.entries[0]
-        files = [path.absolute() for path in (first.image, first.label) if path is not None]
+        files = [absolute(path) for path in (first.image, first.label) if path is not None]
         count = len(self._listing.entries) - len(self._skipped)
         image_size = next(iter(self._sizes)) if len(self._sizes) == 1 else None
         source = os.path.commonpath(files) if files else None
@@ -151,20 +152,22 @@ def prepare(listing: Listing, cache_dir: str) -> Path:
     """Return ``cache_dir``/DATASET/SPLIT-FINGERPRINT, a split's prepared copy; check and write it first if need be.
 
     It is written to a temporary folder and then moved, so that neither an interruption nor a second process leaves half
-    a copy. A changed source has another fingerprint; the copy of what it was before is removed.
+    a copy; to an object store it is uploaded from this machine, its summary last. A changed source has another
+    fingerprint; the copy of what it was before is removed.
 
     Raises:
         InputError: a missing or unreadable file (unless the listing leaves those out), a wrong label, or a
             cache folder that cannot be written to.
     """
-    parent = path_of(cache_dir, "--data.cache-dir") / listing.dataset
+    parent = to_path(cache_dir, "--data.cache-dir") / listing.dataset
     final = parent / f"{listing.split}-{fingerprint(listing)}"
     if (final / SUMMARY).is_file():
         return final
     _log.info("preparing %s, %d images, in %s", listing.spec, len(listing.entries), final)
     try:
         parent.mkdir(parents=True, exist_ok=True)
-        work = tempfile.TemporaryDirectory(prefix=UNFINISHED, dir=parent, ignore_cleanup_errors=True)
+        place = None if is_remote(parent) else parent
+        work = tempfile.TemporaryDirectory(prefix=UNFINISHED, dir=place, ignore_cleanup_errors=True)
     except OSError as error:
         raise InputError(
             f"--data.cache-dir {cache_dir}: cannot be written to ({error.strerror}); choose another"
@@ -177,7 +180,11 @@ def prepare(listing: Listing, cache_dir: str) -> Path:
         summary = builder.summary()
         (Path(builder.data_dir) / SUMMARY).write_text(json.dumps(asdict(summary)))
         try:
-            os.replace(builder.data_dir, final)
+            if is_remote(final):
+                for file in sorted(Path(builder.data_dir).iterdir(), key=lambda file: file.name == SUMMARY):
+                    upload(file, final / file.name)
+            else:
+                os.replace(builder.data_dir, final)
         except OSError as error:
             if not (final / SUMMARY).is_file():  # else another process was faster, with the same content
                 raise damaged(final, error) from error
@@ -185,7 +192,9 @@ def prepare(listing: Listing, cache_dir: str) -> Path:
             with contextlib.suppress(InputError, OSError):
                 before = read_summary(copy)
                 same = before.source == summary.source is not None and before.unreadable == summary.unreadable
-                if same and copy != final:
+                if same and copy != final and is_remote(copy):
+                    copy.rmtree()  # type: ignore[attr-defined]  # epath
+                elif same and copy != final:
                     os.replace(copy, Path(work.name, copy.name))  # in one step: nobody finds half of it
     return final
 
@@ -257,8 +266,7 @@ def fingerprint(listing: Listing) -> str:
             if path is None:
                 continue
             try:
-                state = path.stat()
-                digest.update(f"{path.absolute()}\0{state.st_size}\0{state.st_mtime_ns}\0".encode())
+                digest.update(f"{absolute(path)}\0{state_of(path)}\0".encode())
             except (OSError, ValueError) as error:  # ValueError: the system takes no such name
                 if not skips:
                     raise UnreadableError(
@@ -277,7 +285,8 @@ def _cached(name: str, count: int, *paths: Path) -> Cached:
 
 def cached(cache_dir: str) -> list[Cached]:
     """List a cache folder: each prepared copy, what interrupted preparations left, the compiled programs."""
-    root = path_of(cache_dir, "--cache-dir")
+    check_local(cache_dir, "--cache-dir")
+    root = to_path(cache_dir, "--cache-dir")
     rows = []
     for copy in sorted(root.glob("*/*-" + 16 * "[0-9a-f]")):
         try:

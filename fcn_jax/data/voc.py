@@ -14,6 +14,7 @@ from fcn_jax.config import DataConfig
 from fcn_jax.data.download import ARCHIVES, fetch
 from fcn_jax.data.io import Entry, Listing, folder_of, names_in, palette, read_files
 from fcn_jax.errors import InputError
+from fcn_jax.paths import absolute
 
 CLASSES = tuple(
     "background aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse motorbike person "
@@ -30,7 +31,7 @@ def find(folder: Path, year: str) -> Path | None:
     tree = f"VOC{year}"
     # VOC2011's archive has its VOCdevkit in a folder TrainVal.
     places = [folder / tree, folder / "VOCdevkit" / tree, folder / "TrainVal/VOCdevkit" / tree]
-    places += [folder] if folder.absolute().name == tree else [folder.absolute().parent / tree]
+    places += [folder] if absolute(folder).name == tree else [absolute(folder).parent / tree]
     return next((place for place in places if (place / "SegmentationClass").is_dir()), None)
 
 
@@ -38,7 +39,7 @@ def find_sbd(folder: Path) -> Path | None:
     """Return SBD's ``dataset`` folder in, at or beside ``folder``, or None."""
     places = [folder, folder / "dataset", folder / "benchmark_RELEASE/dataset"]
     # Beside ROOT/TrainVal/VOCdevkit/VOC2011.
-    places += [up / "benchmark_RELEASE/dataset" for up in folder.absolute().parents[:3]]
+    places += [up / "benchmark_RELEASE/dataset" for up in absolute(folder).parents[:3]]
     return next((place for place in places if (place / "cls").is_dir() and (place / "img").is_dir()), None)
 
 

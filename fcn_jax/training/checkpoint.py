@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 import math
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -18,6 +17,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
+from etils import epath
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from fcn_jax.errors import InputError, first_line
@@ -126,7 +126,7 @@ class Checkpoints:
             if step not in kept and (self._keep_steps is None or step % self._keep_steps):
                 self._manager.delete(step)
         if self._writes and steps and all(step <= steps[-1] for step in _steps(interrupted)):
-            shutil.rmtree(interrupted, ignore_errors=True)
+            _remove(interrupted)
 
 
 def restore_newest(folder: Path, like: TrainState, writes: bool = True) -> Restored | None:
@@ -234,8 +234,13 @@ def _steps(folder: Path) -> list[int]:
 def _put_aside(path: Path) -> Path:
     """Rename a damaged checkpoint, so that its step can be saved again."""
     aside = path.with_name(f"damaged-{path.name}")
-    shutil.rmtree(aside, ignore_errors=True)
+    _remove(aside)
     return path.rename(aside)
+
+
+def _remove(folder: Path) -> None:
+    with suppress(OSError):
+        epath.Path(folder).rmtree()
 
 
 def _parts(state: TrainState) -> dict[str, Any]:

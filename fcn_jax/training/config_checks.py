@@ -7,14 +7,15 @@ import math
 from typing import Any
 
 from fcn_jax.config import Config
-from fcn_jax.errors import InputError, check_local, first_line
+from fcn_jax.errors import InputError, first_line
 from fcn_jax.evaluation.padding import MULTIPLE
+from fcn_jax.paths import to_path
 from fcn_jax.weights import is_published
 
 _LONGEST = 2**20  # pixels of a side; no memory holds such an image
 _SIDES = ("data.base_size", "data.crop_size", "data.input_size", "data.shapes_size")
 _AT_LEAST_ONE = (
-    *("devices", "data.shapes_count", "train.accumulate", "train.batch_size", "train.eval_batch_size"),
+    *("devices", "profile", "data.shapes_count", "train.accumulate", "train.batch_size", "train.eval_batch_size"),
     *("train.keep_last", "train.log_every", "train.pictures_every", "train.steps", *_SIDES),
 )
 _AT_LEAST_ZERO = (
@@ -96,10 +97,12 @@ def check_config(config: Config) -> None:
         check("loss.class_weights", lambda x: x >= 0, ">= 0")
         if not sum(class_weights) > 0:
             raise InputError("expected --loss.class-weights that are not all zero; or give 'median'")
+    if config.profile is not None and config.profile[0] > config.profile[1]:
+        raise InputError(f"expected --profile FIRST LAST, got {config.profile}; give the earlier step first")
     if config.init is not None and config.init_from is not None:
         raise InputError(
             f"both --init {config.init} and --init-from {config.init_from} are set; set one of them to None"
         )
     for name in _PATHS:
         if values[name] is not None and not (name in ("init", "init_from") and is_published(values[name])):
-            check_local(values[name], "--" + name.replace("_", "-"))
+            to_path(values[name], "--" + name.replace("_", "-"))

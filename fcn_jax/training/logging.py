@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -20,10 +20,19 @@ from fcn_jax.training.distributed import AgreedError
 from fcn_jax.training.run import RunFolder, seconds_since_start
 from fcn_jax.training.trainer import Trainer
 
+T = TypeVar("T")
+
 _MOST_SKIPPED = 20
 """Steps in a row that are skipped; parameters that are spoiled never recover."""
 _NAMES = 32
 """Images of a batch that are named."""
+
+
+TIMES = ("step_s", "data_wait", "mfu", "goodput")
+"""Of a row: seconds a step; the share of them spent waiting for data; model FLOPs over the chips' peak; the share of
+the time since the command's start that went into steps, without waiting for data."""
+_UPLOAD_EVERY = 60
+"""Seconds between two uploads of the log to an object store, beside those before each checkpoint."""
 
 
 class Events:
@@ -94,6 +103,7 @@ class Logger:
         self._in_a_row = 0
         self._timed = 0
         self._waited = 0.0
+        self._in_steps = 0.0
         self._last: StepSums | None = None
         self._since: float | None = None
 
@@ -168,15 +178,26 @@ class Logger:
             "lr": self._lr(step),
             "skipped": len(steps) - len(finite),
             "images_per_s": images / elapsed if images else None,
-            "data_wait": self._waited / elapsed if images else None,
+            **self._times(elapsed),
         }
         self._fetched = []
         self.restart_clock()
         self._folder.append(row)
-        for name in ("loss", "grad_norm", "lr", "skipped", "images_per_s", "data_wait"):
+        for name in ("loss", "grad_norm", "lr", "skipped", "images_per_s", *TIMES):
             if row[name] is not None:
                 self._events.add_scalar(f"train/{name}", row[name], step)
+        self._folder.upload(every=_UPLOAD_EVERY)
         return row
+
+    def _times(self, elapsed: float) -> dict[str, float | None]:
+        """Return ``TIMES`` for the steps of the last ``elapsed`` seconds."""
+        if not self._timed:
+            return dict.fromkeys(TIMES)
+        self._in_steps += elapsed - self._waited
+        step_s, least = elapsed / self._timed, self._trainer.least_step_s
+        mfu = None if least is None else least / step_s
+        goodput = self._in_steps / seconds_since_start()
+        return {"step_s": step_s, "data_wait": self._waited / elapsed, "mfu": mfu, "goodput": goodput}
 
     def _lr(self, step: int) -> float:
         return float(np.asarray(self._trainer.schedule(step - 1)))
@@ -205,6 +226,48 @@ class Logger:
 
 
 @contextmanager
+def profiled(
+    step: Callable[..., T], folder: Path, steps: tuple[int, int] | None, say: Callable[[str], None]
+) -> Iterator[Callable[..., T]]:
+    """Trace some steps for TensorBoard's profiler; yields ``step`` with the step's number as another first argument.
+
+    Args:
+        step: runs one.
+        folder: where the trace goes.
+        steps: the first and the last; None: no trace.
+        say: is told where the trace is.
+    """
+    first, last = steps or (0, 0)
+    tracing = False
+
+    def stop() -> None:
+        nonlocal tracing
+        if tracing:
+            jax.profiler.stop_trace()
+            tracing = False
+            say(f"trace in {folder}: tensorboard --logdir {folder}, with xprof installed")
+
+    def run(number: int, *arguments: Any) -> T:
+        nonlocal tracing
+        if number == first:
+            options = jax.profiler.ProfileOptions()
+            options.python_tracer_level = 0  # calls of Python fill the trace before the steps do
+            jax.profiler.start_trace(folder, profiler_options=options)
+            tracing = True
+        with jax.profiler.StepTraceAnnotation("train", step_num=number):
+            result = step(*arguments)
+        if number == last:
+            jax.block_until_ready(result)
+            stop()
+        return result
+
+    try:
+        yield run
+    finally:
+        stop()
+
+
+@contextmanager
 def progress_bar(console: Console, total: int, done: int, every: int) -> Iterator[Callable[..., None]]:
     """Draw a bar over the steps; yields what moves it: (step, the row that was written or None).
 
@@ -218,11 +281,11 @@ def progress_bar(console: Console, total: int, done: int, every: int) -> Iterato
         TextColumn("step"),
         MofNCompleteColumn(),
         BarColumn(),
-        TextColumn("loss {task.fields[loss]}  {task.fields[speed]} images/s  data {task.fields[wait]}  left"),
+        TextColumn("loss {task.fields[loss]}  {task.fields[speed]} images/s  {task.fields[times]}  left"),
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=console, refresh_per_second=4) as progress:
-        task = progress.add_task("train", total=total, completed=done, loss="-", speed="-", wait="-")
+        task = progress.add_task("train", total=total, completed=done, loss="-", speed="-", times="")
 
         def advance(step: int, row: dict[str, Any] | None) -> None:
             fields: dict[str, Any] = {}
@@ -230,14 +293,13 @@ def progress_bar(console: Console, total: int, done: int, every: int) -> Iterato
                 speed = row["images_per_s"]
                 loss = "-" if row["loss"] is None else f"{row['loss']:.4g}"
                 fields = {"loss": loss, "speed": "-" if speed is None else f"{speed:.1f}"}
-                fields["wait"] = "-" if speed is None else f"{row['data_wait']:.0%}"
+                shares = {"data": "data_wait", "MFU": "mfu", "goodput": "goodput"}
+                shown = [f"{label} {row[name]:.0%}" for label, name in shares.items() if row[name] is not None]
+                fields["times"] = "  ".join(shown)
             progress.update(task, completed=step, **fields)
             # where no bar can be drawn, twenty lines say how far it is
             if fields and not console.is_terminal and step * 20 // total > (step - every) * 20 // total:
-                console.print(
-                    f"step {step}/{total}  loss {fields['loss']}  {fields['speed']} images/s  "
-                    f"{fields['wait']} of it waiting for data",
-                    highlight=False,
-                )
+                progress_line = f"loss {fields['loss']}  {fields['speed']} images/s  {fields['times']}"
+                console.print(f"step {step}/{total}  {progress_line}", highlight=False)
 
         yield advance

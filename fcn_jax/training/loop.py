@@ -39,7 +39,7 @@ from fcn_jax.training.distributed import (
     stop_request,
     writer_first,
 )
-from fcn_jax.training.logging import Events, Logger, progress_bar
+from fcn_jax.training.logging import Events, Logger, profiled, progress_bar
 from fcn_jax.training.run import DatasetInfo, RunFolder
 from fcn_jax.training.trainer import Trainer, make_trainer
 
@@ -86,6 +86,7 @@ def train(config: Config, console: Console, lengthen: bool = False) -> Scores:
             exit_on_error(),
             _disk_errors(folder),
         ):
+            profile = config.profile if folder.writes else None
             stop_wanted = Agreement(trainer.parallel.mesh)
             unlogged = restored.progress["unlogged"] if restored else ()
             logger = Logger(folder, events, trainer, config, console, unlogged)
@@ -98,6 +99,7 @@ def train(config: Config, console: Console, lengthen: bool = False) -> Scores:
                 logger.flush(step)
                 evaluation = validate(trainer, config, state, stop)
                 logger.validation(step, evaluation)
+                folder.upload()  # what a later start does not write again has to be there before the checkpoint
                 checkpoints.save(state, progress(), evaluation.scores.mean_iu)
                 title = f"step {step}, {config.data.val}"
                 console.print(score_table(evaluation.scores, dataset.class_names, title))
@@ -110,7 +112,10 @@ def train(config: Config, console: Console, lengthen: bool = False) -> Scores:
                     evaluation = milestone()
                 elif step == trainer.length.steps:
                     evaluation = validate(trainer, config, state, stop)
-                with progress_bar(console, trainer.length.steps, step, config.train.log_every) as advance:
+                with (
+                    progress_bar(console, trainer.length.steps, step, config.train.log_every) as advance,
+                    profiled(trainer.parallel.step, folder.profile, profile, say) as run_step,
+                ):
                     while step < trainer.length.steps:
                         if stop_wanted(stop.number is not None):
                             raise StopRequested(stop.number or signal.SIGTERM)  # of another process
@@ -123,8 +128,8 @@ def train(config: Config, console: Console, lengthen: bool = False) -> Scores:
                             raise
                         # Whatever else travels between host and device in a step is a mistake, and slow.
                         with jax.transfer_guard("disallow"):
-                            arrays = {key: batch[key] for key in ("image", "label")}
-                            state, sums = trainer.parallel.step(state, trainer.parallel.place_batch(arrays))
+                            placed = trainer.parallel.place_batch({key: batch[key] for key in ("image", "label")})
+                            state, sums = run_step(step + 1, state, placed)
                         step += 1
                         logger.step(step, sums, batch["name"], advance)
                         if folder.writes and config.train.pictures_every and step % config.train.pictures_every == 0:
@@ -133,6 +138,7 @@ def train(config: Config, console: Console, lengthen: bool = False) -> Scores:
                         if trainer.length.is_milestone(step):
                             evaluation = milestone()
             except StopRequested as request:
+                folder.upload()
                 checkpoints.save_interrupted(state, progress())
                 raise Stopped(
                     f"stopped by {request} at step {step}, which is saved; the same command goes on from there",
@@ -141,7 +147,8 @@ def train(config: Config, console: Console, lengthen: bool = False) -> Scores:
             best = checkpoints.best_step()
         assert evaluation is not None  # the last step is a milestone
         _save_figures(folder, evaluation, trainer)
-        say(f"best checkpoint: step {best}; figures in {folder.figures}")
+        folder.upload()
+        say(f"best checkpoint: step {best}; figures in {folder.path / folder.figures.name}")
         return evaluation.scores
 
 

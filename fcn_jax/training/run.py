@@ -6,8 +6,11 @@ import dataclasses
 import json
 import os
 import platform
+import shutil
 import subprocess
+import tempfile
 import time
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from importlib import metadata
@@ -18,20 +21,23 @@ import filelock
 import jax
 
 from fcn_jax.config import Config
-from fcn_jax.errors import InputError, check_local, first_line
+from fcn_jax.errors import InputError, first_line
 from fcn_jax.models import init_variables, model_from_config
 from fcn_jax.models.fcn import FCN
+from fcn_jax.paths import absolute, is_remote, state_of, to_path, upload, write_whole
 from fcn_jax.training.config_checks import check_config, config_from_json, convert, flatten
 
 # Where and how fast, not what: these may change between stop and resume.
 _FREE_FIELDS = frozenset(
-    "run data.dir data.cache_dir data.download data.workers devices distributed num_processes process_id parallel mesh "
-    "train.log_every train.keep_last train.nonfinite train.pictures_every".split()
+    "run profile data.dir data.cache_dir data.download data.workers devices distributed num_processes process_id "
+    "parallel mesh train.log_every train.keep_last train.nonfinite train.pictures_every".split()
 )
 _LENGTH_FIELDS = frozenset({"train.steps", "train.epochs", "optim.step_every"})
 
 _SHOWN_AFTER = 60
 """Seconds in which a file that one machine wrote is visible on another; NFS forgets after 60 that it was not there."""
+_OWNER = "owner"
+"""On an object store, the file that names the process that trains."""
 _IMPORTED = time.perf_counter()
 
 
@@ -85,28 +91,28 @@ def _json(config: Config) -> dict[str, Any]:
     return json.loads(json.dumps(dataclasses.asdict(config)))
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Write a file so that whoever reads it, after whatever happens, finds the old or the new one whole."""
-    partial = path.with_suffix(".partial")
-    with partial.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
-
-
 class RunFolder:
-    """The files of one run."""
+    """The files of one run.
+
+    On an object store, where nothing can be appended to, logs and figures are written to ``local``, a temporary folder,
+    and uploaded whole.
+    """
 
     def __init__(self, path: str | Path, writes: bool = True):
         """Name the folder; nothing is touched yet, and nothing is changed later unless this process ``writes``."""
-        check_local(path, "--run")
-        self.path, self.writes = Path(path), writes
+        self.path, self.writes, self.local = to_path(path, "--run"), writes, Path(path)
+        if is_remote(path):
+            self.local = Path(tempfile.mkdtemp(prefix="fcn_jax-"))
+            weakref.finalize(self, shutil.rmtree, self.local, ignore_errors=True)
         self.config_file = self.path / "config.json"
-        self.metrics_file = self.path / "metrics.jsonl"
-        self.checkpoints = (self.path / "checkpoints").absolute()
-        self.events = self.path / "events"
-        self.figures = self.path / "figures"
+        self.metrics_file = self.local / "metrics.jsonl"
+        self.checkpoints = absolute(self.path / "checkpoints")
+        self.events = self.local / "events"
+        self.figures = self.local / "figures"
+        self.profile = self.local / "profile"
+        self._owner: str | None = None
+        self._uploaded: dict[Path, str] = {}
+        self._upload_time = time.monotonic()
 
     def start(self, config: Config, dataset: DatasetInfo, lengthen: bool = False) -> None:
         """Write config.json, or check that the one that is there describes the same run.
@@ -137,7 +143,10 @@ class RunFolder:
             self.figures.mkdir(parents=True, exist_ok=True)
             write_whole(self.config_file, json.dumps(content, indent=2) + "\n")
         except OSError as error:
-            raise InputError(f"cannot write to {self.path}: {error.strerror}; give another --run") from error
+            raise self._not_writable(error) from error
+
+    def _not_writable(self, error: OSError) -> InputError:
+        return InputError(f"cannot write to {self.path}: {error.strerror or first_line(error)}; give another --run")
 
     def _wait_until_started(self) -> None:
         """Look for what the process that writes has written; a network disk may show it late."""
@@ -151,10 +160,21 @@ class RunFolder:
     def locked(self) -> Iterator[None]:
         """Keep other processes from training in this folder; the lock ends with the process, however it ends.
 
+        An object store has no such locks. There the newest process owns the run, and an older one that still runs
+        stops at its next ``upload``, which comes before each save.
+
         Raises:
             InputError: another process has it, or it cannot be written.
         """
         if not self.writes:
+            yield
+            return
+        if is_remote(self.path):
+            self._owner = f"{platform.node()} {os.getpid()} {time.time_ns()}"
+            try:
+                (self.path / _OWNER).write_text(self._owner)
+            except OSError as error:
+                raise self._not_writable(error) from error
             yield
             return
         lock = filelock.FileLock(self.path / ".lock")
@@ -166,13 +186,36 @@ class RunFolder:
                 f"{self.path} is being trained by another process; wait for its end, stop it, or give another --run"
             ) from None
         except OSError as error:
-            raise InputError(f"cannot write to {self.path}: {error.strerror}; give another --run") from error
+            raise self._not_writable(error) from error
         except NotImplementedError:  # a disk without locks: nobody is kept apart there
             pass
         try:
             yield
         finally:
             lock.release()
+
+    def upload(self, every: float = 0) -> None:
+        """Bring the logs and figures that changed to the object store; on a disk they are in place.
+
+        Args:
+            every: do nothing within so many seconds of the last time.
+
+        Raises:
+            InputError: another process has taken the run over, or the store cannot be written to.
+        """
+        if not self.writes or not is_remote(self.path) or time.monotonic() - self._upload_time < every:
+            return
+        try:
+            owner = (self.path / _OWNER).read_text() if self._owner else None
+            if owner != self._owner:
+                raise InputError(f"{self.path} was taken over by another process ({owner}); this one stops")
+            for file in (path for path in self.local.rglob("*") if path.is_file()):
+                if (state := state_of(file)) != self._uploaded.get(file):
+                    upload(file, self.path / file.relative_to(self.local))
+                    self._uploaded[file] = state
+        except OSError as error:
+            raise self._not_writable(error) from error
+        self._upload_time = time.monotonic()
 
     def _check_same(self, old: dict[str, Any], new: dict[str, Any], lengthen: bool) -> None:
         free = _FREE_FIELDS | (_LENGTH_FIELDS if lengthen else frozenset())
@@ -213,13 +256,17 @@ class RunFolder:
 
     def rows(self) -> Iterator[dict[str, Any]]:
         """Yield the rows of metrics.jsonl; one that was cut short or damaged is left out."""
-        if not self.metrics_file.exists():
-            return
-        for line in self.metrics_file.read_text(errors="replace").splitlines():
+        for line in self._lines():
             with suppress(ValueError, RecursionError):
                 row = json.loads(line)
                 if isinstance(row, dict) and isinstance(row.get("step"), int) and "kind" in row:
                     yield row
+
+    def _lines(self) -> list[str]:
+        stored = self.path / self.metrics_file.name
+        if is_remote(stored) and not self.metrics_file.exists() and stored.exists():
+            self.metrics_file.write_bytes(stored.read_bytes())
+        return self.metrics_file.read_text(errors="replace").splitlines() if self.metrics_file.exists() else []
 
     def drop_rows_after(self, step: int, with_validation: bool = True) -> int:
         """Drop the rows of later steps, which a run that is resumed at a step writes again.
@@ -235,8 +282,7 @@ class RunFolder:
         def stays(row: dict[str, Any]) -> bool:
             return row["step"] < step or row["step"] == step and (with_validation or row["kind"] != "val")
 
-        rows = list(self.rows())
-        lines = self.metrics_file.read_text(errors="replace").splitlines() if self.metrics_file.exists() else []
+        rows, lines = list(self.rows()), self._lines()
         kept = [row for row in rows if stays(row)]
         if self.writes and lines:
             write_whole(self.metrics_file, "".join(json.dumps(row) + "\n" for row in kept))

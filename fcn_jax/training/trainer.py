@@ -6,7 +6,6 @@ import dataclasses
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -16,6 +15,7 @@ import optax
 from jax.sharding import Mesh
 
 from fcn_jax import weights
+from fcn_jax.chips import peak_of
 from fcn_jax.config import Config
 from fcn_jax.data.datasets import Split, load
 from fcn_jax.data.pipeline import class_frequencies
@@ -24,10 +24,11 @@ from fcn_jax.devices import Parallel, check_height, groups, kernels_for, make_pa
 from fcn_jax.errors import InputError
 from fcn_jax.evaluation.evaluate import Predictor, make_predictor
 from fcn_jax.losses import Loss, make_loss, median_frequency_weights
-from fcn_jax.models import create_model, init_variables, model_from_config
+from fcn_jax.models import create_model, init_variables, model_from_config, summarize
 from fcn_jax.models.catalog import describe_model
 from fcn_jax.models.fcn import FCN, ScoreFCN
 from fcn_jax.optim import make_optimizer, make_schedule
+from fcn_jax.paths import is_remote, to_path
 from fcn_jax.preprocessing import normalize
 from fcn_jax.step import AxisName, TrainState, TrainStep, make_train_step, new_state
 from fcn_jax.training.config_checks import check_config, flatten
@@ -68,6 +69,8 @@ class Trainer:
     """On the devices of this process alone; takes the state's variables."""
     state: TrainState
     """The start, placed on the devices."""
+    least_step_s: float | None
+    """See ``least_step_time``."""
     notes: Notes
     """What a user should know before it starts."""
 
@@ -100,7 +103,8 @@ def make_trainer(config: Config, resuming: bool = False) -> Trainer:
             f"expected a batch size that is a multiple of {unit}, of {groups(mesh)} devices x "
             f"{config.train.accumulate} parts, got {config.train.batch_size}; set --train.batch-size or --devices"
         )
-    check_height((output_size(config.data) or train.image_size or (None,))[0], mesh)
+    size = output_size(config.data) or train.image_size
+    check_height((size or (None,))[0], mesh)
     length = run_length(config, len(train))
     model = model_from_config(config.model, train.num_classes, config.train.remat)
     fetched = config
@@ -128,8 +132,22 @@ def make_trainer(config: Config, resuming: bool = False) -> Trainer:
         parallel=parallel,
         predict=lambda variables, *rest, **options: predict(parallel.local(variables), *rest, **options),
         state=parallel.place_state(new_state(variables, optimizer, config.train.seed)),
+        least_step_s=least_step_time(config, model, size, mesh),
         notes=notes,
     )
+
+
+def least_step_time(config: Config, model: FCN, size: tuple[int, int] | None, mesh: Mesh) -> float | None:
+    """Return the seconds of a step whose chips all run at their peak; None where the peak or the work is not known.
+
+    The work is the model's FLOPs: three times those of the forward pass (see ``summarize``), however the gradient is
+    computed. Frozen stages have no gradient, which that does not count.
+    """
+    peak = peak_of(mesh.devices.flat[0])
+    if peak is None or size is None or config.model.freeze_stages:
+        return None
+    flops = 3 * sum(layer.flops for layer in summarize(model, size)) * config.train.batch_size
+    return flops / (peak * mesh.size)
 
 
 def make_parallel_step(config: Config, model: FCN, optimizer: Any, loss: Loss, mesh: Mesh) -> Parallel:
@@ -149,7 +167,9 @@ def make_parallel_step(config: Config, model: FCN, optimizer: Any, loss: Loss, m
 
 
 def _fetched(given: str | None) -> str | None:
-    return str(writer_first(partial(weights.fetch, given))) if given and weights.is_published(given) else given
+    if not given or not (weights.is_published(given) or is_remote(given) and not to_path(given, "--init").is_dir()):
+        return given
+    return str(writer_first(partial(weights.fetch, given)))
 
 
 def run_length(config: Config, examples: int) -> Length:
@@ -248,13 +268,13 @@ def _carry_over(config: Config, model: FCN, variables: dict[str, Any], given: st
 
 def _open(given: str, model: FCN) -> tuple[weights.Source, str | None, FCN | None]:
     """Open a run or a file under our names: its tensors, its preprocessing, and its network, as far as known."""
-    path = Path(given)
-    if path.is_dir() and (path / HUB_FILE).exists():
+    path = None if weights.is_published(given) else to_path(given, "--init-from")
+    if path and path.is_dir() and (path / HUB_FILE).exists():
         given = str(path / HUB_FILE)
-    elif path.is_dir():
+    elif path and path.is_dir():
         run = open_run(given)
         return weights.to_torch(run.model, run.variables), run.config.data.preprocessing, run.model
-    if not path.exists() and not weights.is_published(given):
+    elif path and not path.exists():
         raise InputError(
             f"--init-from {given}: no such run or file; train the run that it names first, give a file, or a name that "
             "`fcn-jax models` lists"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ from pathlib import Path
 
 from fcn_jax.download import check_digest, download
 from fcn_jax.errors import InputError, first_line
+from fcn_jax.paths import is_remote, state_of, to_path
 
 _HUB = re.compile(r"hf://([\w.-]+/[\w.-]+)(?:@([\w./-]+))?")
 HUB_FILE = "model.safetensors"
@@ -90,13 +92,15 @@ def is_published(source: str) -> bool:
 
 
 def fetch(name: str) -> Path:
-    """Return the file of a key of ``PRETRAINED`` or of ``hf://OWNER/REPO[@REVISION]``, downloaded once.
+    """Return the file of a key of ``PRETRAINED``, ``hf://OWNER/REPO[@REVISION]`` or ``gs://...``, downloaded once.
 
-    Files from the hub lie in huggingface_hub's cache, others in torch.hub's, which torchvision uses too.
+    Files from the hub lie in huggingface_hub's cache, published ones in torch.hub's, which torchvision uses too.
 
     Raises:
         InputError: no network, or the file is not the one that was published.
     """
+    if is_remote(name):
+        return _from_bucket(name)
     entry = PRETRAINED.get(name)
     address = name if entry is None else entry.address
     if address.startswith("hf://"):
@@ -110,6 +114,21 @@ def fetch(name: str) -> Path:
         return download(address, path, digest)
     except InputError as error:
         raise InputError(f"{name}: {error}, or give its path") from error
+
+
+def _from_bucket(name: str) -> Path:
+    source = to_path(name, "weights")
+    try:
+        key = hashlib.sha256(f"{name}\0{state_of(source)}".encode()).hexdigest()[:16]
+        target = Path("~/.cache/fcn_jax/weights").expanduser() / key / source.name
+        if not target.exists():
+            target.parent.mkdir(parents=True, exist_ok=True)
+            partial = target.with_name(f"{os.getpid()}.partial")
+            partial.write_bytes(source.read_bytes())
+            partial.replace(target)
+    except OSError as error:
+        raise InputError(f"{name}: cannot be read ({first_line(error)}); check the path") from error
+    return target
 
 
 def _from_hub(name: str, address: str) -> Path:

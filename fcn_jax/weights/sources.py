@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from fcn_jax.errors import InputError, first_line, unknown
+from fcn_jax.paths import is_remote
 from fcn_jax.weights.caffe import read_caffe
 from fcn_jax.weights.pretrained import PRETRAINED, fetch, is_published
 
@@ -62,6 +63,8 @@ Source = str | os.PathLike[str] | Mapping[str, Any] | Tensors
 def open_source(source: Source) -> Tensors:
     """Open a file, a name in ``PRETRAINED``, ``hf://OWNER/REPO[@REVISION]``, or a dict of arrays (NumPy, JAX or torch).
 
+    A file may lie on a disk or at ``gs://BUCKET/...``.
+
     Wrappers of a state dict (``state_dict``, ``model_state_dict``, ``model``) and prefixes of all names (``module.``,
     ``_orig_mod.``) are removed. An opened source is returned unchanged.
 
@@ -77,7 +80,7 @@ def open_source(source: Source) -> Tensors:
         hint = "; give module.state_dict()" if hasattr(source, "state_dict") else ""
         what = "a path, a name of published weights or a dict of arrays"
         raise InputError(f"expected {what}, got {type(source).__name__}{hint}")
-    path = fetch(name) if is_published(name) else Path(name)
+    path = fetch(name) if is_published(name) or is_remote(name) else Path(name)
     try:
         head = _read_head(path)
     except OSError as error:

@@ -51,7 +51,7 @@ CANNOT_RUN = {
     "shapes --train.eval-every nan": "--train.eval-every > 0, nan",
     "shapes --data.crop-size -5 32": "--data.crop-size, -5",
     "shapes --data.eval-multiple 48": "--data.eval-multiple 1 or a multiple of 32",
-    "shapes --data.dir gs://bucket/set": "--data.dir gs://bucket/set, not supported",
+    "shapes --data.dir s3://bucket/set": "--data.dir s3://bucket/set, not supported",
     "camvid": "--data.dir", "camvid --data.dir /nonexistent": "/nonexistent",
     "shapes --init /nonexistent.pth": "/nonexistent.pth", "shapes --init-from /nonexistent.pth": "/nonexistent.pth",
     "shapes --init vgg16-imagnet": "vgg16-imagnet, vgg16-imagenet",
@@ -92,8 +92,8 @@ def test_an_argument_that_cannot_be_parsed_ends_with_exit_code_2(capsys, argumen
 
 def test_an_object_store_is_refused_and_no_folder_of_its_name_is_made(fails, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    fails(train_command, ["shapes", "--run", "gs://bucket/run"], "--run gs://bucket/run", "not supported")
-    fails(eval_command, ["--run", "gs://bucket/run"], "gs:/", "not supported")
+    fails(train_command, ["shapes", "--run", "s3://bucket/run"], "--run s3://bucket/run", "not supported")
+    fails(eval_command, ["--run", "s3://bucket/run"], "s3://bucket/run", "not supported")
     assert not list(tmp_path.iterdir())
 
 

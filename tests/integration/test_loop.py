@@ -1,5 +1,7 @@
 """What the loop promises about speed: nothing compiled twice, nothing carried over unasked, waiting counted."""
 
+import gzip
+import json
 import subprocess
 import sys
 import time
@@ -10,8 +12,12 @@ import pytest
 from jax import monitoring
 from tiny_run import TINY, in_folder, place_batches, train
 
+from fcn_jax.chips import CHIPS
+from fcn_jax.cli.train import main as train_command
 from fcn_jax.data.pipeline import TrainIterator
+from fcn_jax.models import model_from_config, summarize
 from fcn_jax.training import loop
+from fcn_jax.training.logging import TIMES
 from fcn_jax.training.run import RunFolder
 
 
@@ -60,13 +66,37 @@ def test_the_share_of_time_that_steps_waited_for_data_is_logged(tmp_path, monkey
     rows, text = run(tmp_path, "quick")
     shares = [row["data_wait"] for row in rows if row["kind"] == "train"]
     assert len(shares) == 3 and all(0 <= share <= 1 for share in shares)
-    assert "s after the start of the command" in text and "waiting for data" in text
+    assert "s after the start of the command" in text and "  goodput " in text and "MFU" not in text
     take = TrainIterator.__next__
     monkeypatch.setattr(TrainIterator, "__next__", lambda self: time.sleep(0.3) or take(self))
     rows, _ = run(tmp_path, "slow")
     slow = [row["data_wait"] for row in rows if row["kind"] == "train"]
     # a third of a second of sleep beside a step of some hundredths
     assert min(slow) > 0.5 > np.median(shares)
+
+
+def test_mfu_is_the_models_flops_over_the_peak_and_goodput_the_share_of_time_in_steps(tmp_path, monkeypatch):
+    monkeypatch.setitem(CHIPS, "cpu", replace(CHIPS["cpu"], peak=1e12, kind="cpu"))
+    rows, text = run(tmp_path)
+    forward = sum(layer.flops for layer in summarize(model_from_config(TINY.model, 6), TINY.data.shapes_size, batch=4))
+    rows = [row for row in rows if row["kind"] == "train"][1:]
+    for row in rows:
+        assert row["mfu"] == pytest.approx(3 * forward / (2 * 1e12) / row["step_s"])  # of two devices
+        assert row["images_per_s"] == pytest.approx(4 / row["step_s"])
+        assert 0 < row["goodput"] < 1
+    assert "MFU 0%" in text
+    (events,) = (tmp_path / "run/events").iterdir()
+    assert all(f"train/{name}".encode() in events.read_bytes() for name in TIMES)
+
+
+def test_steps_are_traced_for_the_profiler(tmp_path, fails):
+    _, text = run(tmp_path, profile=(2, 4))
+    assert "trace in" in text
+    (trace,) = (tmp_path / "run/profile").rglob("*.trace.json.gz")
+    events = json.loads(gzip.decompress(trace.read_bytes()))["traceEvents"]
+    steps = {event["args"]["step_num"] for event in events if event.get("name") == "train"}
+    assert steps == {"2", "3", "4"} and list((tmp_path / "run/profile").rglob("*.xplane.pb"))
+    fails(train_command, ["shapes", "--profile", "4", "2"], "--profile FIRST LAST")
 
 
 def test_compiled_programs_are_kept_unless_jax_is_told_otherwise(tmp_path):

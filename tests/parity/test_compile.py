@@ -11,6 +11,7 @@ import jax
 import pytest
 from jax.experimental import topologies
 
+from fcn_jax.chips import CHIPS
 from fcn_jax.cli import compile as cli_compile
 from fcn_jax.compare import compile as compiling
 from fcn_jax.compare.compile import count_collectives, count_products, estimated_cycles, largest
@@ -89,7 +90,7 @@ WITHOUT_NORM = [pytest.param(None, mode, marks=pytest.mark.slow) for mode in ("p
 @pytest.mark.parametrize(("norm", "mode"), [("batch", "pmap"), ("batch", "mesh"), *WITHOUT_NORM])
 def test_a_step_sums_over_devices_the_gradient_once_and_otherwise_only_batch_statistics(norm, mode):
     config = Config(model=replace(SMALL, encoder_norm=norm), parallel=mode)
-    target = compiling.Target("cpu:2", compiling.CHIPS["cpu"], jax.devices()[:2])
+    target = compiling.Target("cpu:2", CHIPS["cpu"], jax.devices()[:2])
     work = compiling.Work(config, 5, (32, 32), batch_size=4)
     found = compiling.compile_work(work, target).collectives
     variables = jax.eval_shape(lambda: init_variables(work.model, jax.random.key(0)))

@@ -3,7 +3,8 @@
 Every disturbed run is a short one of its own. It is started, killed at a moment drawn uniformly over the length of the
 undisturbed run (imports and compilation included), hurt in other ways in turn, and started again with the same command
 until it is done. Its last state, its rows but for times, and its checkpoints then have to be those of the undisturbed
-run. A longer run is watched from outside for memory and open files that grow.
+run. A longer run is watched from outside for memory and open files that grow. With --gcs the disturbed runs lie on an
+emulated object store.
 """
 
 import argparse
@@ -11,7 +12,6 @@ import contextlib
 import json
 import os
 import random
-import shutil
 import signal
 import subprocess
 import sys
@@ -19,8 +19,11 @@ import tempfile
 import time
 from pathlib import Path
 
+from etils import epath
+
 ROOT = Path(__file__).resolve().parents[2]
-TIMING = ("images_per_s", "data_wait")
+sys.path.append(str(ROOT / "tests"))
+TIMING = ("images_per_s", "step_s", "data_wait", "mfu", "goodput")
 SHAPES = (
     "shapes --data.shapes-size 32 32 --data.shapes-count 64 --model.width 0.03 --model.encoder vgg11 "
     "--model.fc-features 8 --model.fc6-kernel 1 --train.batch-size 8 --train.log-every 3"
@@ -31,7 +34,8 @@ FAULTS = ("none", "workers", "torn checkpoint", "two kills", "signal first")
 def command(run, steps, every, workers=0):
     """Return the command line of a run of some steps with a validation every so many."""
     sizes = f"--train.steps {steps} --train.eval-every {every * 8 / 64} --data.workers {workers}"
-    return [sys.executable, str(ROOT / "train.py"), *SHAPES, *sizes.split(), "--run", str(run)]
+    cache = ["--data.cache-dir", str(run.parent / "cache")]
+    return [sys.executable, str(ROOT / "train.py"), *SHAPES, *sizes.split(), *cache, "--run", str(run)]
 
 
 def start(arguments, log):
@@ -51,12 +55,18 @@ def end(run):
     return {"rows": rows, "steps": steps, "checksums": checksums, "scores": scores, "left": left}
 
 
+def files_in(folder):
+    """Return the files in a folder and those in it, on a disk or an object store."""
+    return [file for path in folder.iterdir() for file in (files_in(path) if path.is_dir() else [path])]
+
+
 def tear(run):
     """Cut the largest file of the newest checkpoint short, if there is one and an older one to fall back to."""
     steps = sorted((path for path in (run / "checkpoints").glob("*") if path.name.isdigit()), key=lambda p: int(p.name))
     if len(steps) > 1:
-        largest = max((path for path in steps[-1].rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
-        os.truncate(largest, largest.stat().st_size // 2)
+        contents = {path: path.read_bytes() for path in files_in(steps[-1])}
+        largest = max(contents, key=lambda path: len(contents[path]))
+        largest.write_bytes(contents[largest][: len(contents[largest]) // 2])
 
 
 def disturb(run, fault, seconds, draw, log):
@@ -79,12 +89,13 @@ def disturb(run, fault, seconds, draw, log):
     return starts + 1, code
 
 
-def kills(count, folder, seed):
-    """Disturb so many runs; returns how many came to the same end."""
+def kills(count, folder, seed, logs):
+    """Disturb so many runs; returns whether all came to the same end."""
     draw = random.Random(seed)
-    with open(folder / "kills.log", "w") as log:
+    with open(logs / "kills.log", "w") as log:
         for _ in range(2):  # the first compiles; the second is as long as those that follow
-            shutil.rmtree(folder / "undisturbed", ignore_errors=True)
+            if (folder / "undisturbed").exists():
+                (folder / "undisturbed").rmtree()
             began = time.monotonic()
             assert start(command(folder / "undisturbed", 30, 5), log).wait(600) == 0, f"see {log.name}"
             seconds = time.monotonic() - began
@@ -99,7 +110,7 @@ def kills(count, folder, seed):
             what = "same" if found == expected else f"DIFFERENT, exit code {code}, kept in {run}"
             print(f"{number + 1}/{count} {fault}: {starts} starts, {what}", flush=True)
             if found == expected:
-                shutil.rmtree(run)
+                run.rmtree()
     print(f"kills: {same} of {count} runs ended bit-identical", flush=True)
     return same == count
 
@@ -150,11 +161,24 @@ def main():
     parser.add_argument("--validations", type=int, default=20)
     parser.add_argument("--cases", type=int, default=100_000, help="of damaged input; 0: leave them out")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--gcs", action="store_true", help="kill runs on an emulated object store, and no more")
     given = parser.parse_args()
     folder = Path(tempfile.mkdtemp(prefix="fcn_jax_soak_"))
+    if given.gcs:
+        import fsspec
+        import gcs
+
+        fsspec.config.conf["gcs"] = {"use_listings_cache": False}  # others write what is looked at here
+        store, environment = gcs.start()
+        os.environ.update(environment)
+        try:
+            same = kills(given.kills, epath.Path(f"gs://{gcs.BUCKET}/soak"), given.seed, folder)
+        finally:
+            store.kill()
+        return 0 if same else 1
     good = True
     if given.kills:
-        good &= kills(given.kills, folder, given.seed)
+        good &= kills(given.kills, epath.Path(folder), given.seed, folder)
     if given.steps:
         good &= growth(given.steps, given.validations, folder)
     if given.cases:

@@ -13,6 +13,8 @@ PACKAGE = Path(__file__).parents[2] / "fcn_jax"
 ORDER = [
     *(
         "errors",
+        "paths",
+        "chips",
         "download",
         "config",
         "recipes",

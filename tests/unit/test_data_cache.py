@@ -102,7 +102,7 @@ def test_losing_the_race_to_another_process_uses_its_copy(config, copies, tmp_pa
 
 def test_a_cache_that_cannot_be_written_names_the_flag(config, tmp_path):
     (tmp_path / "file").write_text("")
-    for place, message in ((tmp_path / "file", "cannot be written to"), ("gs://a/b", "gs:// is not supported")):
+    for place, message in ((tmp_path / "file", "cannot be written to"), ("s3://a/b", "s3:// is not supported")):
         with pytest.raises(InputError, match=rf"--data\.cache-dir .*{message}"):
             datasets.load("folder/train", dataclasses.replace(config, cache_dir=str(place)))
 

@@ -146,8 +146,8 @@ def test_a_missing_folder_names_the_flag(name, config):
 def test_object_stores_are_one_line_for_every_path(root, config):
     trees.folder(root, {"train": 1})
     for field, flag in (("dir", "dir"), ("classes", "classes"), ("cache_dir", "cache-dir")):
-        with pytest.raises(InputError, match=f"--data.{flag} gs://bucket/x: gs:// is not supported"):
-            datasets.load("folder/train", dataclasses.replace(config, **{field: "gs://bucket/x"}))
+        with pytest.raises(InputError, match=f"--data.{flag} s3://bucket/x: s3:// is not supported"):
+            datasets.load("folder/train", dataclasses.replace(config, **{field: "s3://bucket/x"}))
 
 
 @pytest.mark.parametrize("name", ["camvid", "voc", "sbd", "folder"])

@@ -1,0 +1,74 @@
+"""Paths that a user gives: on a disk, or on Google Cloud Storage through etils.epath."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from pathlib import Path
+from typing import Any, cast
+
+from fcn_jax.errors import InputError, check_local, first_line
+
+
+def is_remote(path: object) -> bool:
+    """Whether a path is one of Google Cloud Storage, gs://BUCKET/..."""
+    return str(path).startswith("gs://")
+
+
+def to_path(given: str | os.PathLike[str], flag: str) -> Path:
+    """Return the path that a user gave, ``~`` expanded: a pathlib one, or for gs:// the epath one of the same methods.
+
+    Raises:
+        InputError: there can be no such path, gcsfs is missing, the bucket cannot be reached, or it is on another
+            object store.
+    """
+    if not is_remote(given):
+        check_local(given, flag)
+        try:
+            path = Path(given).expanduser()
+            path.exists()
+        except (OSError, ValueError, RuntimeError) as error:  # too long; with a zero byte; an unknown ~user
+            raise InputError(f"{flag} {given!r}: not a usable path ({first_line(error)}); give another") from error
+        return path
+    if importlib.util.find_spec("gcsfs") is None:
+        raise InputError(f"{flag} {given}: needs gcsfs: pip install fcn_jax[gcs]")
+    from etils import epath
+
+    remote = epath.Path(given)
+    try:
+        remote.exists()
+    except Exception as error:  # of gcsfs, google-auth and the HTTP client
+        way_out = "check the bucket's name and your credentials (gcloud auth application-default login)"
+        raise InputError(f"{flag} {given}: cannot be reached ({first_line(error)}); {way_out}") from error
+    return cast(Path, remote)
+
+
+def absolute(path: Path) -> Path:
+    """Return ``path.absolute()``; what is on an object store is absolute already, and epath does not know it."""
+    return path if is_remote(path) else path.absolute()
+
+
+def state_of(path: Path) -> str:
+    """Return a file's size and time of change; an OSError where it is missing."""
+    state: Any = path.stat()
+    return f"{state.length}\0{state.mtime}" if is_remote(path) else f"{state.st_size}\0{state.st_mtime_ns}"
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file so that whoever reads it, after whatever happens, finds the old or the new one whole."""
+    if is_remote(path):
+        path.write_text(text)  # objects are written whole or not at all
+        return
+    partial = path.with_suffix(".partial")
+    with partial.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+
+
+def upload(file: Path, target: Path) -> None:
+    """Copy a local file to an object store."""
+    from etils import epath
+
+    epath.Path(file).copy(target, overwrite=True)
