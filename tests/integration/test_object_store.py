@@ -9,6 +9,8 @@ import gcs
 import jax
 import numpy as np
 import pytest
+from launch import assert_equal_runs
+from launch import train as train_in_processes
 from small_networks import build
 from tiny_run import KILL, assert_same, in_folder, in_process, train
 
@@ -61,6 +63,13 @@ def test_a_killed_run_on_a_store_ends_as_an_undisturbed_one_on_a_disk(moment, st
         from_pretrained(config.run, checkpoint="last")[1]["params"],
         undisturbed["state"].params,
     )
+
+
+@pytest.mark.slow
+def test_two_processes_train_on_a_store_as_one_does_on_a_disk(store, reference):
+    codes, outputs = train_in_processes(store / "two")
+    assert codes == [0, 0], outputs
+    assert_equal_runs(store / "two", reference)
 
 
 def test_the_newest_process_owns_a_run(store, tmp_path):
