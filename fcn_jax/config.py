@@ -92,8 +92,11 @@ class DataConfig:
 class LossConfig:
     """What is minimised."""
 
-    kind: Literal["softmax", "sigmoid"] = "softmax"
-    """Softmax cross-entropy over classes, or sigmoid binary cross-entropy averaged over pixels and classes."""
+    kind: Literal["softmax", "sigmoid", "focal", "dice", "lovasz"] = "softmax"
+    """Softmax cross-entropy over classes; sigmoid binary cross-entropy averaged over pixels and classes; focal loss of
+    the softmax (gamma 2); soft Dice or Lovasz-softmax of each image, averaged over the classes in its truth."""
+    terms: tuple[str, ...] = ()
+    """A weighted sum of these, NAME:FACTOR, in the place of `kind`, as in softmax:1 dice:0.5."""
     reduction: Literal["mean", "sum"] = "mean"
     """Mean over the valid pixels of the global batch, or their sum (the paper)."""
     class_weights: Literal["none", "median"] | tuple[float, ...] = "none"

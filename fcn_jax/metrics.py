@@ -1,4 +1,4 @@
-"""The paper's four scores from one integer confusion matrix: counts in, merged by adding, reduced once."""
+"""The paper's four scores and Dice from one integer confusion matrix: counts in, merged by adding, reduced once."""
 
 from __future__ import annotations
 
@@ -28,12 +28,32 @@ class Scores:
     per_class_iu: np.ndarray
     """(num_classes,) n_ii / (t_i + sum_j n_ji - n_ii); NaN for a class that neither occurs nor is predicted."""
 
+    @property
+    def per_class_dice(self) -> np.ndarray:
+        """(num_classes,) Dice coefficient, which is the F1 score: 2 IU / (1 + IU)."""
+        return 2 * self.per_class_iu / (1 + self.per_class_iu)
+
     def to_json(self) -> dict[str, Any]:
         """Return plain numbers, NaN as None."""
-        plain = {name: value for name, value in vars(self).items() if name != "per_class_iu"}
-        numbers: dict[str, Any] = {name: None if np.isnan(value) else float(value) for name, value in plain.items()}
-        numbers["per_class_iu"] = [None if np.isnan(value) else float(value) for value in self.per_class_iu]
-        return numbers
+        values = {
+            **vars(self),
+            "mean_dice": mean_of_defined(self.per_class_dice),
+            "per_class_dice": self.per_class_dice,
+        }
+        return {name: plain(value) for name, value in values.items()}
+
+
+def plain(value: Any) -> Any:
+    """Return a number, or an array's numbers as a list, NaN as None: what JSON can hold."""
+    if isinstance(value, np.ndarray):
+        return [plain(each) for each in value]
+    return None if np.isnan(value) else float(value)
+
+
+def mean_of_defined(values: np.ndarray) -> float:
+    """Return the mean of what is not NaN; NaN where all is."""
+    defined = values[~np.isnan(values)]
+    return float(defined.mean()) if defined.size else np.nan
 
 
 def confusion_matrix(labels: Any, predictions: Any, num_classes: int, ignore: int = 255) -> Any:

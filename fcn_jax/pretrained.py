@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 
 from fcn_jax import weights
 from fcn_jax.errors import InputError
-from fcn_jax.evaluation.evaluate import Predictor, make_predictor
+from fcn_jax.evaluation.evaluate import PLAIN, Output, Predictor, Views, make_predictor
 from fcn_jax.evaluation.predict import ImagePredictor, make_image_predictor
 from fcn_jax.models import create_model, init_variables
 from fcn_jax.models.catalog import describe_model
@@ -112,6 +112,8 @@ def predict(
     image: np.ndarray,
     info: NetworkInfo,
     probabilities: bool = False,
+    confidence: bool = False,
+    views: Views = PLAIN,
     mesh: Mesh | None = None,
 ) -> np.ndarray:
     """Predict one image of any size; large ones are cut into tiles.
@@ -122,10 +124,12 @@ def predict(
         image: RGB, uint8 (h, w, 3).
         info: preprocessing, and the size that the network sees.
         probabilities: return the softmax, in place of the classes.
+        confidence: return the classes and the softmax of each, in place of the classes alone.
+        views: ``Views(scales, flip)`` over which the softmax is averaged.
         mesh: of ``devices.pick_mesh``, as in "space=4": whole images are split over devices by rows.
 
     Returns:
-        Classes uint8 (h, w), or float32 (h, w, num_classes).
+        Classes uint8 (h, w); float32 (h, w, num_classes); or float32 (h, w, 2), class and softmax.
 
     Raises:
         InputError: no such image, or a size that the network does not serve.
@@ -133,23 +137,24 @@ def predict(
     if getattr(image, "dtype", None) != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:
         found = f"{getattr(image, 'dtype', type(image).__name__)} {getattr(image, 'shape', '')}"
         raise InputError(f"expected an RGB image, uint8 (h, w, 3), got {found}")
+    output: Output = "probabilities" if probabilities else "confidence" if confidence else "classes"
     if info.input_size is None:
-        return _any_size(model, info.preprocessing, probabilities, mesh)(variables, image)
+        return _any_size(model, info.preprocessing, output, views, mesh)(variables, image)
     from fcn_jax.data.transforms import resize_image  # OpenCV
 
     resized = resize_image(image, info.input_size)[None]
-    return _one_size(model, info.preprocessing, probabilities, mesh)(variables, resized, image.shape[:2])[0]
+    return _one_size(model, info.preprocessing, output, views, mesh)(variables, resized, image.shape[:2])[0]
 
 
 # So that a program is compiled once for many images.
 @functools.lru_cache(maxsize=8)
-def _any_size(model: FCN, preprocessing: str, probabilities: bool, mesh: Mesh | None) -> ImagePredictor:
-    return make_image_predictor(model, preprocessing, probabilities=probabilities, mesh=mesh)
+def _any_size(model: FCN, preprocessing: str, output: Output, views: Views, mesh: Mesh | None) -> ImagePredictor:
+    return make_image_predictor(model, preprocessing, output=output, views=views, mesh=mesh)
 
 
 @functools.lru_cache(maxsize=8)
-def _one_size(model: FCN, preprocessing: str, probabilities: bool, mesh: Mesh | None) -> Predictor:
-    return make_predictor(model, preprocessing, mesh, probabilities=probabilities)
+def _one_size(model: FCN, preprocessing: str, output: Output, views: Views, mesh: Mesh | None) -> Predictor:
+    return make_predictor(model, preprocessing, mesh, views, output)
 
 
 def _from_run(source: str, checkpoint: str) -> tuple[FCN, dict[str, Any], NetworkInfo]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import jax
+import numpy as np
 import tyro
 from rich.console import Console
 
@@ -19,9 +20,11 @@ from fcn_jax.data.datasets import load
 from fcn_jax.data.pipeline import make_eval_batches
 from fcn_jax.devices import make_mesh, pick_mesh
 from fcn_jax.errors import InputError
+from fcn_jax.evaluation.boundary import boundary_iou
 from fcn_jax.evaluation.evaluate import PLAIN, Views, evaluate, make_predictor, spread
-from fcn_jax.evaluation.figures import save_confusion, save_panel, save_predictions
+from fcn_jax.evaluation.figures import save_class_scores, save_confusion, save_panel, save_predictions
 from fcn_jax.evaluation.report import evaluation_name, score_table
+from fcn_jax.metrics import mean_of_defined, plain
 from fcn_jax.paths import write_whole
 from fcn_jax.pretrained import NetworkInfo
 from fcn_jax.training.run import RunFolder
@@ -42,6 +45,8 @@ class EvalArguments:
     """Axes as in training, data=2,space=2, over which images are split; by default data alone."""
     batch_size: int | None = None
     """Images at once; by default as in training, which gives the same numbers to the last digit."""
+    boundary: int | None = None
+    """Score boundaries as well: the IoU of the pixels within this distance of each class's boundary."""
     flip: bool = False
     """Average the softmax of the image and of its mirror image."""
     scales: tuple[float, ...] = (1.0,)
@@ -53,6 +58,8 @@ def main(arguments: Sequence[str]) -> int:
     given = tyro.cli(EvalArguments, prog="eval.py", args=list(arguments))
     if given.batch_size is not None and given.batch_size < 1:
         raise InputError(f"expected --batch-size >= 1, got {given.batch_size}; leave it out for training's")
+    if given.boundary is not None and not 1 <= given.boundary <= 1000:
+        raise InputError(f"expected --boundary in 1 ... 1000 pixels, got {given.boundary}")
     views = Views(given.scales, given.flip)
     if given.out is not None:
         make_folder(given.out)
@@ -71,15 +78,20 @@ def main(arguments: Sequence[str]) -> int:
     mesh = make_mesh(jax.devices()[: config.devices]) if given.mesh is None else pick_mesh(given.mesh)
     batches = make_eval_batches(split, data, given.batch_size or config.train.eval_batch_size)
     predict = make_predictor(model, data.preprocessing, mesh, views)
-    result = evaluate(predict, variables, batches, split.num_classes, spread(len(split)))
+    result = evaluate(predict, variables, batches, split.num_classes, spread(len(split)), given.boundary)
+    by_class = {"IoU": result.scores.per_class_iu, "Dice": result.scores.per_class_dice}
+    if result.boundary is not None:
+        by_class["boundary IoU"] = boundary_iou(result.boundary)
     of = info.source if info.step is None else f"step {info.step}"
-    Console().print(score_table(result.scores, split.class_names, f"{of}, {name}, {views}"))
+    title = f"{of}, {name}, {views}"
+    Console().print(score_table(result.scores, split.class_names, title, by_class.get("boundary IoU")))
     out = given.out or folder
     if out is None:
         return 0
     file = evaluation_name(name, views, None if folder is None else config.data.val)
     content = {
         "scores": result.scores.to_json(),
+        "boundary": _boundary(given.boundary, by_class.get("boundary IoU")),
         "class_names": split.class_names,
         "confusion": result.confusion.tolist(),
         "split": name,
@@ -92,11 +104,18 @@ def main(arguments: Sequence[str]) -> int:
     write_whole(results.local / f"{file}.json", json.dumps(content, indent=2) + "\n")
     figures = results.figures
     save_confusion(figures / f"{file}_confusion.png", result.confusion, split.class_names)
+    save_class_scores(figures / f"{file}_classes.png", split.class_names, by_class)
     save_panel(figures / f"{file}_panel.png", result.samples, split.palette, split.class_names)
     save_predictions(figures / f"{file}_predictions.png", result.samples, split.palette, split.class_names)
     results.upload()
     print(f"scores in {results.path / file}.json, figures in {results.path / figures.name}")
     return 0
+
+
+def _boundary(pixels: int | None, iou: np.ndarray | None) -> dict[str, Any] | None:
+    if iou is None:
+        return None
+    return {"pixels": pixels, "mean_iou": plain(mean_of_defined(iou)), "per_class_iou": plain(iou)}
 
 
 def _check_classes(name: str, found: tuple[str, ...], info: NetworkInfo) -> None:

@@ -1,32 +1,56 @@
-"""`fcn-jax predict`: label maps and overlays of images."""
+"""`fcn-jax predict`: label maps, overlays and class shares of images."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import csv
+import glob
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import cv2
+import numpy as np
 import tyro
+from rich.console import Console
+from rich.progress import track
 
 from fcn_jax.cli.network import NetworkArguments, open_network
 from fcn_jax.cli.process import make_folder
-from fcn_jax.data.io import decode_image
+from fcn_jax.data.io import IMAGE_SUFFIXES, decode_image
 from fcn_jax.devices import groups, pick_mesh
-from fcn_jax.errors import InputError
+from fcn_jax.errors import InputError, UnreadableError
+from fcn_jax.evaluation.evaluate import Views
 from fcn_jax.evaluation.figures import overlay, save_palette_png
-from fcn_jax.pretrained import predict
+from fcn_jax.pretrained import NetworkInfo, predict
+
+_SHOWN = 8
+"""Images with a line of their own; of more the summary alone is printed."""
 
 
 @dataclass(frozen=True)
 class PredictArguments:
-    """Write a label map and an overlay for each image."""
+    """Write a label map (NAME.png) and an overlay for each image, and the share of each class (classes.csv).
 
-    images: tyro.conf.Positional[tuple[Path, ...]]
-    """Image files of any size."""
+    An image that cannot be read is named and left out; the exit code is 3 then.
+    """
+
+    images: tyro.conf.Positional[tuple[str, ...]]
+    """Image files of any size, folders of them, or patterns in quotes, as in 'frames/*.jpg'."""
     out: Path
     """Folder to write to."""
+    probabilities: bool = False
+    """Write NAME.npz as well: the softmax as `probabilities`, float16 (height, width, classes)."""
+    confidence: bool = False
+    """Write NAME_confidence.png as well: the softmax of the predicted class, 0 ... 255 for 0 ... 1."""
+    flip: bool = False
+    """Average the softmax of the image and of its mirror image."""
+    scales: tuple[float, ...] = (1.0,)
+    """Average the softmax of the image at these scales, as in 0.75 1 1.25."""
     mesh: str | None = None
     """space=N splits each image over N devices by rows, so that images N times as large are not cut into tiles."""
     network: Annotated[NetworkArguments, tyro.conf.arg(name="")] = field(default_factory=NetworkArguments)
@@ -35,24 +59,101 @@ class PredictArguments:
 def main(arguments: Sequence[str]) -> int:
     """Predict images with a trained network; the exit code."""
     given = tyro.cli(PredictArguments, prog="fcn-jax predict", args=list(arguments))
-    if not given.images:
-        raise InputError("no image given; name one or more image files")
-    outputs = [(given.out / f"{image.stem}.png", given.out / f"{image.stem}_overlay.png") for image in given.images]
+    images = [path for name in given.images for path in _files(name)]
+    if not images:
+        raise InputError("no image given; name image files, or a folder that holds some")
+    views = Views(given.scales, given.flip)
     mesh = None if given.mesh is None else pick_mesh(given.mesh)
     if mesh is not None and groups(mesh) > 1:
         raise InputError(f"--mesh {given.mesh} splits more than rows; give space={mesh.size} alone")
-    _check_outputs(given.images, [path for pair in outputs for path in pair])
+    _check_outputs(images, [output for image in images for output in _outputs(given, image)])
     make_folder(given.out)
     model, variables, info = open_network(given.network)
-    for path, (out, overlay_out) in zip(given.images, outputs, strict=True):
-        image = decode_image(_read(path), str(path))
-        labels = predict(model, variables, image, info, mesh=mesh)
-        save_palette_png(out, labels, info.palette)
-        blended = overlay(image, labels, info.palette, info.class_names, path.name)
-        if not cv2.imwrite(str(overlay_out), cv2.cvtColor(blended, cv2.COLOR_RGB2BGR)):
-            raise InputError(f"{overlay_out} could not be written; check the disk")
-        print(f"{path}: {image.shape[0]}x{image.shape[1]} -> {out}")
-    return 0
+    options: dict[str, Any] = {
+        "probabilities": given.probabilities,
+        "confidence": given.confidence,
+        "views": views,
+        "mesh": mesh,
+    }
+    seconds: Counter[str] = Counter()
+    skipped = 0
+    began = time.perf_counter()
+    with (given.out / "classes.csv").open("w", newline="") as file:
+        table = csv.writer(file)
+        table.writerow(["image", "height", "width", *info.class_names])
+        bar = Console(stderr=True)
+        for path in track(images, "predict", console=bar, transient=True, disable=not bar.is_terminal):
+            try:
+                with _timed(seconds, "decoding"):
+                    image = decode_image(_read(path), str(path))
+            except UnreadableError as error:
+                skipped += 1
+                if skipped == len(images):
+                    raise
+                print(f"skipped: {str(error).partition('; ')[0]}", file=sys.stderr)
+                continue
+            with _timed(seconds, "network"):
+                found = predict(model, variables, image, info, **options)
+            with _timed(seconds, "encoding"):
+                labels = _write(given, path, image, found, info)
+                shares = np.bincount(labels.ravel(), minlength=len(info.class_names)) / labels.size
+                table.writerow([path, *labels.shape, *(f"{share:.6f}" for share in shares)])
+            if len(images) <= _SHOWN:
+                print(f"{path}: {image.shape[0]}x{image.shape[1]} -> {_outputs(given, path)[0]}")
+    elapsed, done = time.perf_counter() - began, len(images) - skipped
+    parts = ", ".join(f"{name} {value / elapsed:.0%}" for name, value in seconds.items())
+    print(f"{done} images in {elapsed:.1f} s: {parts}; class shares in {given.out / 'classes.csv'}")
+    if skipped:
+        print(f"error: {skipped} of {len(images)} images could not be read and are left out", file=sys.stderr)
+    return 3 if skipped else 0
+
+
+@contextmanager
+def _timed(seconds: Counter[str], name: str) -> Iterator[None]:
+    before = time.perf_counter()
+    yield
+    seconds[name] += time.perf_counter() - before  # type: ignore[assignment]
+
+
+def _files(name: str) -> list[Path]:
+    """Return the images that an argument names, in the order of their names."""
+    path = Path(name)
+    if path.is_dir():
+        found = sorted(file for file in path.iterdir() if file.suffix.lower() in IMAGE_SUFFIXES)
+        if not found:
+            raise InputError(f"{path}: holds no image ({' '.join(IMAGE_SUFFIXES)}); name another folder")
+        return found
+    if path.exists() or not glob.has_magic(name):
+        return [path]
+    return [Path(file) for file in sorted(glob.glob(name, recursive=True))]
+
+
+def _outputs(given: PredictArguments, image: Path) -> list[Path]:
+    """Return the files of an image: label map, overlay, and those asked for beside them."""
+    endings = [".png", "_overlay.png"]
+    endings += [".npz"] * given.probabilities + ["_confidence.png"] * given.confidence
+    return [given.out / f"{image.stem}{ending}" for ending in endings]
+
+
+def _write(given: PredictArguments, path: Path, image: np.ndarray, found: np.ndarray, info: NetworkInfo) -> np.ndarray:
+    """Write the files of an image; return its classes (h, w)."""
+    label_file, overlay_file, *others = _outputs(given, path)
+    if given.probabilities:
+        np.savez_compressed(others[0], probabilities=found.astype(np.float16), class_names=info.class_names)
+        labels, confidence = found.argmax(-1).astype(np.uint8), found.max(-1)
+    elif given.confidence:
+        labels, confidence = found[..., 0].astype(np.uint8), found[..., 1]
+    else:
+        labels, confidence = found, None
+    save_palette_png(label_file, labels, info.palette)
+    blended = overlay(image, labels, info.palette, info.class_names, path.name)
+    pictures = {overlay_file: cv2.cvtColor(blended, cv2.COLOR_RGB2BGR)}
+    if given.confidence and confidence is not None:
+        pictures[others[-1]] = np.rint(255 * confidence).astype(np.uint8)
+    for file, pixels in pictures.items():
+        if not cv2.imwrite(str(file), pixels):
+            raise InputError(f"{file} could not be written; check the disk")
+    return labels
 
 
 def _check_outputs(images: Sequence[Path], outputs: Sequence[Path]) -> None:
@@ -69,4 +170,4 @@ def _read(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except OSError as error:
-        raise InputError(f"{path}: {error.strerror}; name an image file") from error
+        raise UnreadableError(f"{path}: {error.strerror}; name an image file") from error

@@ -30,7 +30,7 @@ from fcn_jax.models import init_variables, model_from_config, summarize
 from fcn_jax.models.fcn import FCN
 from fcn_jax.optim import make_optimizer
 from fcn_jax.step import new_state
-from fcn_jax.training.trainer import make_parallel_step
+from fcn_jax.training.trainer import loss_terms, make_parallel_step
 
 # In training the loss's gather goes to the SparseCores of v5p and v6e, and libtpu cannot print such a program.
 _PRINTABLE = {"xla_tpu_offload_gather_to_sparsecore": False}
@@ -138,7 +138,7 @@ def lower(work: Work, target: Target) -> Any:
     optimizer = make_optimizer(variables["params"], config.optim, 1000, config.model.freeze_stages)
     # Weights that follow from the data are numbers like any others.
     class_weights = None if config.loss.class_weights == "none" else np.ones(work.num_classes)
-    loss = make_loss(config.loss.kind, class_weights, config.loss.hard_fraction, config.loss.aux_weight)
+    loss = make_loss(loss_terms(config.loss), class_weights, config.loss.hard_fraction, config.loss.aux_weight)
     parallel = make_parallel_step(config, model, optimizer, loss, mesh)
     step: Any = parallel.step  # the results of jit and pmap have more methods than their type says
     state = jax.eval_shape(lambda v: new_state(v, optimizer), variables)

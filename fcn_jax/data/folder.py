@@ -14,13 +14,12 @@ from collections import Counter
 from pathlib import Path
 
 from fcn_jax.config import DataConfig
-from fcn_jax.data.io import Listing, folder_of, lines_in, pairs_by_name, palette, read_files
+from fcn_jax.data.io import IMAGE_SUFFIXES, Listing, folder_of, lines_in, pairs_by_name, palette, read_files
 from fcn_jax.errors import InputError
 from fcn_jax.losses import IGNORE
 from fcn_jax.paths import to_path
 
 SPLITS = ("train", "val", "test", "all")
-_IMAGES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
 _MASKS = (".png", ".bmp", ".gif", ".tif", ".tiff")
 
 
@@ -56,5 +55,5 @@ def listing(split: str, config: DataConfig) -> Listing:
     """List a split of the folder; image and mask are paired by their names without suffix."""
     root = folder_of(config, "folder", "images, masks and classes.txt")
     names = read_classes(to_path(config.classes, "--data.classes") if config.classes else root / "classes.txt")
-    entries = pairs_by_name(*_folders(root, split), _IMAGES, _MASKS)
+    entries = pairs_by_name(*_folders(root, split), IMAGE_SUFFIXES, _MASKS)
     return Listing("folder", split, names, palette(len(names)), entries, read_files)

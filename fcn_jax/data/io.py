@@ -21,6 +21,9 @@ from fcn_jax.paths import to_path
 _FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 
 
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
+
+
 @dataclass(frozen=True)
 class Entry:
     """One example: a name for messages and figures, and its files (None where it is generated)."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +15,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from fcn_jax import metrics
 from fcn_jax.devices import batch_sharding, groups, kernels_for
 from fcn_jax.errors import InputError
+from fcn_jax.evaluation.boundary import boundary_counts
 from fcn_jax.evaluation.padding import padded_logits
 from fcn_jax.models.fcn import FCN
 from fcn_jax.models.kernels import cpu_kernels
@@ -68,6 +69,8 @@ class Evaluation:
     confusion: np.ndarray
     samples: tuple[Sample, ...]
     images: int
+    boundary: np.ndarray | None = None
+    """(2, num_classes), see ``boundary.boundary_counts``."""
 
     @property
     def scores(self) -> metrics.Scores:
@@ -84,8 +87,22 @@ def _resized(x: jax.Array, size: tuple[int, int]) -> jax.Array:
     return x if x.shape[1:3] == size else jax.image.resize(x, (len(x), *size, x.shape[3]), "bilinear")
 
 
+Output = Literal["classes", "probabilities", "confidence"]
+"""Of each pixel: its class, the softmax, or both its class and the softmax of that, as two floats."""
+
+
+def reduce_scores(scores: jax.Array, output: Output, are_logits: bool = True) -> jax.Array:
+    """Return the output for scores (b, h, w, num_classes): uint8 (b, h, w), or floats with a last axis."""
+    if output == "classes":
+        return jnp.argmax(scores, axis=-1).astype(jnp.uint8)
+    softmax = jax.nn.softmax(scores) if are_logits else scores
+    if output == "probabilities":
+        return softmax
+    return jnp.stack([jnp.argmax(scores, axis=-1).astype(softmax.dtype), jnp.max(softmax, axis=-1)], axis=-1)
+
+
 def make_class_maps(
-    model: FCN, preprocessing: str, views: Views = PLAIN, probabilities: bool = False
+    model: FCN, preprocessing: str, views: Views = PLAIN, output: Output = "classes"
 ) -> Callable[..., jax.Array]:
     """Make the pure function that ``make_predictor`` compiles: (variables, images, label size, extents) -> classes."""
 
@@ -113,15 +130,13 @@ def make_class_maps(
                 if views.flip:
                     scores += jax.nn.softmax(logits_of(variables, scaled[:, :, ::-1], size)[:, :, ::-1])
             scores = scores / (len(views.scales) * (1 + views.flip))
-        if probabilities:
-            return jax.nn.softmax(scores) if views == PLAIN else scores
-        return jnp.argmax(scores, axis=-1).astype(jnp.uint8)
+        return reduce_scores(scores, output, are_logits=views == PLAIN)
 
     return forward
 
 
 def make_predictor(
-    model: FCN, preprocessing: str, mesh: Mesh | None = None, views: Views = PLAIN, probabilities: bool = False
+    model: FCN, preprocessing: str, mesh: Mesh | None = None, views: Views = PLAIN, output: Output = "classes"
 ) -> Predictor:
     """Make the function from images to class maps; logits are interpolated to the labels' size first.
 
@@ -130,10 +145,10 @@ def make_predictor(
         preprocessing: what its weights expect.
         mesh: devices to spread a batch over, where its size is a multiple of theirs; by default one.
         views: if not ``PLAIN``, the class of the largest mean softmax is chosen. Only for images without ``extents``.
-        probabilities: return the softmax, floats (b, H, W, num_classes), in place of classes.
+        output: what is returned in place of classes uint8 (b, H, W): floats (b, H, W, num_classes) or (b, H, W, 2).
     """
     kernels = cpu_kernels(jax.default_backend() == "cpu") if mesh is None else kernels_for(mesh)
-    compiled = jax.jit(kernels(make_class_maps(model, preprocessing, views, probabilities)), static_argnums=2)
+    compiled = jax.jit(kernels(make_class_maps(model, preprocessing, views, output)), static_argnums=2)
 
     def predict(variables: Mapping[str, Any], images: Any, size: tuple[int, int], extents: Any = None) -> np.ndarray:
         placed: Any = (images, extents)
@@ -155,11 +170,14 @@ def evaluate(
     batches: Iterable[Mapping[str, Any]],
     num_classes: int,
     samples_at: Container[int] = (),
+    boundary_pixels: int | None = None,
 ) -> Evaluation:
     """Score a split in batches of ``data.pipeline.make_eval_batches``, with a predictor of ``make_predictor``.
 
-    ``samples_at`` are positions, in the order of the batches, of the images to return.
+    ``samples_at`` are positions, in the order of the batches, of the images to return; with ``boundary_pixels`` the
+    boundary regions of this width are counted as well.
     """
+    boundary = None if boundary_pixels is None else np.zeros((2, num_classes), np.int64)
     confusion = np.zeros((num_classes, num_classes), np.int64)
     samples: list[Sample] = []
     images = 0
@@ -170,9 +188,11 @@ def evaluate(
         valid = np.asarray(batch["valid"])
         confusion += metrics.confusion_matrix(labels[valid], predictions[valid], num_classes)
         for row in np.flatnonzero(valid):
+            h, w = labels.shape[1:3] if "extent" not in batch else batch["extent"][row]
+            if boundary is not None and boundary_pixels:
+                boundary += boundary_counts(labels[row, :h, :w], predictions[row, :h, :w], num_classes, boundary_pixels)
             if images in samples_at:
-                h, w = labels.shape[1:3] if "extent" not in batch else batch["extent"][row]
                 image = batch["image"][row] if "extent" not in batch else batch["image"][row, :h, :w]
                 samples.append(Sample(batch["name"][row], image, labels[row, :h, :w], predictions[row, :h, :w]))
             images += 1
-    return Evaluation(confusion, tuple(samples), images)
+    return Evaluation(confusion, tuple(samples), images, boundary)

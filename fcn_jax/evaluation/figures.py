@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +57,20 @@ def overlay(
         draw.rectangle((left - 3, top - 3, right + 3, h), (0, 0, 0))
         draw.text((left, h - 3), name, (255, 255, 255), font, anchor="lb")
     return np.asarray(picture)
+
+
+def save_class_scores(path: Path, class_names: Sequence[str], scores: Mapping[str, np.ndarray]) -> None:
+    """Draw scores of each class, (num_classes,) fractions by the score's name, as bars side by side."""
+    figure = _figure((7, 1 + 0.35 * len(class_names)))
+    axes = figure.subplots()
+    rows, height = np.arange(len(class_names)), 0.8 / len(scores)
+    for index, (name, values) in enumerate(scores.items()):
+        axes.barh(rows + (index + 0.5) * height - 0.4, np.nan_to_num(values), height, label=name)
+    axes.set(yticks=rows, yticklabels=class_names, xlim=(0, 1))
+    axes.invert_yaxis()
+    axes.grid(axis="x", alpha=0.3)
+    axes.legend(fontsize=8, loc="lower right")
+    _save(figure, path)
 
 
 def save_palette_png(path: Path, labels: np.ndarray, palette: Palette) -> None:

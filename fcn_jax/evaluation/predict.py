@@ -8,11 +8,10 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from fcn_jax.evaluation.evaluate import make_predictor
+from fcn_jax.evaluation.evaluate import PLAIN, Output, Views, make_predictor, reduce_scores
 from fcn_jax.evaluation.padding import merge_padded_maps, padded_maps
 from fcn_jax.models.fcn import FCN, DilatedFCN, InterpolatedFCN, ScoreFCN, check_size, serves
 from fcn_jax.models.kernels import cpu_kernels
@@ -80,7 +79,8 @@ def make_image_predictor(
     model: FCN,
     preprocessing: str,
     *,
-    probabilities: bool = False,
+    output: Output = "classes",
+    views: Views = PLAIN,
     mesh: Mesh | None = None,
     whole_pixels: int = WHOLE_PIXELS,
     tile: int = TILE,
@@ -88,26 +88,29 @@ def make_image_predictor(
     """Make the function from one image to its class map.
 
     Tiles see enough around them that their logits are the whole image's up to rounding. Networks that interpolate do so
-    over the whole image, so there the score maps are computed by tiles and merged whole.
+    over the whole image, so there the score maps are computed by tiles and merged whole. Views are averaged tile by
+    tile: a tile is scaled on its own.
 
     Args:
         model: the network.
         preprocessing: what its weights expect.
-        probabilities: return the softmax in place of classes.
+        output: what is returned of each pixel.
+        views: over which the softmax is averaged.
         mesh: splits the height of whole images over its axis ``space``; by default one device.
         whole_pixels: larger images, for each device of ``space``, are cut into tiles.
         tile: side of a tile in pixels, a multiple of 32.
 
     Returns:
-        (variables, RGB image uint8 (h, w, 3)) -> classes uint8 (h, w), or floats (h, w, num_classes); an InputError for
-        a size that is not served.
+        (variables, RGB image uint8 (h, w, 3)) -> classes uint8 (h, w), or floats (h, w, num_classes) or (h, w, 2); an
+        InputError for a size that is not served.
     """
     network: Any = model
-    predictor = make_predictor(model, preprocessing, mesh, probabilities=probabilities)
+    plain = views == PLAIN
+    predictor = make_predictor(model, preprocessing, mesh, views, output)
     space = 1 if mesh is None else mesh.shape["space"]
 
     def classes_of(variables: Mapping[str, Any], images: np.ndarray, extents: np.ndarray) -> list[np.ndarray]:
-        return [predictor(variables, images, images.shape[1:3], extents)]
+        return [predictor(variables, images, images.shape[1:3], extents if plain else None)]
 
     @jax.jit
     @cpu_kernels(jax.default_backend() == "cpu")
@@ -116,31 +119,34 @@ def make_image_predictor(
 
     @jax.jit
     def merge(maps: list[jax.Array], extents: jax.Array) -> jax.Array:
-        logits = merge_padded_maps(network, maps, extents)
-        return jax.nn.softmax(logits) if probabilities else jnp.argmax(logits, axis=-1).astype(jnp.uint8)
+        return reduce_scores(merge_padded_maps(network, maps, extents), output)
 
     def predict(variables: Mapping[str, Any], image: np.ndarray) -> np.ndarray:
         h, w, _ = image.shape
         check_size(model, (h, w))
-        margin = context(model)
+        margin = _round_up(math.ceil(context(model) / min(views.scales)), 32)
         # A side below 32 has one cell of stride 32, too.
         (height, rows), (width, columns) = (
-            _windows(n, n, 0, m) if h * w <= whole_pixels * space else _windows(n, tile, margin)
+            _windows(n, n, 0, m if plain else 1)
+            if h * w <= whole_pixels * space
+            else _windows(n, tile, margin, MULTIPLE if plain else 1)
             for n, m in ((max(h, 32), math.lcm(MULTIPLE, 32 * space)), (max(w, 32), MULTIPLE))
         )
         tiles = list(itertools.product(rows, columns))
-        if len(tiles) == 1 and not (serves(model, height) and serves(model, width)):
+        if len(tiles) == 1 and not (plain and serves(model, height) and serves(model, width)):
             return predictor(variables, image[None], (h, w))[0]  # unusual crops after floor pooling
 
-        by_maps = isinstance(model, InterpolatedFCN) and len(tiles) > 1
+        by_maps = isinstance(model, InterpolatedFCN) and len(tiles) > 1 and plain
         strides = [s for s in (32, 16, 8) if network.coarsest >= s >= model.stride] if by_maps else [1]
-        pixel = ((model.num_classes,), np.float32) if probabilities else ((), np.uint8)
+        channels = {"classes": (), "probabilities": (model.num_classes,), "confidence": (2,)}[output]
+        pixel = (channels, np.uint8 if output == "classes" else np.float32)
         cell, dtype = ((model.num_classes,), model.dtype) if by_maps else pixel
         wholes = [np.zeros((1, _round_up(h) // s, _round_up(w) // s, *cell), dtype) for s in strides]
         for row, column in tiles:
             part = image[row.start : row.start + height, column.start : column.start + width]
             extents = np.array([part.shape[:2]], np.int32)
-            part = np.pad(part, ((0, height - part.shape[0]), (0, width - part.shape[1]), (0, 0)))
+            if plain:  # a part that is padded has no mirror image
+                part = np.pad(part, ((0, height - part.shape[0]), (0, width - part.shape[1]), (0, 0)))
             found = (maps_of if by_maps else classes_of)(variables, part[None], extents)
             for stride, to, piece in zip(strides, wholes, found, strict=True):
                 (to_rows, own_rows), (to_columns, own_columns) = row.kept(stride), column.kept(stride)

@@ -6,15 +6,19 @@ import math
 import re
 from collections.abc import Sequence
 
+import numpy as np
 from rich.markup import escape
 from rich.table import Table
 
 from fcn_jax.evaluation.evaluate import PLAIN, Views
-from fcn_jax.metrics import Scores
+from fcn_jax.metrics import Scores, mean_of_defined
 
 
-def score_table(scores: Scores, class_names: Sequence[str], title: str) -> Table:
-    """Return a table of the four scores and the IoU of each class, in per cent; "-" where there is nothing to score."""
+def score_table(scores: Scores, class_names: Sequence[str], title: str, boundary: np.ndarray | None = None) -> Table:
+    """Return a table of the four scores and the IoU of each class, in per cent; "-" where there is nothing to score.
+
+    ``boundary`` are the boundary IoU of each class, if they are to be shown.
+    """
     table = Table(title=escape(title))
     table.add_column("score")
     table.add_column("per cent", justify="right")
@@ -22,13 +26,21 @@ def score_table(scores: Scores, class_names: Sequence[str], title: str) -> Table
     def add(name: str, value: float) -> None:
         table.add_row(name, "-" if math.isnan(value) else f"{100 * value:.2f}")
 
+    def add_each(score: str, values: np.ndarray) -> None:
+        table.add_section()
+        for name, value in zip(class_names, values, strict=True):
+            add(f"{score} {escape(name)}", value)
+
     add("pixel accuracy", scores.pixel_accuracy)
     add("mean accuracy", scores.mean_accuracy)
     add("mean IoU", scores.mean_iu)
     add("frequency weighted IoU", scores.frequency_weighted_iu)
-    table.add_section()
-    for name, iu in zip(class_names, scores.per_class_iu, strict=True):
-        add(f"IoU {escape(name)}", iu)
+    add("mean Dice", mean_of_defined(scores.per_class_dice))
+    if boundary is not None:
+        add("mean boundary IoU", mean_of_defined(boundary))
+    add_each("IoU", scores.per_class_iu)
+    if boundary is not None:
+        add_each("boundary IoU", boundary)
     return table
 
 

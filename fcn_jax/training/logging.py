@@ -217,7 +217,7 @@ class Logger:
         row = {"kind": "val", "step": step, "epoch": step / self._trainer.length.epoch, "split": self._config.data.val}
         self._folder.append({**row, "scores": scores, "confusion": evaluation.confusion.tolist()})
         for name, value in scores.items():
-            if name != "per_class_iu" and value is not None:
+            if isinstance(value, float):
                 self._events.add_scalar(f"val/{name}", value, step)
         for name, iu in zip(self._trainer.val.class_names, scores["per_class_iu"], strict=True):
             if iu is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from functools import partial
@@ -16,7 +17,7 @@ from jax.sharding import Mesh
 
 from fcn_jax import weights
 from fcn_jax.chips import peak_of
-from fcn_jax.config import Config
+from fcn_jax.config import Config, LossConfig
 from fcn_jax.data.datasets import Split, load
 from fcn_jax.data.pipeline import class_frequencies
 from fcn_jax.data.transforms import output_size
@@ -187,6 +188,25 @@ def run_length(config: Config, examples: int) -> Length:
     return Length(steps, max(1, round(train.eval_every * epoch)), keep, epoch)
 
 
+def loss_terms(config: LossConfig) -> dict[str, float]:
+    """Return the factor of each loss by name.
+
+    Raises:
+        InputError: a term that is not NAME:FACTOR, or given twice.
+    """
+    if not config.terms:
+        return {config.kind: 1.0}
+    found: dict[str, float] = {}
+    for term in config.terms:
+        match = re.fullmatch(r"([a-z]+):(\d*\.?\d+)", term)
+        if not match or match[1] in found:
+            raise InputError(
+                f"expected --loss.terms NAME:FACTOR ..., got {' '.join(config.terms)}; as in softmax:1 dice:0.5"
+            )
+        found[match[1]] = float(match[2])
+    return found
+
+
 def run_loss(config: Config, train: Split) -> Loss:
     """Make a run's loss; the pixels of each class are counted where the class weights follow from them.
 
@@ -204,7 +224,7 @@ def run_loss(config: Config, train: Split) -> Loss:
                 "give one per class, or 'median'"
             )
         class_weights = np.asarray(given)
-    return make_loss(config.loss.kind, class_weights, config.loss.hard_fraction, config.loss.aux_weight)
+    return make_loss(loss_terms(config.loss), class_weights, config.loss.hard_fraction, config.loss.aux_weight)
 
 
 # --- starting weights

@@ -1,8 +1,10 @@
 """A user's mistake gives one line that names the thing and the way out, and exit code 2."""
 
+import csv
 import errno
 import json
 import os
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -22,6 +24,7 @@ from fcn_jax.cli.process import guarded
 from fcn_jax.cli.summary import main as summary_command
 from fcn_jax.cli.train import main as train_command
 from fcn_jax.config import Config, OptimConfig, TrainConfig
+from fcn_jax.data.shapes import CLASSES
 from fcn_jax.errors import InputError, Stopped
 from fcn_jax.evaluation.evaluate import Views
 from fcn_jax.training.run import RunFolder, lengthened
@@ -130,7 +133,18 @@ def test_each_evaluation_has_files_of_its_own_and_eval_json_is_the_plain_one(cap
             counted.add(int(np.sum(saved["confusion"])))
     assert len(counted) == 1  # the same pixels
     assert passed == [Views(), Views(scales=(0.5, 1.0), flip=True), Views()]
-    assert json.loads((run / "eval.json").read_text())["split"] == "shapes/val"
+    plain = json.loads((run / "eval.json").read_text())
+    assert plain["split"] == "shapes/val" and plain["boundary"] is None
+    assert (run / "figures/eval_classes.png").exists()
+    capsys.readouterr()
+    assert eval_command(["--run", str(run), "--boundary", "2"]) == 0
+    assert "mean boundary IoU" in capsys.readouterr().out
+    edges = json.loads((run / "eval.json").read_text())
+    assert edges["boundary"]["pixels"] == 2 and len(edges["boundary"]["per_class_iou"]) == 6
+    assert edges["scores"] == plain["scores"]
+    iou = plain["scores"]["per_class_iu"][0]
+    assert plain["scores"]["per_class_dice"][0] == pytest.approx(2 * iou / (1 + iou))
+    fails(eval_command, ["--run", run, "--boundary", "0"], "--boundary")
 
 
 def test_a_run_is_opened_from_python_without_warnings(run):
@@ -227,6 +241,34 @@ def test_predict_names_what_it_cannot_read(fails, run, tmp_path):
     fails(predict_command, ["a/x.png", "b/x.jpg", *out], "two of the images")
     fails(predict_command, ["x.png", "x_overlay.png", *out], "two of the images")
     fails(predict_command, [bad, "--run", run, "--out", bad], "--out", "bad.jpg")
+
+
+def test_predict_takes_folders_and_patterns_and_leaves_out_what_it_cannot_read(run, tmp_path, capsys):
+    sizes = _images(tmp_path / "in")
+    (tmp_path / "in/bad.jpg").write_bytes(b"\xff\xd8 not a picture")
+    (tmp_path / "in/notes.txt").write_text("not an image")
+    out = tmp_path / "out"
+    arguments = [str(tmp_path / "in"), "--run", str(run), "--out", str(out), "--probabilities", "--confidence"]
+    assert guarded(predict_command, arguments) == 3
+    printed = capsys.readouterr()
+    assert "skipped: " in printed.err and "bad.jpg" in printed.err and "1 of 4 images" in printed.err
+    assert re.search(r"3 images in .* s: decoding \d+%, network \d+%, encoding \d+%", printed.out)
+    rows = list(csv.DictReader((out / "classes.csv").read_text().splitlines()))
+    assert [Path(row["image"]).name for row in rows] == ["one.png", "rgb.png", "turned.jpg"]
+    for row in rows:
+        name = Path(row["image"]).stem
+        labels = np.asarray(Image.open(out / f"{name}.png"))
+        assert (int(row["height"]), int(row["width"])) == labels.shape == sizes[name]
+        shares = [float(row[each]) for each in CLASSES]
+        np.testing.assert_allclose(shares, [np.mean(labels == index) for index in range(6)], atol=1e-6)
+        probabilities = np.load(out / f"{name}.npz")["probabilities"]
+        assert probabilities.dtype == np.float16 and probabilities.shape == (*labels.shape, 6)
+        confidence = cv2.imread(str(out / f"{name}_confidence.png"), cv2.IMREAD_GRAYSCALE)
+        np.testing.assert_allclose(confidence / 255, probabilities.max(-1), atol=0.003)
+    views = ["--flip", "--scales", "0.75", "1", "--confidence"]
+    pattern = [str(tmp_path / "in/*.png"), "--run", str(run), "--out", str(tmp_path / "views")]
+    assert guarded(predict_command, [*pattern, *views]) == 0
+    assert len(list((tmp_path / "views").iterdir())) == 2 * 3 + 1
 
 
 def test_predict_never_overwrites_an_image_it_is_given(fails, run, tmp_path):

@@ -42,7 +42,7 @@ def make_batch(height):
     return {"image": image, "label": label}
 
 
-def take_steps(name, mode, devices, steps=2, height=33, axes=(), **options):
+def take_steps(name, mode, devices, steps=2, height=33, axes=(), loss="softmax", **options):
     """Return how far the steps moved parameters and statistics, as one vector, and the last step's sums."""
     model = fcn_jax.create_model(name, 4, width=0.03, dtype=jnp.float64, param_dtype=jnp.float64, **OPTIONS[name])
     variables = fcn_jax.init_variables(model, jax.random.key(0))
@@ -60,7 +60,7 @@ def take_steps(name, mode, devices, steps=2, height=33, axes=(), **options):
             return network.apply(variables, normalize(images, "imagenet", jnp.float64), **keywords)
 
         rest |= options | {"axis_name": axis_name, "pass_example_ids": True}
-        return make_train_step(apply_fn, optimizer, make_loss("softmax", WEIGHTS), **rest)
+        return make_train_step(apply_fn, optimizer, make_loss(loss, WEIGHTS), **rest)
 
     parallel = make_parallel(mode, make_step, make_mesh(jax.devices()[:devices], *axes))
     start = new_state(variables, optimizer, seed=3)
@@ -89,6 +89,16 @@ def assert_equals_one_device(name, mode, devices, axes=(), **options):
 QUICK = [("pmap", 2, 1), ("mesh", 8, 1)]
 SLOW_CASES = [("pmap", 2, 2), ("pmap", 8, 1), ("pmap", 8, 2), ("mesh", 2, 1), ("mesh", 2, 2), ("mesh", 8, 2)]
 SLOW = [pytest.param(*case, marks=pytest.mark.slow) for case in SLOW_CASES]
+
+
+REGIONS = {"focal": 1, "dice": 1, "lovasz": 1}
+
+
+@pytest.mark.parametrize(("devices", "accumulate"), [(2, 2), pytest.param(8, 1, marks=pytest.mark.slow)])
+def test_losses_of_regions_add_up_over_devices_and_parts(devices, accumulate):
+    expected, _ = take_steps("fcn8s_pad100", "pmap", 1, loss=REGIONS)
+    moved, _ = take_steps("fcn8s_pad100", "pmap", devices, accumulate=accumulate, loss=REGIONS)
+    assert np.linalg.norm(moved - expected) <= 1e-11 * np.linalg.norm(expected)
 
 
 @pytest.mark.parametrize(("mode", "devices", "accumulate"), [*QUICK, *SLOW])

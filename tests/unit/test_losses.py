@@ -11,7 +11,7 @@ from fcn_jax.config import Config, LossConfig
 from fcn_jax.errors import InputError
 from fcn_jax.losses import make_loss, median_frequency_weights
 from fcn_jax.training import trainer
-from fcn_jax.training.trainer import run_loss
+from fcn_jax.training.trainer import loss_terms, run_loss
 
 RNG = np.random.default_rng(0)
 LOGITS = RNG.normal(size=(2, 5, 6, 4))
@@ -52,8 +52,93 @@ def test_sigmoid_is_the_mean_over_pixels_and_classes_of_binary_cross_entropy():
     assert float(sums.total / sums.weight) == pytest.approx(expected.item(), rel=1e-14)
 
 
-def test_sums_of_parts_add_up_to_the_whole():
-    loss = make_loss("softmax", WEIGHTS, hard_fraction=0.5)
+def per_image(loss):
+    """Return (value, gradient) of torch's loss of each image, averaged by the images' valid pixels."""
+    logits = torch.from_numpy(LOGITS).permute(0, 3, 1, 2).requires_grad_()
+    valid = (LABELS != 255).sum((1, 2))
+    losses = [loss(logits[i : i + 1], torch.from_numpy(LABELS[i : i + 1].astype(np.int64))) for i in range(2)]
+    value = sum(each * int(n) for each, n in zip(losses, valid, strict=True)) / valid.sum()
+    value.backward()
+    return value.item(), logits.grad.permute(0, 2, 3, 1).numpy()
+
+
+def focal_of_monai(logits, labels):
+    from monai.losses import FocalLoss
+
+    one_hot = F.one_hot(torch.where(labels == 255, 0, labels), 4).movedim(-1, 1)
+    each = FocalLoss(use_softmax=True, gamma=2.0, reduction="none")(logits, one_hot.double()).sum(1)
+    return each[labels != 255].mean()
+
+
+def dice_of_smp(logits, labels):
+    return smp_losses().DiceLoss("multiclass", ignore_index=255, eps=1e-12)(logits, labels)
+
+
+def lovasz_of_smp(logits, labels):
+    return smp_losses().LovaszLoss("multiclass", ignore_index=255)(logits, labels)
+
+
+def smp_losses():
+    import torchvision_import  # noqa: F401  (segmentation_models_pytorch imports torchvision)
+    from segmentation_models_pytorch import losses
+
+    return losses
+
+
+OTHERS = {"focal": focal_of_monai, "dice": dice_of_smp, "lovasz": lovasz_of_smp}
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+@pytest.mark.filterwarnings("ignore")  # of what the other libraries import
+def test_losses_and_gradients_are_those_of_other_libraries(kind, monkeypatch):
+    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)  # both convert to float32 on the way
+
+    def mean(logits):
+        sums = make_loss(kind)(logits, LABELS)
+        return sums.total / sums.weight
+
+    assert all(set(np.unique(labels)) >= set(range(4)) for labels in LABELS)  # absent classes count otherwise there
+    value, gradient = jax.value_and_grad(mean)(jnp.asarray(LOGITS))
+    expected, expected_gradient = per_image(OTHERS[kind])
+    assert value == pytest.approx(expected, rel=1e-9)
+    np.testing.assert_allclose(gradient, expected_gradient, rtol=1e-6, atol=1e-12)
+    assert np.all(np.asarray(gradient)[0, :2] == 0)
+
+
+def test_region_losses_by_hand_over_the_classes_in_the_truth():
+    # one image, softmax (3/4, 1/4, 0) everywhere; its truth holds class 0 twice, class 1 once, one pixel is ignored
+    logits = jnp.log(jnp.array([0.75, 0.25, 1e-300]))[None, None, None] + jnp.zeros((1, 2, 2, 1))
+    labels = np.array([[[0, 0], [1, 255]]], np.uint8)
+    dice = [1 - 2 * 1.5 / (2.25 + 2), 1 - 2 * 0.25 / (0.75 + 1)]
+    total, weight = make_loss("dice")(logits, labels)
+    assert (total, weight) == (pytest.approx(3 * np.mean(dice)), 3)
+    weights = np.array([1.0, 3.0, 5.0])
+    total, weight = make_loss("dice", weights)(logits, labels)
+    assert (total, weight) == (pytest.approx(5 * (dice[0] + 3 * dice[1]) / 4), 5)
+    # errors of class 0: 3/4 at the pixel of class 1, then 1/4 twice; 1 - IoU is 1/3, 2/3, 1 as they go wrong. Of
+    # class 1: 3/4 at its own pixel, then 1/4; 1 - IoU is 1 at once.
+    lovasz = [0.75 / 3 + 0.25 / 3 + 0.25 / 3, 0.75]
+    total, _ = make_loss("lovasz")(logits, labels)
+    assert total == pytest.approx(3 * np.mean(lovasz))
+    ignored = make_loss({"dice": 1, "lovasz": 1})(logits, np.full((1, 2, 2), 255, np.uint8))
+    assert ignored.total == ignored.weight == 0
+
+
+def test_terms_are_added_with_their_factors():
+    parts = {name: make_loss(name, WEIGHTS)(jnp.asarray(LOGITS), LABELS) for name in ("softmax", "dice", "lovasz")}
+    whole = make_loss({"softmax": 1, "dice": 0.5, "lovasz": 2}, WEIGHTS)(jnp.asarray(LOGITS), LABELS)
+    expected = parts["softmax"].total + 0.5 * parts["dice"].total + 2 * parts["lovasz"].total
+    assert float(whole.total) == pytest.approx(float(expected), rel=1e-14)
+    assert whole.weight == parts["dice"].weight == parts["softmax"].weight
+    assert loss_terms(LossConfig(terms=("softmax:1", "dice:.5"))) == {"softmax": 1, "dice": 0.5}
+    for terms in (("dice",), ("dice:x",), ("dice:1", "dice:2")):
+        with pytest.raises(InputError, match="--loss.terms"):
+            loss_terms(LossConfig(terms=terms))
+
+
+@pytest.mark.parametrize(("kind", "fraction"), [("softmax", 0.5), ({"focal": 1, "dice": 1, "lovasz": 1}, 1)])
+def test_sums_of_parts_add_up_to_the_whole(kind, fraction):
+    loss = make_loss(kind, WEIGHTS, hard_fraction=fraction)
     whole = loss(jnp.asarray(LOGITS), LABELS)
     parts = [loss(jnp.asarray(LOGITS[i : i + 1]), LABELS[i : i + 1]) for i in range(2)]
     assert float(whole.total) == pytest.approx(float(parts[0].total + parts[1].total), rel=1e-14)
@@ -106,3 +191,5 @@ def test_unknown_loss_and_fraction_are_named():
         make_loss("hinge")
     with pytest.raises(InputError, match="hard_fraction"):
         make_loss("softmax", hard_fraction=0.0)
+    with pytest.raises(InputError, match="pixels of one pixel loss, got dice"):
+        make_loss("dice", hard_fraction=0.5)

@@ -11,7 +11,7 @@ import fcn_jax
 from fcn_jax.errors import InputError
 from fcn_jax.evaluation import evaluate as evaluate_module
 from fcn_jax.evaluation import predict as predict_module
-from fcn_jax.evaluation.evaluate import evaluate, make_predictor
+from fcn_jax.evaluation.evaluate import Views, evaluate, make_predictor
 from fcn_jax.evaluation.predict import context, make_image_predictor
 from fcn_jax.preprocessing import MEAN_COLOURS, normalize
 
@@ -117,11 +117,37 @@ def test_rows_of_an_image_over_devices_predict_what_one_device_does(name):
 
     model, variables = make_network(name, biases=False)
     image = np.random.default_rng(0).integers(0, 256, (150, 40, 3), np.uint8)
-    one = make_image_predictor(model, "imagenet", probabilities=True)(variables, image)
+    one = make_image_predictor(model, "imagenet", output="probabilities")(variables, image)
     mesh = make_mesh(jax.devices()[:4], 1, 4)
-    four = make_image_predictor(model, "imagenet", probabilities=True, mesh=mesh, whole_pixels=1500)(variables, image)
+    four = make_image_predictor(model, "imagenet", output="probabilities", mesh=mesh, whole_pixels=1500)(
+        variables, image
+    )
     assert four.shape == (150, 40, model.num_classes)
     np.testing.assert_allclose(four, one, rtol=1e-10)
+
+
+@pytest.mark.parametrize("name", ["fcn8s", "fcn8s_resize"])
+def test_views_of_an_image_are_those_of_evaluation_and_of_its_tiles_nearly_so(name):
+    model, variables = make_network(name, biases=False)
+    image = np.random.default_rng(0).integers(0, 256, (400, 50, 3), np.uint8)
+    views = Views((0.75, 1.0), flip=True)
+    expected = make_predictor(model, "imagenet", views=views, output="probabilities")(variables, image[None], (400, 50))
+    whole = make_image_predictor(model, "imagenet", output="probabilities", views=views)(variables, image)
+    np.testing.assert_array_equal(whole, expected[0])
+    pair = make_image_predictor(model, "imagenet", output="confidence", views=views)(variables, image)
+    np.testing.assert_array_equal(pair[..., 0], expected[0].argmax(-1))
+    np.testing.assert_allclose(pair[..., 1], expected[0].max(-1), rtol=1e-6)
+    flipped = make_image_predictor(model, "imagenet", output="probabilities", views=Views(flip=True))
+    np.testing.assert_allclose(flipped(variables, image), flipped(variables, image[:, ::-1])[:, ::-1], rtol=1e-6)
+
+
+def test_tiles_of_views_fit_together():
+    model, variables = make_network("fcn32s", biases=False)
+    image = np.random.default_rng(0).integers(0, 256, (900, 40, 3), np.uint8)
+    options = {"output": "probabilities", "views": Views((1.0,), flip=True)}
+    whole = make_image_predictor(model, "imagenet", **options)(variables, image)
+    tiled = make_image_predictor(model, "imagenet", **options, whole_pixels=1000, tile=64)(variables, image)
+    np.testing.assert_allclose(tiled, whole, rtol=1e-6)  # tiles are of rows alone, so that mirror images are, too
 
 
 def test_preprocessing_by_hand():
