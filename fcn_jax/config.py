@@ -55,7 +55,15 @@ class DataConfig:
     dir: str | None = None
     """Folder that holds the extracted data set; `shapes` needs none."""
     classes: str | None = None
-    """`folder` only: a text file with one class name per line (by default DIR/classes.txt)."""
+    """`folder` and `tfds`: a text file with one class name per line, and its colour, as in road #804080 (by default
+    DIR/classes.txt)."""
+    mask_values: tuple[int, ...] | None = None
+    """`folder` only: the value of each class in the masks, in the order of classes.txt, as in 0 255; by default its
+    number, and 255 is ignored."""
+    val_fraction: float | None = None
+    """`folder` only: draw this fraction of DIR/images as val, and the rest as train."""
+    split_seed: int = 0
+    """Of that draw."""
     download: bool = False
     """Fetch the data set into `dir` where it is not there (voc, sbd)."""
     cache_dir: str = "~/.cache/fcn_jax"
@@ -111,8 +119,11 @@ class LossConfig:
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """SGD with momentum, coupled weight decay and per-parameter multipliers."""
+    """The optimiser, its schedule and per-parameter multipliers."""
 
+    kind: Literal["sgd", "adamw"] = "sgd"
+    """SGD with momentum and coupled weight decay, or AdamW with decoupled decay (first moment `momentum`, second
+    0.999)."""
     lr: float = 1e-2
     momentum: float = 0.9
     nesterov: bool = False

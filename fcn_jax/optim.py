@@ -1,4 +1,4 @@
-"""SGD with momentum, coupled weight decay, a schedule, and factors per parameter; all of it optax."""
+"""SGD with momentum or AdamW, weight decay, a schedule, and factors per parameter; all of it optax."""
 
 from __future__ import annotations
 
@@ -61,7 +61,8 @@ def make_optimizer(
     """Make the optimiser: v <- momentum v + g + decay w; w <- w - lr v, with factors on lr and decay by parameter.
 
     This is ``torch.optim.SGD``: the decay is added to the gradient, the learning rate stands outside the momentum
-    (Caffe has it inside; they part where the rate changes).
+    (Caffe has it inside; they part where the rate changes). With ``config.kind`` "adamw" it is ``optax.adamw``
+    with the same factors.
 
     Args:
         params: the parameters, for their names.
@@ -83,11 +84,15 @@ def make_optimizer(
         del params
         return map_with_path(lambda path, update: _lr_factor(path, config) * update, updates)
 
-    sgd = optax.chain(
-        optax.add_decayed_weights(config.weight_decay, decays),
-        optax.trace(config.momentum, config.nesterov) if config.momentum else optax.identity(),
+    decay = optax.add_decayed_weights(config.weight_decay, decays)
+    if config.kind == "adamw":
+        rule = (optax.scale_by_adam(config.momentum, nesterov=config.nesterov), decay)
+    else:
+        rule = (decay, optax.trace(config.momentum, config.nesterov) if config.momentum else optax.identity())
+    descent = optax.chain(
+        *rule,
         optax.stateless(scale),
         optax.scale_by_learning_rate(make_schedule(config, steps)),
     )
     clip = optax.identity() if config.clip_norm is None else optax.clip_by_global_norm(config.clip_norm)
-    return optax.chain(optax.masked(optax.set_to_zero(), frozen), clip, optax.masked(sgd, trained))
+    return optax.chain(optax.masked(optax.set_to_zero(), frozen), clip, optax.masked(descent, trained))

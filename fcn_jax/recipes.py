@@ -71,6 +71,28 @@ _RECIPES = (
         score="see the README",
     ),
     Recipe(
+        "own",
+        Config(
+            run="runs/own",
+            init="vgg16_bn-imagenet",
+            model=ModelConfig(name="fcn8s", encoder_norm="batch", fc6_kernel=3, fc_features=512, dropout_rate=0.2),
+            data=DataConfig(
+                train="folder/train",
+                val="folder/val",
+                base_size=384,
+                crop_size=(320, 320),
+                scale=(0.75, 1.5),
+                jitter=0.2,
+                workers=2,
+            ),
+            optim=OptimConfig(lr=0.01, weight_decay=5e-4, schedule="poly", warmup_steps=20, clip_norm=5.0),
+            train=TrainConfig(batch_size=8, epochs=50, eval_every=5, eval_batch_size=1),
+        ),
+        source="this project, for images and masks of one's own; FCN-8s from ImageNet weights",
+        score="none: it is for your data (docs/own-data.md)",
+        needs="--data.dir DIR",
+    ),
+    Recipe(
         "camvid",
         Config(
             run="runs/camvid",

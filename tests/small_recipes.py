@@ -64,12 +64,14 @@ SHRUNK = {
     "voc-cvpr": f"{SCORE_NET} {CROP} --optim.lr 1e-3 --model.dropout-rate 0",
     "voc-tramac": f"{OTHER_NET} {CROP} --optim.lr 1e-2 --data.base-size 20 --data.workers 0",
     "voc-torchvision": f"{CROP} --optim.lr 1e-2 --data.base-size 20 --data.workers 0",
+    "own": f"{SCORE_NET} {CROP} --optim.lr 0.1 --data.base-size 20 --data.workers 0",
     "binary-bce": f"{OTHER_NET} --data.input-size 32 32 --train.pictures-every 4 --train.keep-every 6",
     "scratch-fcn1": f"{OTHER_NET} --data.input-size 32 32",
 }
 BATCHES = {
     "shapes": 8,
     "camvid": 4,
+    "own": 4,
     "camvid-cpu": 4,
     "voc-cvpr": 4,
     "voc-tramac": 4,

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from fcn_jax.config import DataConfig
-from fcn_jax.data import camvid, folder, sbd, shapes, voc
+from fcn_jax.data import camvid, folder, sbd, shapes, tfds_folder, voc
 from fcn_jax.data.io import Listing, decode_image, decode_label
 from fcn_jax.data.prepared import Examples, Record, prepare, read_summary
 from fcn_jax.errors import InputError, unknown
@@ -22,6 +22,7 @@ DATASETS: dict[str, tuple[tuple[str, ...], Callable[[str, DataConfig], Listing]]
     "voc": (voc.SPLITS, voc.listing),
     "sbd": (sbd.SPLITS, sbd.listing),
     "folder": (folder.SPLITS, folder.listing),
+    "tfds": (tfds_folder.SPLITS, tfds_folder.listing),
 }
 """Each data set's splits, and the function that lists one of them."""
 

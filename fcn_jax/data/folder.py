@@ -3,18 +3,37 @@
 Expected under ``--data.dir`` (either of the two, or neither level for a single set called ``all``)::
 
     DIR/train/images/a.jpg   DIR/train/masks/a.png        DIR/images/train/a.jpg   DIR/masks/train/a.png
-    DIR/classes.txt          one class name per line; the first line is class 0
+    DIR/classes.txt          one class name per line, and its colour if it is to have one: road #804080
 
-Masks hold class ids in one 8-bit channel (or as palette indices); 255 marks pixels to ignore.
+With ``--data.val-fraction`` train and val are drawn from ``all``. Masks hold class ids (line 1 is class 0) in one 8-bit
+channel or as palette indices, and 255 for pixels to ignore; or other values, which ``--data.mask-values`` maps to
+classes; or the colours of classes.txt, where a line "ignore #RRGGBB" is no class.
 """
 
 from __future__ import annotations
 
+import hashlib
+import re
 from collections import Counter
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
+import numpy as np
+
 from fcn_jax.config import DataConfig
-from fcn_jax.data.io import IMAGE_SUFFIXES, Listing, folder_of, lines_in, pairs_by_name, palette, read_files
+from fcn_jax.data.io import (
+    IMAGE_SUFFIXES,
+    Entry,
+    Listing,
+    decode_colors,
+    decode_label,
+    folder_of,
+    lines_in,
+    pairs_by_name,
+    palette,
+    read_bytes,
+)
 from fcn_jax.errors import InputError
 from fcn_jax.losses import IGNORE
 from fcn_jax.paths import to_path
@@ -22,21 +41,49 @@ from fcn_jax.paths import to_path
 SPLITS = ("train", "val", "test", "all")
 _MASKS = (".png", ".bmp", ".gif", ".tif", ".tiff")
 
+Color = tuple[int, int, int]
 
-def read_classes(path: Path) -> tuple[str, ...]:
-    """Read class names, one per line, the first for id 0, blank lines left out; an InputError for an unusable list."""
+
+@dataclass(frozen=True)
+class ClassList:
+    """The classes of a list file."""
+
+    names: tuple[str, ...]
+    colors: tuple[Color | None, ...]
+    """RGB of each class; None where the file gives none."""
+    ignored: Color | None = None
+    """Of pixels to ignore in masks of colours."""
+
+    @property
+    def palette(self) -> tuple[Color, ...]:
+        """The colours, VOC's where there are none."""
+        return tuple(own or voc for own, voc in zip(self.colors, palette(len(self.names)), strict=True))
+
+
+def read_classes(path: Path) -> ClassList:
+    """Read class names, one per line with an optional #RRGGBB, the first for id 0, blank lines left out.
+
+    Raises:
+        InputError: no such file, a name or a colour given twice, or another number of classes than 2 to 254.
+    """
     if not path.is_file():
         raise InputError(
             f"{path}: not there; write one class name per line (the first is class 0), or give --data.classes"
         )
-    names = tuple(lines_in(path, "class name"))
-    if twice := sorted(name for name, count in Counter(names).items() if count > 1):
-        raise InputError(f"{path}: lists {twice[0]!r} twice; each class has one line")
-    if not 2 <= len(names) < IGNORE:
+    found: list[tuple[str, Color | None]] = []
+    for line in lines_in(path, "class name"):
+        name, color = re.fullmatch(r"(.*?)(?:\s+#([0-9a-fA-F]{6}))?", line).groups()  # type: ignore[union-attr]
+        found.append((name, None if color is None else tuple(bytes.fromhex(color))))  # type: ignore[arg-type]
+    for kind, values in (("", [name for name, _ in found]), ("colour ", [color for _, color in found if color])):
+        if twice := sorted(str(value) for value, count in Counter(values).items() if count > 1):
+            raise InputError(f"{path}: lists {kind}{twice[0]!r} twice; each class has one line")
+    ignored = next((color for name, color in found if name == "ignore" and color), None)
+    classes = [(name, color) for name, color in found if not (name == "ignore" and color)]
+    if not 2 <= len(classes) < IGNORE:
         raise InputError(
-            f"{path}: lists {len(names)} classes; expected 2 to {IGNORE - 1} (count the background as one)"
+            f"{path}: lists {len(classes)} classes; expected 2 to {IGNORE - 1} (count the background as one)"
         )
-    return names
+    return ClassList(tuple(name for name, _ in classes), tuple(color for _, color in classes), ignored)
 
 
 def _folders(root: Path, split: str) -> tuple[Path, Path]:
@@ -47,13 +94,71 @@ def _folders(root: Path, split: str) -> tuple[Path, Path]:
             return root / images, root / masks
     raise InputError(
         f"{root}: holds neither {split}/images nor images/{split}; put images there and masks in {split}/masks or "
-        f"masks/{split}, or use folder/all for a folder with images/ and masks/ alone"
+        f"masks/{split}. For a folder with images/ and masks/ alone give --data.val-fraction 0.2, or use folder/all"
     )
+
+
+def _drawn(entries: tuple[Entry, ...], split: str, fraction: float, seed: int) -> tuple[Entry, ...]:
+    """Return the part of a split; which part an image is in depends little on the others that there are."""
+    order = sorted(entries, key=lambda entry: hashlib.sha256(f"{seed}/{entry.name}".encode()).digest())
+    count = min(max(1, round(fraction * len(order))), len(order) - 1)
+    part = {entry.name for entry in (order[:count] if split == "val" else order[count:])}
+    return tuple(entry for entry in entries if entry.name in part)
+
+
+def _by_value(label: np.ndarray, values: tuple[int, ...], name: str) -> np.ndarray:
+    table = np.full(256, 256)
+    table[IGNORE] = IGNORE
+    table[list(values)] = np.arange(len(values))
+    ids = table[label]
+    if wrong := sorted(set(label[ids == 256].tolist())):
+        listed = " ".join(map(str, values))
+        raise InputError(
+            f"{name}: mask value {wrong[0]} is not among --data.mask-values {listed}; add it, or correct the mask"
+        )
+    return ids.astype(np.uint8)
+
+
+def _by_color(pixels: np.ndarray, classes: ClassList, name: str) -> np.ndarray:
+    packed = pixels.astype(np.int32) @ np.array([1 << 16, 1 << 8, 1])
+    label = np.full(packed.shape, -1)
+    for index, color in [*enumerate(classes.palette), (IGNORE, classes.ignored)]:
+        if color is not None:
+            label[packed == int.from_bytes(bytes(color))] = index
+    if (label < 0).any():
+        row, column = np.argwhere(label < 0)[0]
+        shown = "#" + bytes(pixels[row, column].tolist()).hex()
+        raise InputError(
+            f"{name}: colour {shown} at row {row}, column {column} is of no class; add it to the list of classes "
+            f"(or as 'ignore {shown}'), or correct the mask"
+        )
+    return label.astype(np.uint8)
+
+
+def _read(entry: Entry, classes: ClassList, values: tuple[int, ...] | None) -> tuple[bytes, np.ndarray]:
+    assert entry.image is not None and entry.label is not None
+    data, name = read_bytes(entry.label), str(entry.label)
+    if any(classes.colors) and (pixels := decode_colors(data, name)) is not None:
+        return read_bytes(entry.image), _by_color(pixels, classes, name)
+    label = decode_label(data, name)
+    return read_bytes(entry.image), label if values is None else _by_value(label, values, name)
 
 
 def listing(split: str, config: DataConfig) -> Listing:
     """List a split of the folder; image and mask are paired by their names without suffix."""
     root = folder_of(config, "folder", "images, masks and classes.txt")
-    names = read_classes(to_path(config.classes, "--data.classes") if config.classes else root / "classes.txt")
-    entries = pairs_by_name(*_folders(root, split), IMAGE_SUFFIXES, _MASKS)
-    return Listing("folder", split, names, palette(len(names)), entries, read_files)
+    classes = read_classes(to_path(config.classes, "--data.classes") if config.classes else root / "classes.txt")
+    values = config.mask_values
+    if values is not None and len(values) != len(classes.names):
+        raise InputError(
+            f"expected --data.mask-values with a value for each of {len(classes.names)} classes, got {len(values)}"
+        )
+    draws = config.val_fraction is not None and split in ("train", "val")
+    entries = pairs_by_name(*_folders(root, "all" if draws else split), IMAGE_SUFFIXES, _MASKS)
+    if draws and config.val_fraction is not None:
+        if len(entries) < 2:
+            raise InputError(f"{root}: holds one image, which cannot be in train and val; add more")
+        entries = _drawn(entries, split, config.val_fraction, config.split_seed)
+    version = "" if values is None and not any(classes.colors) else f"{values} {classes}"
+    read = partial(_read, classes=classes, values=values)
+    return Listing("folder", split, classes.names, classes.palette, entries, read, version=version)

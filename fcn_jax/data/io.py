@@ -205,7 +205,7 @@ def decode_label(data: bytes, name: str, verify: bool = True) -> np.ndarray:
     if image.mode not in ("P", "L", "1", "I;16"):
         raise InputError(
             f"{name}: a mask with colour channels; expected one channel of class ids (or a palette image): "
-            "map each colour to its class id and save as 8-bit PNG"
+            "map each colour to its class id and save as 8-bit PNG, or give the colours in classes.txt (NAME #RRGGBB)"
         )
     label = np.asarray(image)
     if image.mode == "I;16" and label.max() > IGNORE:
@@ -216,6 +216,21 @@ def decode_label(data: bytes, name: str, verify: bool = True) -> np.ndarray:
     if image.format == "PNG" and image.mode == "L" and data[24] < 8:  # the bits per sample in a PNG's header
         label //= np.uint8(255 // (2 ** data[24] - 1))  # Pillow stretches samples of 2 and 4 bits to 0..255
     return label
+
+
+def decode_colors(data: bytes, name: str) -> np.ndarray | None:
+    """Decode a mask with colour channels to uint8 (h, w, 3) RGB; None for one of class ids, as ``decode_label`` takes.
+
+    Raises:
+        InputError: a JPEG mask.
+        UnreadableError: as ``decode_label``.
+    """
+    image = _open(data, name, "mask")
+    if image.mode not in ("RGB", "RGBA"):
+        return None
+    if image.format in ("JPEG", "MPO"):
+        raise InputError(f"{name}: a JPEG mask has no exact colours; save masks as PNG")
+    return np.asarray(image.convert("RGB"))
 
 
 def encode_label(label: np.ndarray) -> bytes:

@@ -109,7 +109,7 @@ class Pairs(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type: i
             found = " and ".join(map(str, sorted(self._ids)))
             raise InputError(
                 f"{self._listing.spec}: the masks hold only {found}, and {IGNORE} means ignore; "
-                "write class ids: 0, 1, 2, ..."
+                "write class ids (0, 1, 2, ...), or give --data.mask-values with the value of each class, as in 0 255"
             )
         first = self._listing.entries[0]
         files = [absolute(path) for path in (first.image, first.label) if path is not None]

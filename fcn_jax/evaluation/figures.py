@@ -73,6 +73,23 @@ def save_class_scores(path: Path, class_names: Sequence[str], scores: Mapping[st
     _save(figure, path)
 
 
+def save_sheet(path: Path, samples: Sequence[Sample], palette: Palette, class_names: Sequence[str]) -> None:
+    """Write a contact sheet: images with their labels laid over them, four in a row, each in a square of 240 pixels."""
+    import cv2
+    from PIL import Image
+
+    side, columns = 240, 4
+    sheet = np.full((side * -(-len(samples) // columns), side * columns, 3), 255, np.uint8)
+    for index, sample in enumerate(samples):
+        factor = side / max(sample.label.shape)
+        size = tuple(max(1, round(length * factor)) for length in reversed(sample.label.shape))
+        image = cv2.resize(sample.image, size, interpolation=cv2.INTER_AREA)
+        label = cv2.resize(sample.label, size, interpolation=cv2.INTER_NEAREST_EXACT)
+        top, left = side * (index // columns), side * (index % columns)
+        sheet[top : top + size[1], left : left + size[0]] = overlay(image, label, palette, class_names, sample.name)
+    Image.fromarray(sheet).save(path)
+
+
 def save_palette_png(path: Path, labels: np.ndarray, palette: Palette) -> None:
     """Write labels (h, w) as a palette PNG whose indices are the class ids, as VOC's masks are."""
     from PIL import Image

@@ -90,6 +90,8 @@ def check_config(config: Config) -> None:
     for name in _ABOVE_ZERO:
         check(name, lambda x: x > 0, "> 0")
     check("loss.hard_fraction", lambda x: x <= 1, "<= 1")
+    check("data.mask_values", lambda x: 0 <= x <= 255, "in 0 ... 255")
+    check("data.val_fraction", lambda x: 0 < x < 1, "between 0 and 1")
     check("optim.momentum", lambda x: 0 <= x < 1, "in 0 ... 1, below 1")
     check("data.eval_multiple", lambda x: x == 1 or (x > 0 and x % MULTIPLE == 0), f"1 or a multiple of {MULTIPLE}")
     class_weights = config.loss.class_weights

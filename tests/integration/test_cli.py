@@ -231,6 +231,47 @@ def test_predict_writes_label_map_and_overlay_of_the_images_size(run, tmp_path):
         assert cv2.imread(str(tmp_path / "out" / f"{name}_overlay.png")).shape == (h, w, 3)
 
 
+def photographs(root):
+    """A folder as people have it: photographs of several sizes and masks of 0 and 255, in no splits."""
+    rng = np.random.default_rng(0)
+    for index in range(10):
+        h, w = rng.integers(40, 70, 2)
+        mask = np.zeros((h, w), np.uint8)
+        top, left = rng.integers(5, 15, 2)
+        mask[top : top + 20, left : left + 20] = 255
+        image = rng.integers(0, 80, (h, w, 3)) + np.where(mask, 150, 0)[..., None]
+        trees.write_image(root / f"images/{index}.jpg", image.astype(np.uint8))
+        trees.write_mask(root / f"masks/{index}.png", mask)
+    (root / "classes.txt").write_text("background\nobject #ff8000\n")
+
+
+def test_own_photographs_are_checked_trained_on_and_predicted(fails, tmp_path, capsys):
+    photographs(tmp_path / "set")
+    (tmp_path / "set/images/10.jpg").write_bytes((tmp_path / "set/images/9.jpg").read_bytes())
+    (tmp_path / "set/masks/10.png").write_bytes((tmp_path / "set/masks/9.png").read_bytes())
+    data = f"--data.dir {tmp_path}/set --data.cache-dir {tmp_path}/cache --data.mask-values 0 255".split()
+    assert main(["data", "folder/all", *data, "--out", str(tmp_path / "facts")]) == 0
+    printed = capsys.readouterr().out
+    assert "11 images" in printed and "suspicious: the same image twice: 10, 9" in printed
+    facts = json.loads((tmp_path / "facts/data.json").read_text())
+    assert facts["classes"]["object"]["images"] == 11 and 0 < facts["classes"]["object"]["share"] < 0.5
+    with Image.open(tmp_path / "facts/sheet.png") as sheet:
+        assert sheet.size == (960, 720)
+    run = str(tmp_path / "run")
+    small = (
+        "--init None --model.encoder vgg11 --model.width 0.05 --model.fc-features 8 --data.workers 0 --devices 1 "
+        "--data.base-size 48 --data.crop-size 32 32 --train.batch-size 4 --train.steps 40 --optim.lr 0.1 "
+        "--loss.terms softmax:1 dice:0.5"
+    ).split()
+    assert train_command(["own", *data, "--data.val-fraction", "0.3", "--run", run, *small]) == 0
+    assert json.loads((Path(run) / "config.json").read_text())["dataset"]["palette"] == [[0, 0, 0], [255, 128, 0]]
+    assert main(["predict", str(tmp_path / "set/images"), "--run", run, "--out", str(tmp_path / "out")]) == 0
+    labels = np.asarray(Image.open(tmp_path / "out/0.png"))
+    truth = cv2.imread(str(tmp_path / "set/masks/0.png"), cv2.IMREAD_GRAYSCALE)
+    assert labels.shape == truth.shape and np.mean(labels == (truth == 255)) > 0.8
+    fails(train_command, ["own", *data, "--run", tmp_path / "other", *small], "--data.val-fraction")
+
+
 def test_predict_names_what_it_cannot_read(fails, run, tmp_path):
     bad = tmp_path / "bad.jpg"
     bad.write_bytes(b"\xff\xd8 not a picture")

@@ -9,7 +9,8 @@ import trees
 from scipy.io import savemat
 
 from fcn_jax.config import DataConfig
-from fcn_jax.data import camvid, datasets, sbd, voc
+from fcn_jax.data import camvid, datasets, folder, sbd, voc
+from fcn_jax.data.prepared import prepare
 from fcn_jax.errors import InputError, UnreadableError
 
 
@@ -125,9 +126,82 @@ def test_a_bad_list_of_classes_is_named(root, config, text, message):
         datasets.load("folder/train", config)
 
 
+def test_masks_of_0_and_255_are_mapped_by_their_values(root, config):
+    trees.folder(root, {"train": 2}, ("background", "object"))
+    for path in (root / "train/masks").iterdir():
+        trees.write_mask(path, np.where(trees.mask(int(path.stem), 2, ignore=0) == 1, 255, 0).astype(np.uint8))
+    with pytest.raises(InputError, match="--data.mask-values .* as in 0 255"):
+        datasets.load("folder/train", config)
+    mapped = dataclasses.replace(config, mask_values=(0, 255))
+    for i, example in enumerate(_decoded(datasets.load("folder/train", mapped))):
+        np.testing.assert_array_equal(example["label"], trees.mask(i, 2, ignore=0))
+    with pytest.raises(InputError, match=r"000\.png: mask value 0 is not among --data.mask-values 7 255"):
+        datasets.load("folder/train", dataclasses.replace(config, mask_values=(7, 255)))
+    with pytest.raises(InputError, match="a value for each of 2 classes, got 3"):
+        datasets.load("folder/train", dataclasses.replace(config, mask_values=(0, 1, 2)))
+
+
+def test_masks_of_colours_are_mapped_by_those_of_the_class_list(root, config):
+    trees.folder(root, {"train": 1}, ("sky", "road", "tree house"))
+    colors = np.array([[0, 128, 255], [128, 64, 128], [1, 2, 3], [224, 224, 192]], np.uint8)
+    label = trees.mask(0, 3)
+    trees.write_image(root / "train/masks/000.png", colors[np.where(label == 255, 3, label)])
+    with pytest.raises(InputError, match=r"give the colours in classes\.txt \(NAME #RRGGBB\)"):
+        datasets.load("folder/train", config)
+    listed = "sky #0080ff\nroad #804080\ntree house #010203\n"
+    (root / "classes.txt").write_text(listed)
+    with pytest.raises(InputError, match="colour #e0e0c0 at row .* 'ignore #e0e0c0'"):
+        datasets.load("folder/train", config)
+    (root / "classes.txt").write_text(listed + "ignore #E0E0C0\n")
+    split = datasets.load("folder/train", config)
+    assert split.class_names == ("sky", "road", "tree house") and split.palette == tuple(
+        map(tuple, colors[:3].tolist())
+    )
+    np.testing.assert_array_equal(_decoded(split)[0]["label"], label)
+    trees.write_mask(root / "train/masks/000.png", label)  # class ids go on being read as such
+    np.testing.assert_array_equal(_decoded(datasets.load("folder/train", config))[0]["label"], label)
+
+
+def test_train_and_val_are_drawn_by_fraction_and_seed(root, config):
+    trees.folder(root, {".": 20})
+    drawn = dataclasses.replace(config, val_fraction=0.25)
+
+    def names(split, **changes):
+        changed = dataclasses.replace(drawn, **changes)
+        return {example["name"] for example in _decoded(datasets.load(f"folder/{split}", changed))}
+
+    train, val = names("train"), names("val")
+    assert (len(train), len(val)) == (15, 5) and not train & val
+    assert names("val") == val != names("val", split_seed=1)
+    trees.write_image(root / "images/more.jpg", trees.picture(50))
+    trees.write_mask(root / "masks/more.png", trees.mask(50, 3))
+    assert len(names("val") & val) >= 4
+    with pytest.raises(InputError, match="--data.val-fraction"):
+        datasets.load("folder/train", config)
+
+
+def test_a_data_set_that_tfds_prepared_is_read_by_its_folder(root, config, tmp_path):
+    trees.folder(root, {"train": 3})
+    copy = prepare(folder.listing("train", config), str(tmp_path / "prepared"))
+    given = dataclasses.replace(config, dir=str(copy), classes=str(root / "classes.txt"))
+    with pytest.raises(InputError, match="split train cannot be opened with TFDS"):
+        datasets.load("tfds/train", given)
+    # what prepares a copy calls its split otherwise
+    for path in copy.iterdir():
+        path.rename(path.with_name(path.name.replace("examples", "train")))
+    info = copy / "dataset_info.json"
+    info.write_text(info.read_text().replace('"examples"', '"train"'))
+    expected, found = _decoded(datasets.load("folder/train", config)), _decoded(datasets.load("tfds/train", given))
+    for one, other in zip(expected, found, strict=True):
+        np.testing.assert_array_equal(one["image"], other["image"])
+        np.testing.assert_array_equal(one["label"], other["label"])
+    with pytest.raises(InputError, match="--data.classes"):
+        datasets.load("tfds/train", dataclasses.replace(given, classes=None))
+
+
 def test_unknown_names_list_the_known_ones(config):
     for spec, message in (
-        ("coco/train", "unknown data set 'coco'; choose one of: shapes, camvid, voc, sbd, folder"),
+        ("coco/train", "unknown data set 'coco'; choose one of: shapes, camvid, voc, sbd, folder, tfds"),
         ("voc/tset", "unknown split of voc 'tset'; choose one of: train, val, trainval, seg11valid"),
         ("voc", "expected DATASET/SPLIT, got 'voc'"),
     ):

@@ -41,6 +41,17 @@ def test_momentum_decay_and_schedule_follow_torch_sgd():
     np.testing.assert_allclose(ours, weight.detach().numpy(), rtol=1e-7)
 
 
+def test_adamw_follows_torch():
+    config = OptimConfig(kind="adamw", lr=0.1, momentum=0.9, weight_decay=0.01)
+    ours = _run(config)["vgg"]["conv1_1"]["kernel"]
+    weight = torch.tensor([1.0, -2.0], dtype=torch.float64, requires_grad=True)
+    adamw = torch.optim.AdamW([weight], lr=0.1, betas=(0.9, 0.999), weight_decay=0.01)
+    for _ in range(4):
+        weight.grad = torch.tensor([0.3, 0.0], dtype=torch.float64)
+        adamw.step()
+    np.testing.assert_allclose(ours, weight.detach().numpy(), rtol=1e-6)
+
+
 def test_biases_learn_twice_as_fast_and_do_not_decay_as_in_the_paper():
     config = OptimConfig(lr=0.1, momentum=0.0, weight_decay=0.5, bias_lr=2.0, bias_decay=False)
     params = _run(config, steps=1)
