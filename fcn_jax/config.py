@@ -70,6 +70,13 @@ class DataConfig:
     """Where prepared (ArrayRecord) copies are kept."""
     preprocessing: Literal["imagenet", "caffe"] = "imagenet"
     """RGB mean/std of ImageNet in [0, 1], or BGR minus the Caffe mean in [0, 255]; it belongs to the weights."""
+    channels: int | None = None
+    """`folder` only: number of channels of images that are not 8-bit RGB: of 8 or 16 bits, also TIFF and .npy
+    (h, w, c). They are standardised by `mean` and `std` in the place of `preprocessing`."""
+    mean: tuple[float, ...] | None = None
+    """Of each channel, in the images' own units; by default that of the training split."""
+    std: tuple[float, ...] | None = None
+    """Standard deviation of each channel; by default that of the training split."""
     input_size: tuple[int, int] | None = None
     """Height and width every image is resized to before the network; scores stay at the labels' own size."""
     crop_size: tuple[int, int] | None = None

@@ -1,13 +1,15 @@
-"""From 8-bit RGB images to what the encoder was trained on. It belongs to the weights and travels with them."""
+"""From images to what the encoder was trained on. It belongs to the weights and travels with them."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from fcn_jax.config import DataConfig
 from fcn_jax.errors import InputError, unknown
 
 # ImageNet RGB mean and standard deviation in [0, 1]: torchvision's VGG weights (models/vgg.py).
@@ -25,6 +27,21 @@ def _caffe(images: jax.Array) -> jax.Array:
     return images[..., ::-1] - jnp.asarray(_CAFFE_BGR_MEAN, images.dtype)
 
 
+@dataclass(frozen=True)
+class Standardize:
+    """Each channel minus its mean, divided by its standard deviation: of images of any number of channels and bits."""
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    def __call__(self, images: jax.Array) -> jax.Array:
+        """Return the standardised images (b, h, w, channels)."""
+        return (images - jnp.asarray(self.mean, images.dtype)) / jnp.asarray(self.std, images.dtype)
+
+
+Preprocessing = str | Standardize
+"""A key of ``PREPROCESSINGS``, or the statistics of other images."""
+
 PREPROCESSINGS: dict[str, Callable[[jax.Array], jax.Array]] = {"imagenet": _imagenet, "caffe": _caffe}
 MEAN_COLOURS: dict[str, tuple[int, int, int]] = {
     "imagenet": tuple(round(255 * value) for value in _IMAGENET_MEAN.tolist()),
@@ -33,18 +50,35 @@ MEAN_COLOURS: dict[str, tuple[int, int, int]] = {
 """The 8-bit RGB colour nearest to zero after preprocessing: what padding is filled with."""
 
 
-def normalize(images: jax.Array, preprocessing: str, dtype: jnp.dtype = jnp.float32) -> jax.Array:
-    """Normalise RGB images (b, h, w, 3) of values 0 ... 255 for the encoder.
+def preprocessing_of(config: DataConfig) -> Preprocessing:
+    """Return what a run's images are normalised with."""
+    if config.channels is None:
+        return config.preprocessing
+    return Standardize(config.mean or (), config.std or ())
+
+
+def fill_color(preprocessing: Preprocessing) -> tuple[int, ...]:
+    """Return the value nearest to zero after preprocessing, in each channel: what padding is filled with."""
+    if isinstance(preprocessing, str):
+        return MEAN_COLOURS[preprocessing]
+    return tuple(round(value) for value in preprocessing.mean)
+
+
+def normalize(images: jax.Array, preprocessing: Preprocessing, dtype: jnp.dtype = jnp.float32) -> jax.Array:
+    """Normalise RGB images (b, h, w, 3) of values 0 ... 255, or others by their statistics, for the encoder.
 
     Args:
         images: 8-bit, or other numbers in 0 ... 255, which an interpolation may overshoot; the range is not checked
             within ``jax.jit``.
-        preprocessing: "imagenet" (RGB, mean and standard deviation of [0, 1] values) or "caffe" (BGR minus its mean).
+        preprocessing: "imagenet" (RGB, mean and standard deviation of [0, 1] values), "caffe" (BGR minus its mean), or
+            ``Standardize``, for which images are not checked.
         dtype: of the result.
 
     Raises:
         InputError: another preprocessing, or images of another dtype or range.
     """
+    if isinstance(preprocessing, Standardize):
+        return preprocessing(images.astype(dtype))
     if preprocessing not in PREPROCESSINGS:
         raise unknown("preprocessing", preprocessing, PREPROCESSINGS)
     if not hasattr(images, "dtype") or images.dtype == bool:

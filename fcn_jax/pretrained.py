@@ -21,6 +21,7 @@ from fcn_jax.models import create_model, init_variables
 from fcn_jax.models.catalog import describe_model
 from fcn_jax.models.fcn import FCN
 from fcn_jax.paths import to_path
+from fcn_jax.preprocessing import Preprocessing, preprocessing_of
 
 
 @dataclass(frozen=True)
@@ -31,8 +32,8 @@ class NetworkInfo:
     class_names: tuple[str, ...]
     palette: tuple[tuple[int, int, int], ...]
     """RGB in [0, 255], one colour per class."""
-    preprocessing: str
-    """A key of ``preprocessing.PREPROCESSINGS``."""
+    preprocessing: Preprocessing
+    """A key of ``preprocessing.PREPROCESSINGS``, or the statistics of images that are not 8-bit RGB."""
     preprocessing_known: bool = True
     """Whether the source or the caller says it."""
     input_size: tuple[int, int] | None = None
@@ -121,7 +122,7 @@ def predict(
     Args:
         model: from ``from_pretrained``, like the variables and ``info``.
         variables: its variables.
-        image: RGB, uint8 (h, w, 3).
+        image: RGB, uint8 (h, w, 3); of a run on other images as those were, uint8 or uint16 (h, w, channels).
         info: preprocessing, and the size that the network sees.
         probabilities: return the softmax, in place of the classes.
         confidence: return the classes and the softmax of each, in place of the classes alone.
@@ -134,9 +135,13 @@ def predict(
     Raises:
         InputError: no such image, or a size that the network does not serve.
     """
-    if getattr(image, "dtype", None) != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:
+    is_rgb = isinstance(info.preprocessing, str)
+    channels = 3 if isinstance(info.preprocessing, str) else len(info.preprocessing.mean)
+    dtypes = (np.uint8,) if is_rgb else (np.uint8, np.uint16)
+    if getattr(image, "dtype", None) not in dtypes or image.ndim != 3 or image.shape[2] != channels or not image.size:
         found = f"{getattr(image, 'dtype', type(image).__name__)} {getattr(image, 'shape', '')}"
-        raise InputError(f"expected an RGB image, uint8 (h, w, 3), got {found}")
+        expected = "an RGB image, uint8 (h, w, 3)" if is_rgb else f"an image, uint8 or uint16 (h, w, {channels})"
+        raise InputError(f"expected {expected}, got {found}")
     output: Output = "probabilities" if probabilities else "confidence" if confidence else "classes"
     if info.input_size is None:
         return _any_size(model, info.preprocessing, output, views, mesh)(variables, image)
@@ -148,12 +153,14 @@ def predict(
 
 # So that a program is compiled once for many images.
 @functools.lru_cache(maxsize=8)
-def _any_size(model: FCN, preprocessing: str, output: Output, views: Views, mesh: Mesh | None) -> ImagePredictor:
+def _any_size(
+    model: FCN, preprocessing: Preprocessing, output: Output, views: Views, mesh: Mesh | None
+) -> ImagePredictor:
     return make_image_predictor(model, preprocessing, output=output, views=views, mesh=mesh)
 
 
 @functools.lru_cache(maxsize=8)
-def _one_size(model: FCN, preprocessing: str, output: Output, views: Views, mesh: Mesh | None) -> Predictor:
+def _one_size(model: FCN, preprocessing: Preprocessing, output: Output, views: Views, mesh: Mesh | None) -> Predictor:
     return make_predictor(model, preprocessing, mesh, views, output)
 
 
@@ -162,8 +169,8 @@ def _from_run(source: str, checkpoint: str) -> tuple[FCN, dict[str, Any], Networ
 
     run = open_run(source, checkpoint)
     data, dataset = run.config.data, run.dataset
-    size, step = data.input_size, run.step
-    info = NetworkInfo(source, dataset.class_names, dataset.palette, data.preprocessing, input_size=size, step=step)
+    about = {"preprocessing": preprocessing_of(data), "input_size": data.input_size, "step": run.step}
+    info = NetworkInfo(source, dataset.class_names, dataset.palette, **about)  # type: ignore[arg-type]
     return run.model, run.variables, info
 
 
@@ -212,7 +219,7 @@ def write_hub_files(folder: Path, model: FCN, info: NetworkInfo, scores: Mapping
         name=name,
         encoder=model.encoder,
         classes=", ".join(info.class_names),
-        preprocessing=_PREPROCESSING[info.preprocessing] + resized,
+        preprocessing=_PREPROCESSING[str(info.preprocessing)] + resized,
         scores=f"| score | |\n|---|---|\n{rows}" if rows else "No score is recorded: evaluate before exporting.\n",
         licence=info.licence or "not stated; add the one that you publish these weights under",
     )

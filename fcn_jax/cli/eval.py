@@ -26,6 +26,7 @@ from fcn_jax.evaluation.figures import save_class_scores, save_confusion, save_p
 from fcn_jax.evaluation.report import evaluation_name, score_table
 from fcn_jax.metrics import mean_of_defined, plain
 from fcn_jax.paths import write_whole
+from fcn_jax.preprocessing import preprocessing_of
 from fcn_jax.pretrained import NetworkInfo
 from fcn_jax.training.run import RunFolder
 
@@ -77,7 +78,7 @@ def main(arguments: Sequence[str]) -> int:
         data = replace(data, eval_multiple=1)  # an image that is padded has no mirror image
     mesh = make_mesh(jax.devices()[: config.devices]) if given.mesh is None else pick_mesh(given.mesh)
     batches = make_eval_batches(split, data, given.batch_size or config.train.eval_batch_size)
-    predict = make_predictor(model, data.preprocessing, mesh, views)
+    predict = make_predictor(model, preprocessing_of(data), mesh, views)
     result = evaluate(predict, variables, batches, split.num_classes, spread(len(split)), given.boundary)
     by_class = {"IoU": result.scores.per_class_iu, "Dice": result.scores.per_class_dice}
     if result.boundary is not None:

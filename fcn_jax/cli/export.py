@@ -48,6 +48,10 @@ def main(arguments: Sequence[str]) -> int:
         check_hub_folder(given.out)
     make_folder(file.parent)
     model, variables, info = open_network(given.network)
+    if not isinstance(info.preprocessing, str):
+        raise InputError(
+            f"{info.source} is of images with {len(info.preprocessing.mean)} channels; no format holds them yet"
+        )
     classes = {"class_names": info.class_names, "palette": info.palette, "input_size": info.input_size}
     said = info.preprocessing if info.preprocessing_known else None
     weights.save(file, model, variables, said, given.layout, classes if info.named else None)

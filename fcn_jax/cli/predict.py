@@ -21,7 +21,7 @@ from rich.progress import track
 
 from fcn_jax.cli.network import NetworkArguments, open_network
 from fcn_jax.cli.process import make_folder
-from fcn_jax.data.io import IMAGE_SUFFIXES, decode_image
+from fcn_jax.data.io import IMAGE_SUFFIXES, decode_channels, decode_image
 from fcn_jax.devices import groups, pick_mesh
 from fcn_jax.errors import InputError, UnreadableError
 from fcn_jax.evaluation.evaluate import Views
@@ -85,7 +85,7 @@ def main(arguments: Sequence[str]) -> int:
         for path in track(images, "predict", console=bar, transient=True, disable=not bar.is_terminal):
             try:
                 with _timed(seconds, "decoding"):
-                    image = decode_image(_read(path), str(path))
+                    image = _decode(_read(path), str(path), info)
             except UnreadableError as error:
                 skipped += 1
                 if skipped == len(images):
@@ -119,7 +119,7 @@ def _files(name: str) -> list[Path]:
     """Return the images that an argument names, in the order of their names."""
     path = Path(name)
     if path.is_dir():
-        found = sorted(file for file in path.iterdir() if file.suffix.lower() in IMAGE_SUFFIXES)
+        found = sorted(file for file in path.iterdir() if file.suffix.lower() in (*IMAGE_SUFFIXES, ".npy"))
         if not found:
             raise InputError(f"{path}: holds no image ({' '.join(IMAGE_SUFFIXES)}); name another folder")
         return found
@@ -164,6 +164,12 @@ def _check_outputs(images: Sequence[Path], outputs: Sequence[Path]) -> None:
     for path in outputs:
         if path.resolve() in inputs:
             raise InputError(f"{path} is one of the images and would be overwritten; choose another --out")
+
+
+def _decode(data: bytes, name: str, info: NetworkInfo) -> np.ndarray:
+    if isinstance(info.preprocessing, str):
+        return decode_image(data, name)
+    return decode_channels(data, name, len(info.preprocessing.mean))
 
 
 def _read(path: Path) -> bytes:

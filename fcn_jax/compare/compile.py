@@ -29,6 +29,7 @@ from fcn_jax.losses import make_loss
 from fcn_jax.models import init_variables, model_from_config, summarize
 from fcn_jax.models.fcn import FCN
 from fcn_jax.optim import make_optimizer
+from fcn_jax.preprocessing import preprocessing_of
 from fcn_jax.step import new_state
 from fcn_jax.training.trainer import loss_terms, make_parallel_step
 
@@ -133,7 +134,7 @@ def lower(work: Work, target: Target) -> Any:
 
     images = jax.ShapeDtypeStruct((work.batch_size, *shape), jnp.uint8)
     if work.inference:
-        class_maps = kernels_for(mesh)(make_class_maps(model, config.data.preprocessing))
+        class_maps = kernels_for(mesh)(make_class_maps(model, preprocessing_of(config.data)))
         return jax.jit(class_maps, static_argnums=2).lower(variables, placed(images), work.size, None)
     optimizer = make_optimizer(variables["params"], config.optim, 1000, config.model.freeze_stages)
     # Weights that follow from the data are numbers like any others.

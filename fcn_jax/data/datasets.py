@@ -48,6 +48,8 @@ class Split:
     """Height and width where all images share them, else None."""
     skipped: tuple[str, ...] = ()
     """Why each image that was left out could not be read."""
+    statistics: tuple[tuple[float, ...], tuple[float, ...]] | None = None
+    """Mean and standard deviation of each channel of images that are not 8-bit RGB."""
 
     def __len__(self) -> int:
         """Return the number of examples."""
@@ -80,7 +82,9 @@ def load(spec: str, config: DataConfig) -> Split:
     splits, listing_of = DATASETS[dataset]
     if split not in splits:
         raise unknown(f"split of {dataset}", split, splits)
-    listing = replace(listing_of(split, config), unreadable=config.unreadable)
+    if config.channels is not None and dataset != "folder":
+        raise InputError(f"--data.channels {config.channels} is of folder alone; leave it out for {dataset}")
+    listing = replace(listing_of(split, config), unreadable=config.unreadable, channels=config.channels)
     copy = prepare(listing, config.cache_dir)
     summary = read_summary(copy)
     if skipped := summary.skipped:
@@ -88,4 +92,4 @@ def load(spec: str, config: DataConfig) -> Split:
         shown = "; ".join(skipped[:_SHOWN]) + more
         _log.warning("note: %s: %d of %d images are left out: %s", spec, len(skipped), len(listing.entries), shown)
     names, palette = listing.class_names, listing.palette
-    return Split(dataset, split, names, palette, Examples(copy), summary.image_size, skipped)
+    return Split(dataset, split, names, palette, Examples(copy), summary.image_size, skipped, summary.statistics)

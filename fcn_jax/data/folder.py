@@ -154,7 +154,8 @@ def listing(split: str, config: DataConfig) -> Listing:
             f"expected --data.mask-values with a value for each of {len(classes.names)} classes, got {len(values)}"
         )
     draws = config.val_fraction is not None and split in ("train", "val")
-    entries = pairs_by_name(*_folders(root, "all" if draws else split), IMAGE_SUFFIXES, _MASKS)
+    suffixes = IMAGE_SUFFIXES + ((".npy",) if config.channels else ())
+    entries = pairs_by_name(*_folders(root, "all" if draws else split), suffixes, _MASKS)
     if draws and config.val_fraction is not None:
         if len(entries) < 2:
             raise InputError(f"{root}: holds one image, which cannot be in train and val; add more")

@@ -21,6 +21,7 @@ from fcn_jax.paths import to_path
 _FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 
 
+NPY = b"\x93NUMPY"
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
 
 
@@ -46,6 +47,8 @@ class Listing:
     """Returns the encoded image and the label, uint8 (h, w), of class ids with 255 = ignore."""
     unreadable: Literal["error", "skip"] = "error"
     """Whether a file that cannot be read is an error, or its entry is left out."""
+    channels: int | None = None
+    """Of images that are not 8-bit RGB."""
     version: str = ""
     """Whatever else decides what ``read`` returns: the version and options of a generator or converter."""
 
@@ -182,7 +185,67 @@ def decode_image(data: bytes, name: str, verify: bool = True) -> np.ndarray:
     """
     if verify:
         _open(data, name, "image")
+    elif data.startswith(NPY):
+        return _from_npy(data, name)  # as ``encode_array`` wrote it
     return cv2.cvtColor(_decode(data, cv2.IMREAD_COLOR, name, "image"), cv2.COLOR_BGR2RGB)
+
+
+def decode_channels(data: bytes, name: str, channels: int) -> np.ndarray:
+    """Decode an image of any number of channels, uint8 or uint16 (h, w, channels).
+
+    Args:
+        data: the whole file: .npy, TIFF (channels last, first, or as pages), or what OpenCV reads (RGB or RGBA).
+        name: what an error calls it.
+        channels: how many there are.
+
+    Raises:
+        InputError: another number of channels or bits, or TIFF files without tifffile.
+        UnreadableError: not a whole image.
+    """
+    if data.startswith(NPY):
+        image = _from_npy(data, name)
+    elif data[:4] in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"):
+        image = _from_tiff(data, name)
+    else:
+        _open(data, name, "image")
+        image = _decode(data, cv2.IMREAD_UNCHANGED, name, "image")
+        if image.ndim == 3:
+            image[..., :3] = image[..., 2::-1].copy()
+    if image.ndim == 2:
+        image = image[..., None]
+    if image.ndim == 3 and image.shape[-1] != channels == image.shape[0]:
+        image = np.moveaxis(image, 0, -1)
+    if image.ndim != 3 or image.shape[-1] != channels or image.dtype not in (np.uint8, np.uint16) or not image.size:
+        raise InputError(
+            f"{name}: {image.dtype} of shape {image.shape}; expected uint8 or uint16 (height, width, {channels}): "
+            "correct the file or --data.channels"
+        )
+    return np.ascontiguousarray(image)
+
+
+def _from_npy(data: bytes, name: str) -> np.ndarray:
+    try:
+        return np.load(io.BytesIO(data), allow_pickle=False)
+    except Exception as error:  # of a damaged header as well
+        raise _unreadable(name, "image", first_line(error)) from error
+
+
+def _from_tiff(data: bytes, name: str) -> np.ndarray:
+    try:
+        import tifffile
+    except ImportError as error:
+        raise InputError(f"{name}: TIFF files of any number of channels need tifffile: pip install tifffile") from error
+    try:
+        return tifffile.imread(io.BytesIO(data))
+    except Exception as error:  # tifffile raises many kinds for a damaged file
+        raise _unreadable(name, "image", first_line(error)) from error
+
+
+def encode_array(array: np.ndarray) -> bytes:
+    """Encode an array as a .npy file, which ``decode_image`` decodes."""
+    file = io.BytesIO()
+    np.save(file, array)
+    return file.getvalue()
 
 
 def decode_label(data: bytes, name: str, verify: bool = True) -> np.ndarray:

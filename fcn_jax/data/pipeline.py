@@ -21,7 +21,7 @@ from fcn_jax.data.io import decode_label
 from fcn_jax.data.transforms import augment, output_size, pad, resize_image
 from fcn_jax.errors import InputError, first_line
 from fcn_jax.losses import IGNORE
-from fcn_jax.preprocessing import MEAN_COLOURS
+from fcn_jax.preprocessing import fill_color, preprocessing_of
 
 _THREADS = 2  # that decode in one process; OpenCV releases the interpreter lock meanwhile
 _WAITING = 4  # batches' worth of images that evaluation holds back to fill batches of one size
@@ -183,7 +183,7 @@ def _eval_example(record: Any, config: DataConfig, many_sizes: bool) -> dict[str
     elif many_sizes and config.eval_multiple > 1:
         out["extent"] = np.array(out["label"].shape, np.int32)
         height, width = (-(-n // config.eval_multiple) * config.eval_multiple for n in out["label"].shape)
-        out = pad(out, (height, width), MEAN_COLOURS[config.preprocessing])
+        out = pad(out, (height, width), fill_color(preprocessing_of(config)))
     return out
 
 

@@ -18,7 +18,7 @@ from typing import Any, Literal, TypedDict
 import numpy as np
 import tensorflow_datasets as tfds
 
-from fcn_jax.data.io import Listing, decode_image, encode_label
+from fcn_jax.data.io import Listing, decode_channels, decode_image, encode_array, encode_label
 from fcn_jax.errors import InputError, UnreadableError, check_local, first_line
 from fcn_jax.losses import IGNORE
 from fcn_jax.paths import absolute, is_remote, state_of, to_path, upload
@@ -72,6 +72,8 @@ class Pairs(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type: i
         self._sizes: set[tuple[int, int]] = set()
         self._ids: set[int] = set()
         self._skipped: list[str] = []
+        self._dtype: np.dtype | None = None
+        self._sums = np.zeros((3, listing.channels or 3))
         super().__init__(data_dir=data_dir, file_format="array_record")
 
     def _info(self) -> tfds.core.DatasetInfo:
@@ -88,7 +90,7 @@ class Pairs(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type: i
         for index, entry in enumerate(listing.entries):
             try:
                 image, label = listing.read(entry)
-                pixels = decode_image(image, str(entry.image or entry.name))
+                pixels = self._pixels(image, str(entry.image or entry.name))
             except UnreadableError as error:
                 if listing.unreadable == "error":
                     raise
@@ -96,12 +98,35 @@ class Pairs(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type: i
                 continue
             self._ids |= check_example(pixels, label, len(listing.class_names), str(entry.label or entry.name))
             self._sizes.add(label.shape)
+            if listing.channels is not None:
+                image = encode_array(pixels)
             yield index, {"image": image, "label": encode_label(label), "name": entry.name}
         if len(self._skipped) == len(listing.entries):
             raise InputError(
                 f"{listing.spec}: none of its {len(self._skipped)} images can be read together with its mask, "
                 f"as in {self._skipped[0]}; correct --data.dir or replace the files"
             )
+
+    def _pixels(self, image: bytes, name: str) -> np.ndarray:
+        """Decode an image; of other images than 8-bit RGB count the sums as well."""
+        channels = self._listing.channels
+        if channels is None:
+            return decode_image(image, name)
+        pixels = decode_channels(image, name, channels)
+        if self._dtype not in (None, pixels.dtype):
+            raise InputError(f"{name}: {pixels.dtype}, the images before are {self._dtype}; give all of them one dtype")
+        self._dtype = pixels.dtype
+        values = pixels.reshape(-1, channels).astype(np.float64)
+        self._sums += [np.full(channels, len(values)), values.sum(0), np.square(values).sum(0)]
+        return pixels
+
+    def _statistics(self) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
+        if self._listing.channels is None:
+            return None
+        count, total, squares = self._sums
+        mean = total / count
+        std = np.sqrt(np.maximum(squares / count - mean**2, 0))
+        return tuple(mean.tolist()), tuple(np.where(std > 0, std, 1).tolist())
 
     def summary(self) -> Summary:
         """Return the summary once prepared; an InputError where all labels are ignored."""
@@ -116,7 +141,7 @@ class Pairs(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type: i
         count = len(self._listing.entries) - len(self._skipped)
         image_size = next(iter(self._sizes)) if len(self._sizes) == 1 else None
         source = os.path.commonpath(files) if files else None
-        return Summary(count, image_size, tuple(self._skipped), source, self._listing.unreadable)
+        return Summary(count, image_size, tuple(self._skipped), source, self._listing.unreadable, self._statistics())
 
 
 class Examples:
@@ -214,6 +239,8 @@ class Summary:
     source: str | None = None
     """The folder that the files came from; None where they were generated."""
     unreadable: Literal["error", "skip"] = "error"
+    statistics: tuple[tuple[float, ...], tuple[float, ...]] | None = None
+    """Mean and standard deviation of each channel of images that are not 8-bit RGB."""
 
 
 @dataclass(frozen=True)
@@ -246,7 +273,9 @@ def read_summary(folder: Path) -> Summary:
         image_size = None if size is None else (int(size[0]), int(size[1]))
         skipped = tuple(map(str, content.get("skipped", ())))
         source, unreadable = content.get("source"), content.get("unreadable", "error")
-        return Summary(int(content["examples"]), image_size, skipped, source, unreadable)
+        statistics = content.get("statistics")
+        statistics = statistics and tuple(tuple(map(float, values)) for values in statistics)
+        return Summary(int(content["examples"]), image_size, skipped, source, unreadable, statistics)
     except Exception as error:  # what a damaged file holds may fail anywhere
         raise damaged(folder, error) from error
 
@@ -259,7 +288,8 @@ def fingerprint(listing: Listing) -> str:
     """
     parts = [_FORMAT, listing.dataset, listing.split, listing.version, listing.class_names]
     skips = listing.unreadable == "skip"
-    digest = hashlib.sha256(json.dumps([*parts, "skip"] if skips else parts).encode())
+    parts += ["skip"] * skips + [f"{listing.channels} channels"] * (listing.channels is not None)
+    digest = hashlib.sha256(json.dumps(parts).encode())
     for entry in listing.entries:
         digest.update(entry.name.encode())
         for path in (entry.image, entry.label):

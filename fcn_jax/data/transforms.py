@@ -13,7 +13,7 @@ import numpy as np
 
 from fcn_jax.config import DataConfig
 from fcn_jax.losses import IGNORE
-from fcn_jax.preprocessing import MEAN_COLOURS
+from fcn_jax.preprocessing import fill_color, preprocessing_of
 
 Example = Mapping[str, Any]
 
@@ -21,12 +21,16 @@ _LUMA = np.array([0.299, 0.587, 0.114], np.float32)  # ITU-R BT.601
 
 
 def resize_image(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Resize an image (h, w, 3) to ``size`` = (height, width): area average to shrink, linear to enlarge."""
+    """Resize an image (h, w, c) to ``size`` = (height, width): area average to shrink, linear to enlarge."""
     height, width = size
     if image.shape[:2] == (height, width):
         return image
     smaller = height * width < image.shape[0] * image.shape[1]
-    return cv2.resize(image, (width, height), interpolation=cv2.INTER_AREA if smaller else cv2.INTER_LINEAR)
+    method = cv2.INTER_AREA if smaller else cv2.INTER_LINEAR
+    if image.shape[2] == 3:
+        return cv2.resize(image, (width, height), interpolation=method)
+    channels = (np.ascontiguousarray(image[..., index]) for index in range(image.shape[2]))  # OpenCV takes at most four
+    return np.stack([cv2.resize(channel, (width, height), interpolation=method) for channel in channels], axis=-1)
 
 
 def resize_label(label: np.ndarray, size: tuple[int, int]) -> np.ndarray:
@@ -54,22 +58,21 @@ def scale(
     return resize(example, (max(1, round(height * factor)), max(1, round(width * factor))))
 
 
-def pad(example: Example, size: tuple[int, int], fill: tuple[int, int, int]) -> dict[str, Any]:
+def pad(example: Example, size: tuple[int, int], fill: tuple[int, ...]) -> dict[str, Any]:
     """Pad an example bottom and right to at least ``size``, the image with a colour and the label with ``IGNORE``."""
     height, width = example["label"].shape
     if height >= size[0] and width >= size[1]:
         return dict(example)
     size = (max(height, size[0]), max(width, size[1]))
-    image, label = np.empty((*size, 3), np.uint8), np.full(size, IGNORE, np.uint8)
+    image = np.empty((*size, len(fill)), example["image"].dtype)
+    label = np.full(size, IGNORE, np.uint8)
     image[:] = fill
     image[:height, :width] = example["image"]
     label[:height, :width] = example["label"]
     return {**example, "image": image, "label": label}
 
 
-def crop(
-    example: Example, rng: np.random.Generator, size: tuple[int, int], fill: tuple[int, int, int]
-) -> dict[str, Any]:
+def crop(example: Example, rng: np.random.Generator, size: tuple[int, int], fill: tuple[int, ...]) -> dict[str, Any]:
     """Cut a window of ``size`` = (height, width) at a random place; a smaller example is padded, see ``pad``."""
     image, label = example["image"], example["label"]
     top = int(rng.integers(max(label.shape[0] - size[0], 0) + 1))
@@ -83,9 +86,13 @@ def jitter(image: np.ndarray, rng: np.random.Generator, strength: float) -> np.n
     """Change brightness, then contrast, then saturation, each by a factor drawn from [1 - strength, 1 + strength].
 
     Brightness scales the image (h, w, 3), contrast its distance to its mean grey, saturation each pixel's distance to
-    its own grey. Differs from torchvision's ColorJitter, which clips after each and shuffles their order.
+    its own grey. Images that are not 8-bit RGB keep their saturation. Differs from torchvision's ColorJitter, which
+    clips after each and shuffles their order.
     """
     brightness, contrast, saturation = 1 + strength * rng.uniform(-1, 1, 3)
+    if image.dtype != np.uint8 or image.shape[2] != 3:
+        values = image * (brightness * contrast) + (1 - contrast) * brightness * image.mean()
+        return np.rint(values).clip(0, np.iinfo(image.dtype).max).astype(image.dtype)
     # All three are linear in the pixel: out = M @ pixel + offset, one pass over the image.
     matrix = saturation * np.eye(3) + (1 - saturation) * np.outer(np.ones(3), _LUMA)
     grey = float(np.asarray(cv2.mean(image)[:3]) @ _LUMA) * brightness
@@ -112,7 +119,7 @@ def augment(example: Example, rng: np.random.Generator, config: DataConfig) -> d
     if config.scale != (1.0, 1.0) or config.base_size is not None:
         out = scale(out, rng, config.scale, config.base_size)
     if window := output_size(config):
-        out = crop(out, rng, window, MEAN_COLOURS[config.preprocessing])
+        out = crop(out, rng, window, fill_color(preprocessing_of(config)))
     if config.flip and rng.random() < 0.5:
         out = {"image": out["image"][:, ::-1], "label": out["label"][:, ::-1]}
     return {"image": np.ascontiguousarray(out["image"]), "label": np.ascontiguousarray(out["label"])}

@@ -19,7 +19,7 @@ from fcn_jax.evaluation.boundary import boundary_counts
 from fcn_jax.evaluation.padding import padded_logits
 from fcn_jax.models.fcn import FCN
 from fcn_jax.models.kernels import cpu_kernels
-from fcn_jax.preprocessing import normalize
+from fcn_jax.preprocessing import Preprocessing, normalize
 
 Predictor = Callable[..., np.ndarray]
 """(variables, RGB images uint8 (b, h, w, 3), label size (H, W), extents) -> classes uint8 (b, H, W).
@@ -102,7 +102,7 @@ def reduce_scores(scores: jax.Array, output: Output, are_logits: bool = True) ->
 
 
 def make_class_maps(
-    model: FCN, preprocessing: str, views: Views = PLAIN, output: Output = "classes"
+    model: FCN, preprocessing: Preprocessing, views: Views = PLAIN, output: Output = "classes"
 ) -> Callable[..., jax.Array]:
     """Make the pure function that ``make_predictor`` compiles: (variables, images, label size, extents) -> classes."""
 
@@ -136,7 +136,7 @@ def make_class_maps(
 
 
 def make_predictor(
-    model: FCN, preprocessing: str, mesh: Mesh | None = None, views: Views = PLAIN, output: Output = "classes"
+    model: FCN, preprocessing: Preprocessing, mesh: Mesh | None = None, views: Views = PLAIN, output: Output = "classes"
 ) -> Predictor:
     """Make the function from images to class maps; logits are interpolated to the labels' size first.
 

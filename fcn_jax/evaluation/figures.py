@@ -22,6 +22,18 @@ def _table(palette: Palette) -> np.ndarray:
     return table
 
 
+def as_rgb(image: np.ndarray) -> np.ndarray:
+    """Return an image of any channels and bits as uint8 (h, w, 3): the first three stretched, or the first as grey.
+
+    8-bit RGB is returned as it is.
+    """
+    if image.dtype == np.uint8 and image.shape[2] == 3:
+        return image
+    shown = image[..., :3] if image.shape[2] >= 3 else np.repeat(image[..., :1], 3, axis=2)
+    low, high = np.percentile(shown, (1, 99))
+    return np.rint((shown - low) * (255 / max(high - low, 1))).clip(0, 255).astype(np.uint8)
+
+
 def colour_labels(labels: np.ndarray, palette: Palette) -> np.ndarray:
     """Paint labels (h, w) in the palette's RGB colours, 255 in VOC's cream: uint8 (h, w, 3)."""
     return _table(palette)[labels]
@@ -30,13 +42,14 @@ def colour_labels(labels: np.ndarray, palette: Palette) -> np.ndarray:
 def overlay(
     image: np.ndarray, labels: np.ndarray, palette: Palette, class_names: Sequence[str], name: str = ""
 ) -> np.ndarray:
-    """Blend an RGB image (h, w, 3) half and half with its labels' colours, "background" excepted.
+    """Blend an image (h, w, c) half and half with its labels' colours, "background" excepted.
 
     Its name is written at the bottom, and the classes that it shows at the top, each in its colour.
     """
     from matplotlib import get_data_path
     from PIL import Image, ImageDraw, ImageFont
 
+    image = as_rgb(image)
     background = [i for i, class_name in enumerate(class_names) if class_name == "background"]
     blended = (image.astype(np.uint16) + colour_labels(labels, palette) + 1) // 2
     blended = np.where(np.isin(labels, background)[..., None], image, blended).astype(np.uint8)
@@ -83,7 +96,7 @@ def save_sheet(path: Path, samples: Sequence[Sample], palette: Palette, class_na
     for index, sample in enumerate(samples):
         factor = side / max(sample.label.shape)
         size = tuple(max(1, round(length * factor)) for length in reversed(sample.label.shape))
-        image = cv2.resize(sample.image, size, interpolation=cv2.INTER_AREA)
+        image = cv2.resize(as_rgb(sample.image), size, interpolation=cv2.INTER_AREA)
         label = cv2.resize(sample.label, size, interpolation=cv2.INTER_NEAREST_EXACT)
         top, left = side * (index // columns), side * (index % columns)
         sheet[top : top + size[1], left : left + size[0]] = overlay(image, label, palette, class_names, sample.name)
@@ -168,7 +181,7 @@ def save_panel(path: Path, samples: Sequence[Sample], palette: Palette, class_na
         _title(column[0], sample.name)
         h, w = sample.label.shape
         maps = (colour_labels(labels, palette) for labels in (sample.label, sample.prediction))
-        for axes, picture in zip(column, (sample.image, *maps), strict=True):
+        for axes, picture in zip(column, (as_rgb(sample.image), *maps), strict=True):
             # The network may have seen the image at another size than its label's.
             axes.imshow(picture, interpolation="nearest", extent=(0, w, h, 0))
     _legend(figure, seen, palette, class_names)

@@ -17,7 +17,7 @@ from fcn_jax.models.fcn import FCN, DilatedFCN, InterpolatedFCN, ScoreFCN, check
 from fcn_jax.models.kernels import cpu_kernels
 from fcn_jax.models.resnet import RESNETS
 from fcn_jax.models.vgg import ENCODERS
-from fcn_jax.preprocessing import normalize
+from fcn_jax.preprocessing import Preprocessing, normalize
 
 WHOLE_PIXELS = 1_500_000
 """Images of more pixels are cut into tiles: at width 1 each map of the first stage takes 256 bytes a pixel."""
@@ -77,7 +77,7 @@ def _windows(size: int, tile: int, margin: int, multiple: int = MULTIPLE) -> tup
 
 def make_image_predictor(
     model: FCN,
-    preprocessing: str,
+    preprocessing: Preprocessing,
     *,
     output: Output = "classes",
     views: Views = PLAIN,
@@ -122,7 +122,7 @@ def make_image_predictor(
         return reduce_scores(merge_padded_maps(network, maps, extents), output)
 
     def predict(variables: Mapping[str, Any], image: np.ndarray) -> np.ndarray:
-        h, w, _ = image.shape
+        h, w = image.shape[:2]
         check_size(model, (h, w))
         margin = _round_up(math.ceil(context(model) / min(views.scales)), 32)
         # A side below 32 has one cell of stride 32, too.

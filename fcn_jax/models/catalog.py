@@ -165,11 +165,12 @@ def _check_numbers(settings: dict[str, Any]) -> None:
 
 
 def init_variables(
-    model: FCN | VGGClassifier, key: jax.Array, image_size: tuple[int, int] = (64, 64)
+    model: FCN | VGGClassifier, key: jax.Array, image_size: tuple[int, int] = (64, 64), channels: int = 3
 ) -> dict[str, Any]:
     """Make a network's variables: {"params": ...} and, where it has batch norm, {"batch_stats": ...}.
 
     Convolutions start from He's normal distribution, score layers at zero, transposed convolutions of k = 2s
-    bilinear. ``image_size`` (height, width) is any that the model serves; no shape depends on it.
+    bilinear. ``image_size`` (height, width) is any that the model serves; no shape depends on it. The
+    first convolution has as many input channels as the images.
     """
-    return dict(jax.jit(model.init)(key, jnp.zeros((1, *image_size, 3), model.dtype)))
+    return dict(jax.jit(model.init)(key, jnp.zeros((1, *image_size, channels), model.dtype)))

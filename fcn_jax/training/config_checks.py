@@ -15,7 +15,15 @@ from fcn_jax.weights import is_published
 _LONGEST = 2**20  # pixels of a side; no memory holds such an image
 _SIDES = ("data.base_size", "data.crop_size", "data.input_size", "data.shapes_size")
 _AT_LEAST_ONE = (
-    *("devices", "profile", "data.shapes_count", "train.accumulate", "train.batch_size", "train.eval_batch_size"),
+    *(
+        "devices",
+        "profile",
+        "data.channels",
+        "data.shapes_count",
+        "train.accumulate",
+        "train.batch_size",
+        "train.eval_batch_size",
+    ),
     *("train.keep_last", "train.log_every", "train.pictures_every", "train.steps", *_SIDES),
 )
 _AT_LEAST_ZERO = (
@@ -91,6 +99,10 @@ def check_config(config: Config) -> None:
         check(name, lambda x: x > 0, "> 0")
     check("loss.hard_fraction", lambda x: x <= 1, "<= 1")
     check("data.mask_values", lambda x: 0 <= x <= 255, "in 0 ... 255")
+    check("data.std", lambda x: x > 0, "> 0")
+    for name in ("data.mean", "data.std"):
+        if values[name] is not None and len(values[name]) != config.data.channels:
+            raise InputError(f"expected --{name} with a number for each of --data.channels, got {len(values[name])}")
     check("data.val_fraction", lambda x: 0 < x < 1, "between 0 and 1")
     check("optim.momentum", lambda x: 0 <= x < 1, "in 0 ... 1, below 1")
     check("data.eval_multiple", lambda x: x == 1 or (x > 0 and x % MULTIPLE == 0), f"1 or a multiple of {MULTIPLE}")

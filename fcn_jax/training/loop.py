@@ -62,6 +62,7 @@ def train(config: Config, console: Console, lengthen: bool = False) -> Scores:
     """
     folder = RunFolder(config.run, writes=is_writer())
     trainer = make_trainer(config, resuming=bool(from_writer(has_checkpoint(folder.checkpoints))))
+    config = trainer.config
     dataset = DatasetInfo(trainer.train.dataset, trainer.train.class_names, trainer.train.palette)
 
     def say(message: str) -> None:

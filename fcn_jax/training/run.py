@@ -313,7 +313,9 @@ def open_run(run: str | Path, checkpoint: str = "best") -> TrainedRun:
     config, dataset = folder.read_config()
     check_config(config)
     model = model_from_config(config.model, len(dataset.class_names), config.train.remat)
-    shapes = jax.eval_shape(lambda key: init_variables(model, key, (64, 64)), jax.random.key(0))
+    shapes = jax.eval_shape(
+        lambda key: init_variables(model, key, (64, 64), config.data.channels or 3), jax.random.key(0)
+    )
     sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     like = {"params": shapes["params"], "batch_stats": shapes.get("batch_stats", {})}
     like = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), like)

@@ -30,7 +30,7 @@ from fcn_jax.models.catalog import describe_model
 from fcn_jax.models.fcn import FCN, ScoreFCN
 from fcn_jax.optim import make_optimizer, make_schedule
 from fcn_jax.paths import is_remote, to_path
-from fcn_jax.preprocessing import normalize
+from fcn_jax.preprocessing import normalize, preprocessing_of
 from fcn_jax.step import AxisName, TrainState, TrainStep, make_train_step, new_state
 from fcn_jax.training.config_checks import check_config, flatten
 from fcn_jax.training.distributed import check_same, digest, together, writer_first
@@ -60,6 +60,8 @@ class Length:
 class Trainer:
     """What the loop works with."""
 
+    config: Config
+    """As it was given, with the statistics of the images where they were not."""
     model: FCN
     train: Split
     val: Split
@@ -97,6 +99,11 @@ def make_trainer(config: Config, resuming: bool = False) -> Trainer:
         raise InputError(
             f"{config.data.train} and {config.data.val} have different classes; choose splits that share them"
         )
+    if train.statistics is not None:
+        mean, std = (
+            given or found for given, found in zip((config.data.mean, config.data.std), train.statistics, strict=True)
+        )
+        config = dataclasses.replace(config, data=dataclasses.replace(config.data, mean=mean, std=std))
     mesh = pick_mesh(config.mesh, config.devices)
     unit = config.train.accumulate * groups(mesh)
     if config.train.batch_size % unit:
@@ -123,8 +130,9 @@ def make_trainer(config: Config, resuming: bool = False) -> Trainer:
         notes += ("gradient accumulation with batch norm: each part is normalised by its own statistics",)
 
     parallel = make_parallel_step(config, model, optimizer, loss, mesh)
-    predict = make_predictor(model, config.data.preprocessing, parallel.mesh.local_mesh)
+    predict = make_predictor(model, preprocessing_of(config.data), parallel.mesh.local_mesh)
     return Trainer(
+        config=config,
         model=model,
         train=train,
         val=val,
@@ -158,7 +166,9 @@ def make_parallel_step(config: Config, model: FCN, optimizer: Any, loss: Loss, m
         network = model.clone(axis_name=axis_name, whole_gradients=mesh.shape["space"] > 1)
 
         def apply_fn(variables: Any, images: jax.Array, **keywords: Any) -> Any:
-            return network.apply(variables, normalize(images, config.data.preprocessing, model.param_dtype), **keywords)
+            return network.apply(
+                variables, normalize(images, preprocessing_of(config.data), model.param_dtype), **keywords
+            )
 
         options |= {"reduction": config.loss.reduction, "accumulate": config.train.accumulate}
         step = make_train_step(apply_fn, optimizer, loss, axis_name=axis_name, pass_example_ids=True, **options)
@@ -252,7 +262,7 @@ def starting_variables(config: Config, model: FCN, resuming: bool = False) -> tu
         InputError: the weights do not fit the network, or its preprocessing.
     """
     size = config.data.crop_size or config.data.input_size or (64, 64)
-    variables = init_variables(model, jax.random.key(config.train.seed), size)
+    variables = init_variables(model, jax.random.key(config.train.seed), size, config.data.channels or 3)
     if resuming:
         return variables, ()
     if config.init_from is not None:
@@ -318,6 +328,8 @@ def _open(given: str, model: FCN) -> tuple[weights.Source, str | None, FCN | Non
 
 
 def _check_preprocessing(config: Config, expected: str | None, source: str) -> None:
+    if expected == "caffe" and config.data.channels is not None:
+        raise InputError(f"{source} expects caffe preprocessing, which --data.channels has not; take imagenet weights")
     if expected is not None and expected != config.data.preprocessing:
         raise InputError(
             f"{source} expects {expected} preprocessing, the run has {config.data.preprocessing}; "

@@ -21,6 +21,7 @@ from fcn_jax.weights.layouts.layout import Fit, Layout, Network, check_fit, enco
 from fcn_jax.weights.names import COUNTER, Parameter, conversion, from_torch, list_parameters
 from fcn_jax.weights.sources import Source, TensorInfo, Tensors, open_source
 
+_FIRST = ("vgg.conv1_1.weight", "resnet.conv1.weight")  # which see the image
 _ENCODERS = tuple(f"{scope}." for scope in ENCODER_SCOPES)
 
 
@@ -279,6 +280,8 @@ class _Loading:
             report.left[name] = report.ignored[theirs] = "its weight does not fit"
             return None
         raw = self.tensors.read(theirs)
+        if name in _FIRST and raw.ndim == 4 and raw.shape[1] == 3 and parameter.torch_shape[1] != 3:
+            raw = widen(raw, parameter.torch_shape[1])
         value = from_torch(parameter, raw)
         if value is None:
             misfit = f"{theirs} is {_times(raw.shape)}, {name} needs {_times(parameter.torch_shape)}"
@@ -372,6 +375,24 @@ class _Loading:
     def _error(self, what: str, names: list[str], hint: str) -> InputError:
         more = f" and {len(names) - 8} more" if len(names) > 8 else ""
         return InputError(f"{self.tensors.origin}: {len(names)} tensor(s) {what}: {', '.join(names[:8])}{more}; {hint}")
+
+
+def widen(kernel: np.ndarray, channels: int) -> np.ndarray:
+    """Return a first convolution for another number of channels, from the one for RGB.
+
+    Channel k takes the kernel of channel k modulo 3, divided by the number of channels that do; fewer than three share
+    all three. So images that repeat the channels of an RGB image (r, g, b, r, g ...) have its features, and grey ones
+    those of the RGB image with three times that channel.
+
+    Args:
+        kernel: (out, 3, k, k).
+        channels: of the result, (out, channels, k, k).
+    """
+    wide = np.zeros((len(kernel), channels, *kernel.shape[2:]), kernel.dtype)
+    for index in range(max(3, channels)):
+        copies = len(range(index % 3, channels, 3)) or 1
+        wide[:, index % channels] += kernel[:, index % 3] / copies
+    return wide
 
 
 def _any(name: str, patterns: Iterable[str]) -> bool:

@@ -1,0 +1,132 @@
+"""Images of other channels and bits than 8-bit RGB: read, trained on, predicted, from widened RGB weights."""
+
+import io
+import json
+
+import cv2
+import jax
+import numpy as np
+import pytest
+import tifffile
+import trees
+from small_networks import create, make_network
+
+import fcn_jax
+from fcn_jax import weights
+from fcn_jax.cli import main
+from fcn_jax.cli.train import main as train_command
+from fcn_jax.data.io import decode_channels, encode_array
+from fcn_jax.errors import InputError, UnreadableError
+from fcn_jax.preprocessing import Standardize
+from fcn_jax.weights.load import widen
+
+RNG = np.random.default_rng(0)
+
+
+def files(image):
+    """Return an image as files of each kind that holds it."""
+    encoded = {"npy": encode_array(image)}
+    options = {"contig": image, "separate": np.moveaxis(image, -1, 0)}
+    for config, array in options.items() if image.shape[2] > 1 else [(None, image[..., 0])]:
+        tifffile.imwrite(file := io.BytesIO(), array, planarconfig=config, photometric="minisblack")
+        encoded[f"{config}.tif"] = file.getvalue()
+    if image.shape[2] == 1:
+        encoded["png"] = cv2.imencode(".png", image)[1].tobytes()
+    if image.shape[2] == 4:
+        encoded["png"] = cv2.imencode(".png", image[..., [2, 1, 0, 3]])[1].tobytes()
+    return encoded
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+@pytest.mark.parametrize("channels", [1, 4, 5])
+def test_every_kind_of_file_gives_its_channels(channels, dtype):
+    image = RNG.integers(0, np.iinfo(dtype).max, (7, 9, channels)).astype(dtype)
+    for kind, data in files(image).items():
+        found = decode_channels(data, kind, channels)
+        assert found.dtype == dtype
+        np.testing.assert_array_equal(found, image, err_msg=kind)
+        with pytest.raises(InputError, match=f"{kind}: .*expected uint8 or uint16 .*, {channels + 1}"):
+            decode_channels(data, kind, channels + 1)
+        with pytest.raises(UnreadableError, match=kind):
+            decode_channels(data[: len(data) // 2], kind, channels)
+
+
+def test_floats_are_refused():
+    data = files(np.zeros((4, 4, 5), np.uint8))["npy"].replace(b"|u1", b"<f4")
+    with pytest.raises(InputError, match="a.npy"):
+        decode_channels(data, "a.npy", 5)
+
+
+@pytest.mark.parametrize("channels", [1, 2, 4, 5, 7])
+@pytest.mark.parametrize("name", ["fcn8s", "fcn_resnet50"])
+def test_widened_rgb_weights_give_the_rgb_logits_on_repeated_channels(name, channels):
+    model, variables = make_network(name)
+    wide = fcn_jax.init_variables(model, jax.random.key(1), (64, 64), channels)
+    wide = weights.load(weights.to_torch(model, variables), model, wide)
+    image = RNG.integers(0, 256, (1, 64, 64, 3), dtype=np.uint8)
+    if channels < 3:  # an RGB image of so many different channels
+        image = image[..., np.arange(3) % channels]
+    repeated = image[..., np.arange(channels) % 3]
+    mean, std = ((5.0, 6.0, 7.0), (50.0, 60.0, 70.0)) if channels > 2 else ((5.0,) * 3, (50.0,) * 3)
+
+    def logits(variables, images, count):
+        of_channels = Standardize(*(tuple(values[k % 3] for k in range(count)) for values in (mean, std)))
+        return model.apply(variables, fcn_jax.normalize(images, of_channels, model.param_dtype))
+
+    np.testing.assert_allclose(logits(wide, repeated, channels), logits(variables, image, 3), rtol=1e-9, atol=1e-9)
+
+
+def test_widening_by_hand():
+    kernel = np.arange(1.0, 4.0).reshape(1, 3, 1, 1)
+    for channels, expected in ((1, [6]), (2, [4, 2]), (4, [0.5, 2, 3, 0.5]), (5, [0.5, 1, 3, 0.5, 1])):
+        assert widen(kernel, channels).ravel().tolist() == expected
+
+
+def test_a_set_of_five_channels_of_16_bits_trains_and_predicts(fails, tmp_path, capsys):
+    root = tmp_path / "set"
+    (root / "images").mkdir(parents=True)
+    for index in range(8):
+        h, w = RNG.integers(40, 60, 2)
+        label = np.zeros((h, w), np.uint8)
+        label[10:30, 10:30] = 1
+        image = RNG.integers(1000, 2000, (h, w, 5)) + 20000 * label[..., None].astype(int)
+        tifffile.imwrite(
+            root / f"images/{index}.tif", image.astype(np.uint16), photometric="minisblack", planarconfig="contig"
+        )
+        trees.write_mask(root / f"masks/{index}.png", label)
+    (root / "classes.txt").write_text("background\nobject\n")
+    run, data = tmp_path / "run", f"--data.dir {root} --data.cache-dir {tmp_path}/cache --data.channels 5".split()
+    small = (
+        "--init None --model.encoder vgg11 --model.width 0.05 --model.fc-features 8 --data.workers 0 --devices 1 "
+        "--data.base-size 48 --data.crop-size 32 32 --train.batch-size 4 --train.steps 30 --optim.lr 0.1"
+    ).split()
+    command = ["own", *data, "--data.val-fraction", "0.25", "--run", str(run), *small]
+    assert train_command(command) == 0
+    saved = json.loads((run / "config.json").read_text())["config"]["data"]
+    train = [tifffile.imread(path) for path in sorted((root / "images").iterdir())]
+    assert len(saved["mean"]) == len(saved["std"]) == 5
+    pixels = np.concatenate([image.reshape(-1, 5) for image in train])
+    np.testing.assert_allclose(saved["mean"], pixels.mean(0), rtol=0.2)  # of six of the eight images
+    assert train_command(command) == 0  # nothing left to do, with the same statistics
+    assert main(["eval", "--run", str(run)]) == 0
+    assert main(["data", "folder/all", *data, "--out", str(tmp_path / "facts")]) == 0
+    assert main(["predict", str(root / "images"), "--run", str(run), "--out", str(tmp_path / "out")]) == 0
+    labels = cv2.imread(str(tmp_path / "out/0.png"), cv2.IMREAD_GRAYSCALE)
+    assert labels.shape == train[0].shape[:2] and (tmp_path / "out/0_overlay.png").exists()
+    model, variables, info = fcn_jax.from_pretrained(run)
+    classes = fcn_jax.predict(model, variables, train[0], info)
+    assert np.mean(classes[10:30, 10:30] == 1) > 0.8 and np.mean(classes == 1) < 0.6
+    with pytest.raises(InputError, match=r"uint8 or uint16 \(h, w, 5\)"):
+        fcn_jax.predict(model, variables, train[0][..., :3], info)
+    fails(main, ["export", "--run", run, "--out", tmp_path / "a.safetensors"], "5 channels")
+    fails(train_command, ["shapes", "--data.channels", "5", "--run", tmp_path / "other"], "--data.channels 5")
+    tifffile.imwrite(root / "images/0.tif", train[0].astype(np.uint8), photometric="minisblack", planarconfig="contig")
+    fails(train_command, [*command, "--run", tmp_path / "mixed"], "one dtype")
+
+
+def test_a_model_for_other_channels_refuses_no_weights_but_of_another_shape():
+    model = create("fcn32s")
+    wide = fcn_jax.init_variables(model, jax.random.key(0), (64, 64), 5)
+    with pytest.raises(InputError, match="vgg.conv1_1"):
+        narrow = weights.to_torch(model, wide)
+        weights.load(narrow, model, fcn_jax.init_variables(model, jax.random.key(0)))
