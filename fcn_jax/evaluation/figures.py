@@ -91,15 +91,18 @@ def save_sheet(path: Path, samples: Sequence[Sample], palette: Palette, class_na
     import cv2
     from PIL import Image
 
-    side, columns = 240, 4
-    sheet = np.full((side * -(-len(samples) // columns), side * columns, 3), 255, np.uint8)
-    for index, sample in enumerate(samples):
+    side, columns, pictures = 240, 4, []
+    for sample in samples:
         factor = side / max(sample.label.shape)
         size = tuple(max(1, round(length * factor)) for length in reversed(sample.label.shape))
         image = cv2.resize(as_rgb(sample.image), size, interpolation=cv2.INTER_AREA)
         label = cv2.resize(sample.label, size, interpolation=cv2.INTER_NEAREST_EXACT)
-        top, left = side * (index // columns), side * (index % columns)
-        sheet[top : top + size[1], left : left + size[0]] = overlay(image, label, palette, class_names, sample.name)
+        pictures.append(overlay(image, label, palette, class_names, sample.name))
+    height = max(len(picture) for picture in pictures)
+    sheet = np.full((height * -(-len(pictures) // columns), side * columns, 3), 255, np.uint8)
+    for index, picture in enumerate(pictures):
+        top, left = height * (index // columns), side * (index % columns)
+        sheet[top : top + len(picture), left : left + picture.shape[1]] = picture
     Image.fromarray(sheet).save(path)
 
 

@@ -256,7 +256,7 @@ def test_own_photographs_are_checked_trained_on_and_predicted(fails, tmp_path, c
     facts = json.loads((tmp_path / "facts/data.json").read_text())
     assert facts["classes"]["object"]["images"] == 11 and 0 < facts["classes"]["object"]["share"] < 0.5
     with Image.open(tmp_path / "facts/sheet.png") as sheet:
-        assert sheet.size == (960, 720)
+        assert sheet.size == (960, 3 * 240)
     run = str(tmp_path / "run")
     small = (
         "--init None --model.encoder vgg11 --model.width 0.05 --model.fc-features 8 --data.workers 0 --devices 1 "
