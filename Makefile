@@ -21,6 +21,7 @@ test-slow: $(VENV)/ready-dev $(VENV)/compilers/libtpu $(VENV)/compilers/jax_plug
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m slow tests/unit tests/parity tests/integration
 	$(BIN)/python -m pytest -n 2 --dist loadfile tests/slow
 	$(BIN)/python tests/slow/soak.py --kills 10
+	$(BIN)/python tests/slow/soak.py --gcs --kills 10
 
 # The table of docs/numerics.md: every network at full width against PyTorch in float64; slow, and wants 20 GB.
 PARITY := $(foreach s,32 16 8,fcn$(s)s fcn$(s)s_pad100 fcn$(s)s_ladder fcn$(s)s_resize) fcn8s_pad100_atonce fcns_ladder

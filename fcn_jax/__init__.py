@@ -4,6 +4,7 @@ Long, Shelhamer & Darrell, "Fully Convolutional Networks for Semantic Segmentati
 """
 
 from fcn_jax import losses, metrics, optim, weights
+from fcn_jax.evaluation.evaluate import Views
 from fcn_jax.models import create_model, init_variables
 from fcn_jax.models.kernels import cpu_kernels
 from fcn_jax.preprocessing import normalize
@@ -12,6 +13,7 @@ from fcn_jax.step import make_train_step, new_state
 
 __all__ = [
     "NetworkInfo",
+    "Views",
     "cpu_kernels",
     "create_model",
     "from_pretrained",

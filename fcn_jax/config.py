@@ -77,6 +77,8 @@ class DataConfig:
     """Of each channel, in the images' own units; by default that of the training split."""
     std: tuple[float, ...] | None = None
     """Standard deviation of each channel; by default that of the training split."""
+    bits: int | None = None
+    """Of a sample, 8 or 16; by default those of the training split."""
     input_size: tuple[int, int] | None = None
     """Height and width every image is resized to before the network; scores stay at the labels' own size."""
     crop_size: tuple[int, int] | None = None

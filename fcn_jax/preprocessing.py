@@ -33,6 +33,8 @@ class Standardize:
 
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    bits: int = 8
+    """Of the samples that these are of."""
 
     def __call__(self, images: jax.Array) -> jax.Array:
         """Return the standardised images (b, h, w, channels)."""
@@ -54,7 +56,7 @@ def preprocessing_of(config: DataConfig) -> Preprocessing:
     """Return what a run's images are normalised with."""
     if config.channels is None:
         return config.preprocessing
-    return Standardize(config.mean or (), config.std or ())
+    return Standardize(config.mean or (), config.std or (), config.bits or 8)
 
 
 def fill_color(preprocessing: Preprocessing) -> tuple[int, ...]:

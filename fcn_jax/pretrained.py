@@ -136,11 +136,19 @@ def predict(
         InputError: no such image, or a size that the network does not serve.
     """
     is_rgb = isinstance(info.preprocessing, str)
-    channels = 3 if isinstance(info.preprocessing, str) else len(info.preprocessing.mean)
-    dtypes = (np.uint8,) if is_rgb else (np.uint8, np.uint16)
-    if getattr(image, "dtype", None) not in dtypes or image.ndim != 3 or image.shape[2] != channels or not image.size:
+    channels, bits = (
+        (3, 8) if isinstance(info.preprocessing, str) else (len(info.preprocessing.mean), info.preprocessing.bits)
+    )
+    if probabilities and confidence:
+        raise InputError("probabilities hold the confidence; ask for one of them")
+    if (
+        getattr(image, "dtype", None) != f"uint{bits}"
+        or image.ndim != 3
+        or image.shape[2] != channels
+        or not image.size
+    ):
         found = f"{getattr(image, 'dtype', type(image).__name__)} {getattr(image, 'shape', '')}"
-        expected = "an RGB image, uint8 (h, w, 3)" if is_rgb else f"an image, uint8 or uint16 (h, w, {channels})"
+        expected = "an RGB image, uint8 (h, w, 3)" if is_rgb else f"an image, uint{bits} (h, w, {channels})"
         raise InputError(f"expected {expected}, got {found}")
     output: Output = "probabilities" if probabilities else "confidence" if confidence else "classes"
     if info.input_size is None:

@@ -17,11 +17,12 @@ from rich.markup import escape
 from rich.table import Table
 
 from fcn_jax.cli.process import make_folder
-from fcn_jax.config import DataConfig
+from fcn_jax.config import Config, DataConfig
 from fcn_jax.data.datasets import Split, decode, load
 from fcn_jax.evaluation.evaluate import Sample, spread
-from fcn_jax.evaluation.figures import save_sheet
+from fcn_jax.evaluation.figures import save_sheet, thumbnail
 from fcn_jax.losses import IGNORE
+from fcn_jax.training.config_checks import check_config
 
 _SMALLEST = 32
 """Sides below this have one cell at the coarsest stride."""
@@ -46,6 +47,7 @@ def main(arguments: Sequence[str]) -> int:
     given = tyro.cli(DataArguments, prog="fcn-jax data", args=list(arguments))
     if given.out is not None:
         make_folder(given.out)
+    check_config(Config(data=given.data))
     split = load(given.split, given.data)
     facts, samples = examine(split)
     _show(given.split, split, facts)
@@ -81,7 +83,7 @@ def examine(split: Split) -> tuple[dict[str, Any], list[Sample]]:
         if np.count_nonzero(found) == 1:
             single.append(name)
         if index in shown:
-            samples.append(Sample(name, example["image"], label, label))
+            samples.append(thumbnail(Sample(name, example["image"], label, label)))
     total = max(1, int(pixels.sum()))
     classes = {
         name: {"images": int(count), "share": float(each / total)}

@@ -29,6 +29,7 @@ from fcn_jax.paths import write_whole
 from fcn_jax.preprocessing import preprocessing_of
 from fcn_jax.pretrained import NetworkInfo
 from fcn_jax.training.run import RunFolder
+from fcn_jax.training.trainer import check_bits
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,7 @@ def main(arguments: Sequence[str]) -> int:
     name = given.split or data.val
     split = load(name, data)
     _check_classes(name, split.class_names, info)
+    check_bits(config, split)
     if views != PLAIN:
         data = replace(data, eval_multiple=1)  # an image that is padded has no mirror image
     mesh = make_mesh(jax.devices()[: config.devices]) if given.mesh is None else pick_mesh(given.mesh)
@@ -116,7 +118,7 @@ def main(arguments: Sequence[str]) -> int:
 def _boundary(pixels: int | None, iou: np.ndarray | None) -> dict[str, Any] | None:
     if iou is None:
         return None
-    return {"pixels": pixels, "mean_iou": plain(mean_of_defined(iou)), "per_class_iou": plain(iou)}
+    return {"pixels": pixels, "mean_iu": plain(mean_of_defined(iou)), "per_class_iu": plain(iou)}
 
 
 def _check_classes(name: str, found: tuple[str, ...], info: NetworkInfo) -> None:

@@ -60,7 +60,7 @@ def main(arguments: Sequence[str]) -> int:
     """Predict images with a trained network; the exit code."""
     given = tyro.cli(PredictArguments, prog="fcn-jax predict", args=list(arguments))
     images = [path for name in given.images for path in _files(name)]
-    if not images:
+    if not given.images:
         raise InputError("no image given; name image files, or a folder that holds some")
     views = Views(given.scales, given.flip)
     mesh = None if given.mesh is None else pick_mesh(given.mesh)
@@ -75,6 +75,7 @@ def main(arguments: Sequence[str]) -> int:
         "views": views,
         "mesh": mesh,
     }
+    options["confidence"] &= not given.probabilities
     seconds: Counter[str] = Counter()
     skipped = 0
     began = time.perf_counter()
@@ -102,7 +103,7 @@ def main(arguments: Sequence[str]) -> int:
                 print(f"{path}: {image.shape[0]}x{image.shape[1]} -> {_outputs(given, path)[0]}")
     elapsed, done = time.perf_counter() - began, len(images) - skipped
     parts = ", ".join(f"{name} {value / elapsed:.0%}" for name, value in seconds.items())
-    print(f"{done} images in {elapsed:.1f} s: {parts}; class shares in {given.out / 'classes.csv'}")
+    print(f"{done} image{'s' * (done != 1)} in {elapsed:.1f} s: {parts}; class shares in {given.out / 'classes.csv'}")
     if skipped:
         print(f"error: {skipped} of {len(images)} images could not be read and are left out", file=sys.stderr)
     return 3 if skipped else 0
@@ -119,13 +120,19 @@ def _files(name: str) -> list[Path]:
     """Return the images that an argument names, in the order of their names."""
     path = Path(name)
     if path.is_dir():
-        found = sorted(file for file in path.iterdir() if file.suffix.lower() in (*IMAGE_SUFFIXES, ".npy"))
+        found = sorted(
+            file
+            for file in path.iterdir()
+            if file.suffix.lower() in (*IMAGE_SUFFIXES, ".npy") and not file.name.startswith(".") and file.is_file()
+        )
         if not found:
             raise InputError(f"{path}: holds no image ({' '.join(IMAGE_SUFFIXES)}); name another folder")
         return found
     if path.exists() or not glob.has_magic(name):
         return [path]
-    return [Path(file) for file in sorted(glob.glob(name, recursive=True))]
+    if not (matching := sorted(glob.glob(name, recursive=True))):
+        raise InputError(f"{name}: no file is called so; correct the pattern")
+    return [Path(file) for file in matching]
 
 
 def _outputs(given: PredictArguments, image: Path) -> list[Path]:
@@ -159,7 +166,8 @@ def _write(given: PredictArguments, path: Path, image: np.ndarray, found: np.nda
 def _check_outputs(images: Sequence[Path], outputs: Sequence[Path]) -> None:
     """Raise InputError where an output would overwrite another one or an input."""
     if len(set(outputs)) < len(outputs):
-        raise InputError("two of the images share a name and would overwrite each other; predict them into two folders")
+        twice, _ = Counter(image.stem for image in images).most_common(1)[0]
+        raise InputError(f"two of the images share a name, {twice}, and would overwrite each other; rename one of them")
     inputs = {image.resolve() for image in images}
     for path in outputs:
         if path.resolve() in inputs:

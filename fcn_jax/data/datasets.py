@@ -10,7 +10,7 @@ from typing import Any, Protocol
 from fcn_jax.config import DataConfig
 from fcn_jax.data import camvid, folder, sbd, shapes, tfds_folder, voc
 from fcn_jax.data.io import Listing, decode_image, decode_label
-from fcn_jax.data.prepared import Examples, Record, prepare, read_summary
+from fcn_jax.data.prepared import Examples, Record, Statistics, prepare, read_summary
 from fcn_jax.errors import InputError, unknown
 
 _log = logging.getLogger(__name__)
@@ -48,8 +48,8 @@ class Split:
     """Height and width where all images share them, else None."""
     skipped: tuple[str, ...] = ()
     """Why each image that was left out could not be read."""
-    statistics: tuple[tuple[float, ...], tuple[float, ...]] | None = None
-    """Mean and standard deviation of each channel of images that are not 8-bit RGB."""
+    statistics: Statistics | None = None
+    """Of images that are not 8-bit RGB."""
 
     def __len__(self) -> int:
         """Return the number of examples."""
@@ -62,7 +62,7 @@ class Split:
 
 
 def decode(record: Record) -> dict[str, Any]:
-    """Decode a stored example to ``{"image": uint8 (h, w, 3) RGB, "label": uint8 (h, w), "name": str}``."""
+    """Decode a stored example to ``{"image": (h, w, channels), "label": uint8 (h, w), "name": str}``."""
     name = record["name"]
     image = decode_image(record["image"], name, verify=False)
     return {"image": image, "label": decode_label(record["label"], name, verify=False), "name": name}
@@ -80,7 +80,7 @@ def load(spec: str, config: DataConfig) -> Split:
     if dataset not in DATASETS:
         raise unknown("data set", dataset, DATASETS)
     splits, listing_of = DATASETS[dataset]
-    if split not in splits:
+    if splits and split not in splits:
         raise unknown(f"split of {dataset}", split, splits)
     if config.channels is not None and dataset != "folder":
         raise InputError(f"--data.channels {config.channels} is of folder alone; leave it out for {dataset}")

@@ -72,11 +72,14 @@ def read_classes(path: Path) -> ClassList:
         )
     found: list[tuple[str, Color | None]] = []
     for line in lines_in(path, "class name"):
-        name, color = re.fullmatch(r"(.*?)(?:\s+#([0-9a-fA-F]{6}))?", line).groups()  # type: ignore[union-attr]
+        match = re.fullmatch(r"(.*?)(?:\s+#([0-9a-fA-F]{6}))?", line)
+        if match is None or "#" in match[1]:
+            raise InputError(f"{path}: {line!r} is no class; expected NAME or NAME #RRGGBB, as in road #804080")
+        name, color = match.groups()
         found.append((name, None if color is None else tuple(bytes.fromhex(color))))  # type: ignore[arg-type]
-    for kind, values in (("", [name for name, _ in found]), ("colour ", [color for _, color in found if color])):
-        if twice := sorted(str(value) for value, count in Counter(values).items() if count > 1):
-            raise InputError(f"{path}: lists {kind}{twice[0]!r} twice; each class has one line")
+    for shown in ([name for name, _ in found], [f"#{bytes(color).hex()}" for _, color in found if color]):
+        if twice := [value for value, count in Counter(shown).items() if count > 1]:
+            raise InputError(f"{path}: lists {twice[0]!r} twice; each class has its own name and colour")
     ignored = next((color for name, color in found if name == "ignore" and color), None)
     classes = [(name, color) for name, color in found if not (name == "ignore" and color)]
     if not 2 <= len(classes) < IGNORE:
@@ -119,12 +122,15 @@ def _by_value(label: np.ndarray, values: tuple[int, ...], name: str) -> np.ndarr
     return ids.astype(np.uint8)
 
 
-def _by_color(pixels: np.ndarray, classes: ClassList, name: str) -> np.ndarray:
+def _by_color(pixels: np.ndarray, indices: np.ndarray | None, classes: ClassList, name: str) -> np.ndarray:
+    """Return the class of each pixel's colour; a palette's ``indices`` where no colour is another class's."""
     packed = pixels.astype(np.int32) @ np.array([1 << 16, 1 << 8, 1])
     label = np.full(packed.shape, -1)
-    for index, color in [*enumerate(classes.palette), (IGNORE, classes.ignored)]:
+    for index, color in [*enumerate(classes.colors), (IGNORE, classes.ignored)]:
         if color is not None:
             label[packed == int.from_bytes(bytes(color))] = index
+    if indices is not None and not np.any((label >= 0) & (label != indices)):
+        return indices  # of a palette that says nothing else
     if (label < 0).any():
         row, column = np.argwhere(label < 0)[0]
         shown = "#" + bytes(pixels[row, column].tolist()).hex()
@@ -139,7 +145,7 @@ def _read(entry: Entry, classes: ClassList, values: tuple[int, ...] | None) -> t
     assert entry.image is not None and entry.label is not None
     data, name = read_bytes(entry.label), str(entry.label)
     if any(classes.colors) and (pixels := decode_colors(data, name)) is not None:
-        return read_bytes(entry.image), _by_color(pixels, classes, name)
+        return read_bytes(entry.image), _by_color(*pixels, classes, name)
     label = decode_label(data, name)
     return read_bytes(entry.image), label if values is None else _by_value(label, values, name)
 
@@ -154,12 +160,15 @@ def listing(split: str, config: DataConfig) -> Listing:
             f"expected --data.mask-values with a value for each of {len(classes.names)} classes, got {len(values)}"
         )
     draws = config.val_fraction is not None and split in ("train", "val")
+    if draws and any((root / folder).is_dir() for folder in ("train", "images/train")):
+        raise InputError(f"{root} is split already; leave out --data.val-fraction")
     suffixes = IMAGE_SUFFIXES + ((".npy",) if config.channels else ())
     entries = pairs_by_name(*_folders(root, "all" if draws else split), suffixes, _MASKS)
     if draws and config.val_fraction is not None:
         if len(entries) < 2:
             raise InputError(f"{root}: holds one image, which cannot be in train and val; add more")
         entries = _drawn(entries, split, config.val_fraction, config.split_seed)
-    version = "" if values is None and not any(classes.colors) else f"{values} {classes}"
+    drawn = (config.val_fraction, config.split_seed) if draws else ()
+    version = f"{values} {classes} {drawn}" if draws or values is not None or any(classes.colors) else ""
     read = partial(_read, classes=classes, values=values)
     return Listing("folder", split, classes.names, classes.palette, entries, read, version=version)

@@ -152,9 +152,12 @@ def _open(data: bytes, name: str, kind: str) -> Image.Image:
         Image.open(io.BytesIO(data), formats=_FORMATS).verify()
         image = Image.open(io.BytesIO(data), formats=_FORMATS)
         image.load()
+        pages = getattr(image, "n_frames", 1) if image.format == "TIFF" else 1
     except Exception as error:  # Pillow raises many kinds for a damaged file
         unknown = isinstance(error, UnidentifiedImageError)
         raise _unreadable(name, kind, "damaged or of another type" if unknown else first_line(error)) from error
+    if pages > 1:
+        raise InputError(f"{name}: a TIFF file of {pages} pages; where they are channels, give --data.channels {pages}")
     return image
 
 
@@ -190,6 +193,12 @@ def decode_image(data: bytes, name: str, verify: bool = True) -> np.ndarray:
     return cv2.cvtColor(_decode(data, cv2.IMREAD_COLOR, name, "image"), cv2.COLOR_BGR2RGB)
 
 
+def _grey(image: Image.Image) -> Image.Image | None:
+    """Return the first channel of an image whose colour channels are equal."""
+    red, green, blue = image.split()[:3]
+    return red if red.tobytes() == green.tobytes() == blue.tobytes() else None
+
+
 def decode_channels(data: bytes, name: str, channels: int) -> np.ndarray:
     """Decode an image of any number of channels, uint8 or uint16 (h, w, channels).
 
@@ -199,8 +208,8 @@ def decode_channels(data: bytes, name: str, channels: int) -> np.ndarray:
         channels: how many there are.
 
     Raises:
-        InputError: another number of channels or bits, or TIFF files without tifffile.
-        UnreadableError: not a whole image.
+        InputError: a compression that tifffile does not know without imagecodecs.
+        UnreadableError: not a whole image, or another number of channels or bits.
     """
     if data.startswith(NPY):
         image = _from_npy(data, name)
@@ -208,7 +217,9 @@ def decode_channels(data: bytes, name: str, channels: int) -> np.ndarray:
         image = _from_tiff(data, name)
     else:
         _open(data, name, "image")
-        image = _decode(data, cv2.IMREAD_UNCHANGED, name, "image")
+        # OpenCV applies an EXIF orientation where it may drop the alpha channel, which JPEG has not.
+        flags = cv2.IMREAD_UNCHANGED if channels == 4 else cv2.IMREAD_ANYCOLOR | cv2.IMREAD_ANYDEPTH
+        image = _decode(data, flags, name, "image")
         if image.ndim == 3:
             image[..., :3] = image[..., 2::-1].copy()
     if image.ndim == 2:
@@ -216,28 +227,29 @@ def decode_channels(data: bytes, name: str, channels: int) -> np.ndarray:
     if image.ndim == 3 and image.shape[-1] != channels == image.shape[0]:
         image = np.moveaxis(image, 0, -1)
     if image.ndim != 3 or image.shape[-1] != channels or image.dtype not in (np.uint8, np.uint16) or not image.size:
-        raise InputError(
+        raise UnreadableError(
             f"{name}: {image.dtype} of shape {image.shape}; expected uint8 or uint16 (height, width, {channels}): "
-            "correct the file or --data.channels"
+            "correct the file, or --data.channels in training"
         )
     return np.ascontiguousarray(image)
 
 
 def _from_npy(data: bytes, name: str) -> np.ndarray:
     try:
-        return np.load(io.BytesIO(data), allow_pickle=False)
+        image = np.load(io.BytesIO(data), allow_pickle=False)
+        return image.astype(image.dtype.newbyteorder("="), copy=False)
     except Exception as error:  # of a damaged header as well
         raise _unreadable(name, "image", first_line(error)) from error
 
 
 def _from_tiff(data: bytes, name: str) -> np.ndarray:
-    try:
-        import tifffile
-    except ImportError as error:
-        raise InputError(f"{name}: TIFF files of any number of channels need tifffile: pip install tifffile") from error
+    import tifffile
+
     try:
         return tifffile.imread(io.BytesIO(data))
     except Exception as error:  # tifffile raises many kinds for a damaged file
+        if "imagecodecs" in str(error):
+            raise InputError(f"{name}: its compression needs another package: pip install imagecodecs") from error
         raise _unreadable(name, "image", first_line(error)) from error
 
 
@@ -265,6 +277,8 @@ def decode_label(data: bytes, name: str, verify: bool = True) -> np.ndarray:
     image = _open(data, name, "mask")
     if image.format in ("JPEG", "MPO"):
         raise InputError(f"{name}: a JPEG mask has no exact class ids; save masks as PNG")
+    if image.mode in ("RGB", "RGBA") and (grey := _grey(image)) is not None:
+        image = grey
     if image.mode not in ("P", "L", "1", "I;16"):
         raise InputError(
             f"{name}: a mask with colour channels; expected one channel of class ids (or a palette image): "
@@ -281,19 +295,19 @@ def decode_label(data: bytes, name: str, verify: bool = True) -> np.ndarray:
     return label
 
 
-def decode_colors(data: bytes, name: str) -> np.ndarray | None:
-    """Decode a mask with colour channels to uint8 (h, w, 3) RGB; None for one of class ids, as ``decode_label`` takes.
+def decode_colors(data: bytes, name: str) -> tuple[np.ndarray, np.ndarray | None] | None:
+    """Decode a mask of colours to uint8 (h, w, 3) RGB, and its palette indices (h, w), if any; None for a grey one.
 
     Raises:
         InputError: a JPEG mask.
         UnreadableError: as ``decode_label``.
     """
     image = _open(data, name, "mask")
-    if image.mode not in ("RGB", "RGBA"):
+    if image.mode not in ("RGB", "RGBA", "P"):
         return None
     if image.format in ("JPEG", "MPO"):
         raise InputError(f"{name}: a JPEG mask has no exact colours; save masks as PNG")
-    return np.asarray(image.convert("RGB"))
+    return np.asarray(image.convert("RGB")), np.asarray(image) if image.mode == "P" else None
 
 
 def encode_label(label: np.ndarray) -> bytes:

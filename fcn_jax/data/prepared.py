@@ -30,6 +30,10 @@ UNFINISHED = ".unfinished-"  # prefix of a copy that is being written, or was wh
 _FORMAT = 1  # raise it when prepared copies of an older kind must not be used any more
 
 
+Statistics = tuple[tuple[float, ...], tuple[float, ...], int]
+"""Mean and standard deviation of each channel, and the bits of a sample."""
+
+
 class Record(TypedDict):
     """One stored example: encoded image, encoded 8-bit grey label, name."""
 
@@ -120,13 +124,13 @@ class Pairs(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type: i
         self._sums += [np.full(channels, len(values)), values.sum(0), np.square(values).sum(0)]
         return pixels
 
-    def _statistics(self) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
-        if self._listing.channels is None:
+    def _statistics(self) -> Statistics | None:
+        if self._dtype is None:
             return None
         count, total, squares = self._sums
         mean = total / count
         std = np.sqrt(np.maximum(squares / count - mean**2, 0))
-        return tuple(mean.tolist()), tuple(np.where(std > 0, std, 1).tolist())
+        return tuple(mean.tolist()), tuple(np.where(std > 0, std, 1).tolist()), 8 * self._dtype.itemsize
 
     def summary(self) -> Summary:
         """Return the summary once prepared; an InputError where all labels are ignored."""
@@ -141,7 +145,10 @@ class Pairs(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type: i
         count = len(self._listing.entries) - len(self._skipped)
         image_size = next(iter(self._sizes)) if len(self._sizes) == 1 else None
         source = os.path.commonpath(files) if files else None
-        return Summary(count, image_size, tuple(self._skipped), source, self._listing.unreadable, self._statistics())
+        options = f"{self._listing.version} {self._listing.channels or ''}".strip()
+        return Summary(
+            count, image_size, tuple(self._skipped), source, self._listing.unreadable, self._statistics(), options
+        )
 
 
 class Examples:
@@ -216,7 +223,8 @@ def prepare(listing: Listing, cache_dir: str) -> Path:
         for copy in parent.glob(f"{listing.split}-*"):
             with contextlib.suppress(InputError, OSError):
                 before = read_summary(copy)
-                same = before.source == summary.source is not None and before.unreadable == summary.unreadable
+                same = before.source == summary.source is not None and before.options == summary.options
+                same &= before.unreadable == summary.unreadable
                 if same and copy != final and is_remote(copy):
                     copy.rmtree()  # type: ignore[attr-defined]  # epath
                 elif same and copy != final:
@@ -239,8 +247,10 @@ class Summary:
     source: str | None = None
     """The folder that the files came from; None where they were generated."""
     unreadable: Literal["error", "skip"] = "error"
-    statistics: tuple[tuple[float, ...], tuple[float, ...]] | None = None
-    """Mean and standard deviation of each channel of images that are not 8-bit RGB."""
+    statistics: Statistics | None = None
+    """Of images that are not 8-bit RGB."""
+    options: str = ""
+    """Whatever else decides what is in it, see ``Listing.version``."""
 
 
 @dataclass(frozen=True)
@@ -273,9 +283,10 @@ def read_summary(folder: Path) -> Summary:
         image_size = None if size is None else (int(size[0]), int(size[1]))
         skipped = tuple(map(str, content.get("skipped", ())))
         source, unreadable = content.get("source"), content.get("unreadable", "error")
-        statistics = content.get("statistics")
-        statistics = statistics and tuple(tuple(map(float, values)) for values in statistics)
-        return Summary(int(content["examples"]), image_size, skipped, source, unreadable, statistics)
+        found = content.get("statistics")
+        statistics = found and (*(tuple(map(float, values)) for values in found[:2]), int(found[2]))
+        options = str(content.get("options", ""))
+        return Summary(int(content["examples"]), image_size, skipped, source, unreadable, statistics, options)
     except Exception as error:  # what a damaged file holds may fail anywhere
         raise damaged(folder, error) from error
 

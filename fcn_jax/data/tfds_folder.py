@@ -18,7 +18,8 @@ from fcn_jax.data.io import Entry, Listing, decode_label, folder_of
 from fcn_jax.errors import InputError, first_line
 from fcn_jax.paths import to_path
 
-SPLITS = ("train", "validation", "val", "test")
+SPLITS = ()
+"""Any that the data set has."""
 _MASKS = ("segmentation_mask", "mask", "label")
 
 

@@ -36,6 +36,7 @@ class Views:
     """Each scale as it is and mirrored left-right."""
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "scales", tuple(self.scales))
         if not self.scales or not all(0.1 <= scale <= 8 for scale in self.scales):
             raise InputError(f"expected --scales in 0.1 ... 8, got {self.scales}; 1 is the image's own size")
 
@@ -189,7 +190,7 @@ def evaluate(
         confusion += metrics.confusion_matrix(labels[valid], predictions[valid], num_classes)
         for row in np.flatnonzero(valid):
             h, w = labels.shape[1:3] if "extent" not in batch else batch["extent"][row]
-            if boundary is not None and boundary_pixels:
+            if boundary is not None and boundary_pixels is not None:
                 boundary += boundary_counts(labels[row, :h, :w], predictions[row, :h, :w], num_classes, boundary_pixels)
             if images in samples_at:
                 image = batch["image"][row] if "extent" not in batch else batch["image"][row, :h, :w]

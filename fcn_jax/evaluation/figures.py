@@ -86,18 +86,23 @@ def save_class_scores(path: Path, class_names: Sequence[str], scores: Mapping[st
     _save(figure, path)
 
 
-def save_sheet(path: Path, samples: Sequence[Sample], palette: Palette, class_names: Sequence[str]) -> None:
-    """Write a contact sheet: images with their labels laid over them, four in a row, each in a square of 240 pixels."""
+def thumbnail(sample: Sample, side: int = 240) -> Sample:
+    """Return a sample whose longer side has so many pixels."""
     import cv2
+
+    factor = side / max(sample.label.shape)
+    size = tuple(max(1, round(length * factor)) for length in reversed(sample.label.shape))
+    image = cv2.resize(as_rgb(sample.image), size, interpolation=cv2.INTER_AREA)
+    label = cv2.resize(sample.label, size, interpolation=cv2.INTER_NEAREST_EXACT)
+    return Sample(sample.name, image, label, label)
+
+
+def save_sheet(path: Path, samples: Sequence[Sample], palette: Palette, class_names: Sequence[str]) -> None:
+    """Write a contact sheet: thumbnails with their labels laid over them, four in a row."""
     from PIL import Image
 
-    side, columns, pictures = 240, 4, []
-    for sample in samples:
-        factor = side / max(sample.label.shape)
-        size = tuple(max(1, round(length * factor)) for length in reversed(sample.label.shape))
-        image = cv2.resize(as_rgb(sample.image), size, interpolation=cv2.INTER_AREA)
-        label = cv2.resize(sample.label, size, interpolation=cv2.INTER_NEAREST_EXACT)
-        pictures.append(overlay(image, label, palette, class_names, sample.name))
+    columns, side = 4, max(max(sample.label.shape) for sample in samples)
+    pictures = [overlay(each.image, each.label, palette, class_names, each.name) for each in samples]
     height = max(len(picture) for picture in pictures)
     sheet = np.full((height * -(-len(pictures) // columns), side * columns, 3), 255, np.uint8)
     for index, picture in enumerate(pictures):

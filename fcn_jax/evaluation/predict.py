@@ -97,11 +97,11 @@ def make_image_predictor(
         output: what is returned of each pixel.
         views: over which the softmax is averaged.
         mesh: splits the height of whole images over its axis ``space``; by default one device.
-        whole_pixels: larger images, for each device of ``space``, are cut into tiles.
+        whole_pixels: images that are larger, or are in a view, for each device of ``space``, are cut into tiles.
         tile: side of a tile in pixels, a multiple of 32.
 
     Returns:
-        (variables, RGB image uint8 (h, w, 3)) -> classes uint8 (h, w), or floats (h, w, num_classes) or (h, w, 2); an
+        (variables, image (h, w, channels)) -> classes uint8 (h, w), or floats (h, w, num_classes) or (h, w, 2); an
         InputError for a size that is not served.
     """
     network: Any = model
@@ -125,11 +125,12 @@ def make_image_predictor(
         h, w = image.shape[:2]
         check_size(model, (h, w))
         margin = _round_up(math.ceil(context(model) / min(views.scales)), 32)
+        enlarged = max(1.0, *views.scales)
+        side = max(32, int(tile / enlarged) // 32 * 32)
+        whole = h * w * enlarged**2 <= whole_pixels * space
         # A side below 32 has one cell of stride 32, too.
         (height, rows), (width, columns) = (
-            _windows(n, n, 0, m if plain else 1)
-            if h * w <= whole_pixels * space
-            else _windows(n, tile, margin, MULTIPLE if plain else 1)
+            _windows(n, n, 0, m if plain else 1) if whole else _windows(n, side, margin, MULTIPLE if plain else 1)
             for n, m in ((max(h, 32), math.lcm(MULTIPLE, 32 * space)), (max(w, 32), MULTIPLE))
         )
         tiles = list(itertools.product(rows, columns))

@@ -99,8 +99,17 @@ def check_config(config: Config) -> None:
         check(name, lambda x: x > 0, "> 0")
     check("loss.hard_fraction", lambda x: x <= 1, "<= 1")
     check("data.mask_values", lambda x: 0 <= x <= 255, "in 0 ... 255")
+    if len(set(config.data.mask_values or ())) < len(config.data.mask_values or ()):
+        raise InputError(
+            f"expected --data.mask-values with a value of its own for each class, got {config.data.mask_values}"
+        )
+    if config.data.val_fraction is not None and config.data.train == "folder/all":
+        raise InputError("--data.train folder/all holds the images that --data.val-fraction draws; give folder/train")
     check("data.std", lambda x: x > 0, "> 0")
+    check("data.bits", lambda x: x in (8, 16), "8 or 16")
     for name in ("data.mean", "data.std"):
+        if values[name] is not None and config.data.channels is None:
+            raise InputError(f"--{name} is of images with --data.channels; give that as well")
         if values[name] is not None and len(values[name]) != config.data.channels:
             raise InputError(f"expected --{name} with a number for each of --data.channels, got {len(values[name])}")
     check("data.val_fraction", lambda x: 0 < x < 1, "between 0 and 1")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
@@ -93,6 +94,7 @@ def make_trainer(config: Config, resuming: bool = False) -> Trainer:
         InputError: the config asks for something that is not possible.
     """
     check_config(config)
+    loss_terms(config.loss)
     check_same({name: value for name, value in flatten(config).items() if name not in _OWN_FIELDS})
     train, val = writer_first(lambda: (load(config.data.train, config.data), load(config.data.val, config.data)))
     if train.class_names != val.class_names:
@@ -100,10 +102,11 @@ def make_trainer(config: Config, resuming: bool = False) -> Trainer:
             f"{config.data.train} and {config.data.val} have different classes; choose splits that share them"
         )
     if train.statistics is not None:
-        mean, std = (
-            given or found for given, found in zip((config.data.mean, config.data.std), train.statistics, strict=True)
-        )
-        config = dataclasses.replace(config, data=dataclasses.replace(config.data, mean=mean, std=std))
+        names = ("mean", "std", "bits")
+        found = dict(zip(names, train.statistics, strict=True))
+        given = {name: getattr(config.data, name) for name in names if getattr(config.data, name) is not None}
+        config = dataclasses.replace(config, data=dataclasses.replace(config.data, **{**found, **given}))
+        check_bits(config, train, val)
     mesh = pick_mesh(config.mesh, config.devices)
     unit = config.train.accumulate * groups(mesh)
     if config.train.batch_size % unit:
@@ -144,6 +147,16 @@ def make_trainer(config: Config, resuming: bool = False) -> Trainer:
         least_step_s=least_step_time(config, model, size, mesh),
         notes=notes,
     )
+
+
+def check_bits(config: Config, *splits: Split) -> None:
+    """Raise InputError where the images of a split have other bits than those that the network was trained on."""
+    for split in splits:
+        if split.statistics is not None and split.statistics[2] != config.data.bits:
+            raise InputError(
+                f"{split.dataset}/{split.split} has samples of {split.statistics[2]} bits, the network takes "
+                f"{config.data.bits}; convert the images"
+            )
 
 
 def least_step_time(config: Config, model: FCN, size: tuple[int, int] | None, mesh: Mesh) -> float | None:
@@ -208,12 +221,13 @@ def loss_terms(config: LossConfig) -> dict[str, float]:
         return {config.kind: 1.0}
     found: dict[str, float] = {}
     for term in config.terms:
-        match = re.fullmatch(r"([a-z]+):(\d*\.?\d+)", term)
-        if not match or match[1] in found:
+        name, _, factor = term.partition(":")
+        number = float(factor) if re.fullmatch(r"\d*\.?\d*(e-?\d+)?", factor) and re.search(r"\d", factor) else 0.0
+        if name in found or not 0 < number < math.inf:
             raise InputError(
                 f"expected --loss.terms NAME:FACTOR ..., got {' '.join(config.terms)}; as in softmax:1 dice:0.5"
             )
-        found[match[1]] = float(match[2])
+        found[name] = number
     return found
 
 
@@ -339,7 +353,8 @@ def _check_preprocessing(config: Config, expected: str | None, source: str) -> N
 
 def _account(given: str, report: weights.Report) -> str:
     new, unused = _layers(report.left, report.filled), _layers(report.ignored, report.filled.values())
-    return f"from {given}: {len(report.filled)} arrays; new: {new}; unused: {unused}"
+    wide = [f"; {name}: {how}" for name, how in report.converted.items() if "widened" in how]
+    return f"from {given}: {len(report.filled)} arrays; new: {new}; unused: {unused}{''.join(wide)}"
 
 
 def _layers(names: Iterable[str], others: Collection[str]) -> str:

@@ -280,8 +280,10 @@ class _Loading:
             report.left[name] = report.ignored[theirs] = "its weight does not fit"
             return None
         raw = self.tensors.read(theirs)
+        widened = ""
         if name in _FIRST and raw.ndim == 4 and raw.shape[1] == 3 and parameter.torch_shape[1] != 3:
             raw = widen(raw, parameter.torch_shape[1])
+            widened = f", widened from 3 to {parameter.torch_shape[1]} channels"
         value = from_torch(parameter, raw)
         if value is None:
             misfit = f"{theirs} is {_times(raw.shape)}, {name} needs {_times(parameter.torch_shape)}"
@@ -295,7 +297,7 @@ class _Loading:
         if parameter.path not in self.values:
             self.values[parameter.path], report.filled[name] = jnp.asarray(value), theirs
             cast = "" if raw.dtype == value.dtype else f", {raw.dtype} to {value.dtype}"
-            report.converted[name] = conversion(parameter, raw.shape) + cast
+            report.converted[name] = conversion(parameter, raw.shape) + cast + widened
         elif np.array_equal(self.values[parameter.path], value):
             report.ignored[theirs] = f"a copy of {report.filled[name]}"
         else:

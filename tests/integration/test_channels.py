@@ -9,13 +9,14 @@ import numpy as np
 import pytest
 import tifffile
 import trees
+from PIL import Image
 from small_networks import create, make_network
 
 import fcn_jax
 from fcn_jax import weights
 from fcn_jax.cli import main
 from fcn_jax.cli.train import main as train_command
-from fcn_jax.data.io import decode_channels, encode_array
+from fcn_jax.data.io import decode_channels, decode_image, encode_array
 from fcn_jax.errors import InputError, UnreadableError
 from fcn_jax.preprocessing import Standardize
 from fcn_jax.weights.load import widen
@@ -45,10 +46,21 @@ def test_every_kind_of_file_gives_its_channels(channels, dtype):
         found = decode_channels(data, kind, channels)
         assert found.dtype == dtype
         np.testing.assert_array_equal(found, image, err_msg=kind)
-        with pytest.raises(InputError, match=f"{kind}: .*expected uint8 or uint16 .*, {channels + 1}"):
+        with pytest.raises(UnreadableError, match=f"{kind}: .*expected uint8 or uint16 .*, {channels + 1}"):
             decode_channels(data, kind, channels + 1)
         with pytest.raises(UnreadableError, match=kind):
             decode_channels(data[: len(data) // 2], kind, channels)
+
+
+def test_an_orientation_is_applied_and_pages_are_named():
+    image, exif = trees.picture(0, (20, 30)), Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(image).save(file := io.BytesIO(), "JPEG", exif=exif)
+    np.testing.assert_array_equal(decode_channels(file.getvalue(), "a.jpg", 3), decode_image(file.getvalue(), "a.jpg"))
+    tifffile.imwrite(file := io.BytesIO(), np.zeros((5, 40, 50), np.uint8), photometric="minisblack")
+    with pytest.raises(InputError, match="5 pages; .*--data.channels 5"):
+        decode_image(file.getvalue(), "a.tif")
+    assert decode_channels(file.getvalue(), "a.tif", 5).shape == (40, 50, 5)
 
 
 def test_floats_are_refused():
@@ -107,6 +119,7 @@ def test_a_set_of_five_channels_of_16_bits_trains_and_predicts(fails, tmp_path, 
     assert len(saved["mean"]) == len(saved["std"]) == 5
     pixels = np.concatenate([image.reshape(-1, 5) for image in train])
     np.testing.assert_allclose(saved["mean"], pixels.mean(0), rtol=0.2)  # of six of the eight images
+    assert saved["bits"] == 16
     assert train_command(command) == 0  # nothing left to do, with the same statistics
     assert main(["eval", "--run", str(run)]) == 0
     assert main(["data", "folder/all", *data, "--out", str(tmp_path / "facts")]) == 0
@@ -116,8 +129,9 @@ def test_a_set_of_five_channels_of_16_bits_trains_and_predicts(fails, tmp_path, 
     model, variables, info = fcn_jax.from_pretrained(run)
     classes = fcn_jax.predict(model, variables, train[0], info)
     assert np.mean(classes[10:30, 10:30] == 1) > 0.8 and np.mean(classes == 1) < 0.6
-    with pytest.raises(InputError, match=r"uint8 or uint16 \(h, w, 5\)"):
-        fcn_jax.predict(model, variables, train[0][..., :3], info)
+    for wrong in (train[0][..., :3], train[0].astype(np.uint8)):
+        with pytest.raises(InputError, match=r"uint16 \(h, w, 5\)"):
+            fcn_jax.predict(model, variables, wrong, info)
     fails(main, ["export", "--run", run, "--out", tmp_path / "a.safetensors"], "5 channels")
     fails(train_command, ["shapes", "--data.channels", "5", "--run", tmp_path / "other"], "--data.channels 5")
     tifffile.imwrite(root / "images/0.tif", train[0].astype(np.uint8), photometric="minisblack", planarconfig="contig")

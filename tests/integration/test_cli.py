@@ -140,7 +140,7 @@ def test_each_evaluation_has_files_of_its_own_and_eval_json_is_the_plain_one(cap
     assert eval_command(["--run", str(run), "--boundary", "2"]) == 0
     assert "mean boundary IoU" in capsys.readouterr().out
     edges = json.loads((run / "eval.json").read_text())
-    assert edges["boundary"]["pixels"] == 2 and len(edges["boundary"]["per_class_iou"]) == 6
+    assert edges["boundary"]["pixels"] == 2 and len(edges["boundary"]["per_class_iu"]) == 6
     assert edges["scores"] == plain["scores"]
     iou = plain["scores"]["per_class_iu"][0]
     assert plain["scores"]["per_class_dice"][0] == pytest.approx(2 * iou / (1 + iou))
@@ -270,6 +270,10 @@ def test_own_photographs_are_checked_trained_on_and_predicted(fails, tmp_path, c
     truth = cv2.imread(str(tmp_path / "set/masks/0.png"), cv2.IMREAD_GRAYSCALE)
     assert labels.shape == truth.shape and np.mean(labels == (truth == 255)) > 0.8
     fails(train_command, ["own", *data, "--run", tmp_path / "other", *small], "--data.val-fraction")
+    for wrong, named in (("--data.mask-values 0 0", "own for each class"), ("--data.mask-values 0 300", "255")):
+        fails(main, ["data", "folder/all", *data, *wrong.split()], named)
+    fails(main, ["data", "folder/all", *data, "--data.mean", "1", "2"], "--data.channels")
+    fails(main, ["predict", tmp_path / "set/*.gif", "--run", run, "--out", tmp_path / "out"], "*.gif")
 
 
 def test_predict_names_what_it_cannot_read(fails, run, tmp_path):

@@ -129,10 +129,14 @@ def test_grey_masks_of_few_bits_are_not_stretched(bits, row):
     assert decode_label(_raw_png((4, 1), bits, b"\0" + row), "a").tolist() == [[0, 1, 0, 1]]
 
 
-@pytest.mark.parametrize("mode", ["RGB", "RGBA", "LA"])
-def test_a_mask_with_colour_channels_is_refused(mode):
+@pytest.mark.parametrize(("mode", "color"), [("RGB", (1, 2, 3)), ("RGBA", (1, 2, 3, 4)), ("LA", (1, 2))])
+def test_a_mask_with_colour_channels_is_refused(mode, color):
     with pytest.raises(InputError, match=r"a\.png: a mask with colour channels; .* save as 8-bit PNG"):
-        decode_label(_saved(Image.new(mode, (3, 2))), "a.png")
+        decode_label(_saved(Image.new(mode, (3, 2), color)), "a.png")
+
+
+def test_a_grey_mask_that_is_stored_in_colour_is_read_as_grey():
+    assert decode_label(_saved(Image.new("RGB", (3, 2), (7, 7, 7))), "a.png").tolist() == [[7, 7, 7], [7, 7, 7]]
 
 
 def test_masks_without_exact_class_ids_are_refused():

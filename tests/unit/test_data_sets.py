@@ -6,6 +6,7 @@ import sys
 import numpy as np
 import pytest
 import trees
+from PIL import Image
 from scipy.io import savemat
 
 from fcn_jax.config import DataConfig
@@ -117,6 +118,7 @@ def test_a_list_of_classes_may_lie_elsewhere(root, config, tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [(b"one\n", "lists 1 classes"), (b"a\nb\na\n", "lists 'a' twice"), (b"\n\n", "lists 0 classes")]
+    + [(b"a #000000\nb #000000\n", "lists '#000000' twice"), (b"a #12345\nb\n", "'a #12345' is no class")]
     + [(b"\xff\xfe\x00", "UTF-8")],
 )
 def test_a_bad_list_of_classes_is_named(root, config, text, message):
@@ -160,6 +162,41 @@ def test_masks_of_colours_are_mapped_by_those_of_the_class_list(root, config):
     np.testing.assert_array_equal(_decoded(split)[0]["label"], label)
     trees.write_mask(root / "train/masks/000.png", label)  # class ids go on being read as such
     np.testing.assert_array_equal(_decoded(datasets.load("folder/train", config))[0]["label"], label)
+
+
+def test_a_palette_mask_is_read_by_its_colours_where_they_are_of_other_classes(root, config):
+    trees.folder(root, {"train": 1}, ("background #000000", "road #804080"))
+    indices = trees.mask(0, 2, ignore=0)
+    path = root / "train/masks/000.png"
+    for colors, expected in (
+        (((0, 0, 0), (128, 64, 128)), indices),
+        (((128, 64, 128), (0, 0, 0)), 1 - indices),  # as a tool sorts them that chooses the palette itself
+        (((9, 9, 9), (8, 8, 8)), indices),  # which say nothing
+    ):
+        picture = Image.fromarray(indices)
+        picture.putpalette([value for color in colors for value in color])
+        picture.save(path)
+        np.testing.assert_array_equal(_decoded(datasets.load("folder/train", config))[0]["label"], expected)
+    picture.putpalette([9, 9, 9, 0, 0, 0])  # index 1 has the colour of class 0
+    picture.save(path)
+    with pytest.raises(InputError, match="colour #090909"):
+        datasets.load("folder/train", config)
+    trees.write_image(path, np.repeat(indices[..., None], 3, axis=2) * 255)  # three equal channels
+    (root / "classes.txt").write_text("background\nroad\n")
+    grey = dataclasses.replace(config, mask_values=(0, 255))
+    np.testing.assert_array_equal(_decoded(datasets.load("folder/train", grey))[0]["label"], indices)
+
+
+def test_copies_of_other_options_of_one_folder_stay(root, config):
+    trees.folder(root, {".": 8})
+    drawn = dataclasses.replace(config, val_fraction=0.25)
+    first = datasets.load("folder/train", drawn)
+    datasets.load("folder/train", dataclasses.replace(drawn, split_seed=1))
+    datasets.load("folder/all", config)
+    assert first.source[0]["name"]
+    trees.folder(root, {"train": 2})
+    with pytest.raises(InputError, match="split already; leave out --data.val-fraction"):
+        datasets.load("folder/train", drawn)
 
 
 def test_train_and_val_are_drawn_by_fraction_and_seed(root, config):

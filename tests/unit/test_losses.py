@@ -131,7 +131,8 @@ def test_terms_are_added_with_their_factors():
     assert float(whole.total) == pytest.approx(float(expected), rel=1e-14)
     assert whole.weight == parts["dice"].weight == parts["softmax"].weight
     assert loss_terms(LossConfig(terms=("softmax:1", "dice:.5"))) == {"softmax": 1, "dice": 0.5}
-    for terms in (("dice",), ("dice:x",), ("dice:1", "dice:2")):
+    assert loss_terms(LossConfig(terms=("focal:1e-1",))) == {"focal": 0.1}
+    for terms in (("dice",), ("dice:x",), ("dice:0",), ("dice:1", "dice:2")):
         with pytest.raises(InputError, match="--loss.terms"):
             loss_terms(LossConfig(terms=terms))
 
