@@ -83,7 +83,8 @@ def test_an_interrupted_preparation_is_not_taken_for_a_finished_one(root, config
     (copy.with_name(".unfinished-abc") / "summary.json").unlink()
     assert len(datasets.load("folder/train", config)) == 2
     assert json.loads((copy / "summary.json").read_text()) == {
-        "examples": 2, "image_size": [12, 16], "skipped": [], "source": str(root / "train"), "unreadable": "error"
+        "examples": 2, "image_size": [12, 16], "skipped": [], "source": str(root / "train"), "unreadable": "error",
+        "statistics": None, "options": "",
     }  # fmt: skip
 
 
