@@ -8,6 +8,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -79,7 +80,9 @@ def main(arguments: Sequence[str]) -> int:
     seconds: Counter[str] = Counter()
     skipped = 0
     began = time.perf_counter()
-    with (given.out / "classes.csv").open("w", newline="") as file:
+    writing: Future[list[Any]] | None = None
+    # The files of an image are written while the next is predicted.
+    with (given.out / "classes.csv").open("w", newline="") as file, ThreadPoolExecutor(1) as writer:
         table = csv.writer(file)
         table.writerow(["image", "height", "width", *info.class_names])
         bar = Console(stderr=True)
@@ -95,12 +98,13 @@ def main(arguments: Sequence[str]) -> int:
                 continue
             with _timed(seconds, "network"):
                 found = predict(model, variables, image, info, **options)
-            with _timed(seconds, "encoding"):
-                labels = _write(given, path, image, found, info)
-                shares = np.bincount(labels.ravel(), minlength=len(info.class_names)) / labels.size
-                table.writerow([path, *labels.shape, *(f"{share:.6f}" for share in shares)])
+            if writing is not None:
+                table.writerow(writing.result())
+            writing = writer.submit(_write, given, path, image, found, info, seconds)
             if len(images) <= _SHOWN:
                 print(f"{path}: {image.shape[0]}x{image.shape[1]} -> {_outputs(given, path)[0]}")
+        if writing is not None:
+            table.writerow(writing.result())
     elapsed, done = time.perf_counter() - began, len(images) - skipped
     parts = ", ".join(f"{name} {value / elapsed:.0%}" for name, value in seconds.items())
     print(f"{done} image{'s' * (done != 1)} in {elapsed:.1f} s: {parts}; class shares in {given.out / 'classes.csv'}")
@@ -142,8 +146,16 @@ def _outputs(given: PredictArguments, image: Path) -> list[Path]:
     return [given.out / f"{image.stem}{ending}" for ending in endings]
 
 
-def _write(given: PredictArguments, path: Path, image: np.ndarray, found: np.ndarray, info: NetworkInfo) -> np.ndarray:
-    """Write the files of an image; return its classes (h, w)."""
+def _write(
+    given: PredictArguments,
+    path: Path,
+    image: np.ndarray,
+    found: np.ndarray,
+    info: NetworkInfo,
+    seconds: Counter[str],
+) -> list[Any]:
+    """Write the files of an image; return its row of classes.csv."""
+    began = time.perf_counter()
     label_file, overlay_file, *others = _outputs(given, path)
     if given.probabilities:
         np.savez_compressed(others[0], probabilities=found.astype(np.float16), class_names=info.class_names)
@@ -160,7 +172,9 @@ def _write(given: PredictArguments, path: Path, image: np.ndarray, found: np.nda
     for file, pixels in pictures.items():
         if not cv2.imwrite(str(file), pixels):
             raise InputError(f"{file} could not be written; check the disk")
-    return labels
+    shares = np.bincount(labels.ravel(), minlength=len(info.class_names)) / labels.size
+    seconds["encoding"] += time.perf_counter() - began  # type: ignore[assignment]
+    return [path, *labels.shape, *(f"{share:.6f}" for share in shares)]
 
 
 def _check_outputs(images: Sequence[Path], outputs: Sequence[Path]) -> None:

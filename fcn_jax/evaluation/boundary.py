@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 from fcn_jax.losses import IGNORE
@@ -23,25 +25,27 @@ def boundary_counts(labels: np.ndarray, predictions: np.ndarray, num_classes: in
     Returns:
         (2, num_classes) int64: pixels in both regions, and in either. Counts of images add.
     """
+    valid = labels != IGNORE
+    near_true, near_predicted = (_near_boundary(values, valid, pixels) for values in (labels, predictions))
+
+    def count(values: np.ndarray, where: np.ndarray) -> np.ndarray:
+        return np.bincount(values[where], minlength=num_classes)
+
+    both = count(labels, near_true & near_predicted & (labels == predictions))
+    return np.stack([both, count(labels, near_true) + count(predictions, near_predicted) - both])
+
+
+def _near_boundary(classes: np.ndarray, valid: np.ndarray, pixels: int) -> np.ndarray:
+    """Return the valid pixels that see another class or the outside of the image within so many pixels."""
     import cv2
 
-    counts, ignored = np.zeros((2, num_classes), np.int64), labels == IGNORE
-    kernel = np.ones((2 * pixels + 1, 2 * pixels + 1), np.uint8)
-
-    def region(mask: np.ndarray) -> np.ndarray:
-        eroded = cv2.erode(mask.astype(np.uint8), kernel, borderType=cv2.BORDER_CONSTANT, borderValue=(0,))
-        return mask & (eroded == 0)
-
-    for index in np.union1d(labels[~ignored], predictions[~ignored]):
-        # Further away nothing changes the regions.
-        rows, columns = (
-            slice(max(0, where.min() - pixels), where.max() + pixels + 1)
-            for where in np.nonzero((labels == index) | (predictions == index))
-        )
-        skip = ignored[rows, columns]
-        true, predicted = (region((values[rows, columns] == index) | skip) & ~skip for values in (labels, predictions))
-        counts[:, index] = np.sum(true & predicted), np.sum(true | predicted)
-    return counts
+    window = np.ones((2 * pixels + 1, 2 * pixels + 1), np.uint8)
+    outside: dict[str, Any] = {"borderType": cv2.BORDER_CONSTANT, "borderValue": (254,)}
+    classes = classes.astype(np.uint8)
+    # Ignored pixels are never the largest nor the smallest.
+    largest = cv2.dilate(np.where(valid, classes, np.uint8(0)), window, **outside)
+    smallest = cv2.erode(np.where(valid, classes, np.uint8(255)), window, **outside)
+    return valid & ((largest != classes) | (smallest != classes))
 
 
 def boundary_iou(counts: np.ndarray) -> np.ndarray:

@@ -36,7 +36,7 @@ def as_rgb(image: np.ndarray) -> np.ndarray:
 
 def colour_labels(labels: np.ndarray, palette: Palette) -> np.ndarray:
     """Paint labels (h, w) in the palette's RGB colours, 255 in VOC's cream: uint8 (h, w, 3)."""
-    return _table(palette)[labels]
+    return np.take(_table(palette), labels, axis=0)
 
 
 def overlay(
@@ -46,13 +46,14 @@ def overlay(
 
     Its name is written at the bottom, and the classes that it shows at the top, each in its colour.
     """
+    import cv2
     from matplotlib import get_data_path
     from PIL import Image, ImageDraw, ImageFont
 
-    image = as_rgb(image)
+    image = np.ascontiguousarray(as_rgb(image))
     background = [i for i, class_name in enumerate(class_names) if class_name == "background"]
-    blended = (image.astype(np.uint16) + colour_labels(labels, palette) + 1) // 2
-    blended = np.where(np.isin(labels, background)[..., None], image, blended).astype(np.uint8)
+    blended = cv2.addWeighted(image, 0.5, colour_labels(labels, palette), 0.5, 0)
+    cv2.copyTo(image, np.isin(labels, background).astype(np.uint8), blended)
     picture = Image.fromarray(blended)
     draw, (h, w) = ImageDraw.Draw(picture), labels.shape
     font = ImageFont.truetype(f"{get_data_path()}/fonts/ttf/DejaVuSans.ttf", max(10, h // 32))

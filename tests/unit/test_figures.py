@@ -110,6 +110,6 @@ def test_a_score_table_is_in_per_cent_with_two_decimals():
     console.print(table)
     lines = [line.split("│") for line in console.file.getvalue().splitlines()]
     cells = {line[1].strip(): line[2].strip() for line in lines if len(line) > 2}
-    means = ("pixel accuracy", "mean accuracy", "mean IoU", "frequency weighted IoU")
-    values = ("75.00", "83.33", "58.33", "62.50", "66.67", "50.00", "-")
+    means = ("pixel accuracy", "mean accuracy", "mean IoU", "frequency weighted IoU", "mean Dice")
+    values = ("75.00", "83.33", "58.33", "62.50", "73.33", "66.67", "50.00", "-")  # Dice 4/5 and 2/3
     assert cells == dict(zip((*means, *(f"IoU {name}" for name in NAMES)), values, strict=True))
