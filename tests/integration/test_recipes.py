@@ -20,7 +20,7 @@ def test_a_recipe_trains_stops_resumes_evaluates_and_draws(tmp_path, monkeypatch
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_every_recipe_becomes_a_step_on_its_own_data(recipe, tmp_path, monkeypatch):
-    monkeypatch.setattr(trainer, "init_variables", lambda model, key, size: zeros(model))
+    monkeypatch.setattr(trainer, "init_variables", lambda model, *_: zeros(model))
     config, title = train_module.config_of_recipe([*shrink(recipe, tmp_path), "--run", str(tmp_path / "run")])
     made = make_trainer(config)
     (h, w), b = config.data.crop_size or config.data.input_size or (32, 32), config.train.batch_size
