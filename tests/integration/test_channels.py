@@ -69,8 +69,13 @@ def test_floats_are_refused():
         decode_channels(data, "a.npy", 5)
 
 
-@pytest.mark.parametrize("channels", [1, 2, 4, 5, 7])
-@pytest.mark.parametrize("name", ["fcn8s", "fcn_resnet50"])
+WIDER = [("fcn32s", 1), ("fcn32s", 2), ("fcn8s", 5), ("fcn_resnet50", 5)]
+SLOW_WIDER = [("fcn_resnet50", channels) for channels in (1, 2, 4, 7)] + [("fcn8s", 4), ("fcn8s", 7)]
+
+
+@pytest.mark.parametrize(
+    ("name", "channels"), [*WIDER, *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW_WIDER)]
+)
 def test_widened_rgb_weights_give_the_rgb_logits_on_repeated_channels(name, channels):
     model, variables = make_network(name)
     wide = fcn_jax.init_variables(model, jax.random.key(1), (64, 64), channels)

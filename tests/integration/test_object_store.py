@@ -12,7 +12,7 @@ import pytest
 from launch import assert_equal_runs
 from launch import train as train_in_processes
 from small_networks import build
-from tiny_run import KILL, assert_same, in_folder, in_process, train
+from tiny_run import KILL, TINY, assert_same, in_folder, in_process, train
 
 from fcn_jax import weights
 from fcn_jax.cli.eval import main as eval_command
@@ -42,9 +42,23 @@ def on(store, config, name):
     return replace(config, run=str(store / name), data=replace(config.data, cache_dir=str(store / "cache")))
 
 
-@pytest.mark.parametrize(
-    "moment", ["in a save", *(pytest.param(each, marks=pytest.mark.slow) for each in ("in a step", "in a validation"))]
-)
+def test_a_run_on_a_store_is_trained_evaluated_and_opened(store, tmp_path, capsys):
+    run = store / "short"
+    short = in_folder(tmp_path, train=replace(TINY.train, steps=2, eval_every=2 * 4 / 16, log_every=1))
+    config = on(store, short, run.name)
+    assert f"figures in {run}/figures" in train(config)
+    names = {"checkpoints", "config.json", "events", "figures", "metrics.jsonl", "owner"}
+    assert {path.name for path in run.iterdir()} == names
+    assert [(row["kind"], row["step"]) for row in RunFolder(run).rows()] == [("train", 1), ("train", 2), ("val", 2)]
+    assert eval_command(["--run", config.run, "--split", "shapes/val"]) == 0
+    assert f"scores in {run}/eval.json" in capsys.readouterr().out
+    assert json.loads((run / "eval.json").read_text())["step"] == 2
+    assert from_pretrained(config.run)[2].step == 2
+    assert "resuming" in train(config)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("moment", ["in a save", "in a step", "in a validation"])
 def test_a_killed_run_on_a_store_ends_as_an_undisturbed_one_on_a_disk(moment, store, tmp_path, undisturbed, capsys):
     run = store / moment.replace(" ", "-")
     config = on(store, in_folder(tmp_path), run.name)
