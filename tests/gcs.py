@@ -4,7 +4,6 @@ The emulator from PyPI lacks what tensorstore's atomic commits rest on: the gene
 requests that hold for one generation alone. Both are added here, as the JSON API's documentation has them.
 """
 
-import os
 import socket
 import subprocess
 import sys
@@ -53,7 +52,7 @@ def start():
     process = subprocess.Popen(code, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     assert process.stdout.readline() == "started\n"
     names = ("STORAGE_EMULATOR_HOST", "TENSORSTORE_GCS_HTTP_URL", "CLOUD_STORAGE_EMULATOR_ENDPOINT")
-    return process, dict.fromkeys(names, f"http://127.0.0.1:{port}") | {"no_proxy": os.environ.get("no_proxy", "")}
+    return process, dict.fromkeys(names, f"http://127.0.0.1:{port}")
 
 
 if __name__ == "__main__":

@@ -191,7 +191,12 @@ def _check_outputs(images: Sequence[Path], outputs: Sequence[Path]) -> None:
 def _decode(data: bytes, name: str, info: NetworkInfo) -> np.ndarray:
     if isinstance(info.preprocessing, str):
         return decode_image(data, name)
-    return decode_channels(data, name, len(info.preprocessing.mean))
+    image = decode_channels(data, name, len(info.preprocessing.mean))
+    if image.dtype != f"uint{info.preprocessing.bits}":
+        raise UnreadableError(
+            f"{name}: {image.dtype}, the network takes uint{info.preprocessing.bits}; convert the image"
+        )
+    return image
 
 
 def _read(path: Path) -> bytes:

@@ -31,7 +31,8 @@ from fcn_jax.models.fcn import FCN
 from fcn_jax.optim import make_optimizer
 from fcn_jax.preprocessing import preprocessing_of
 from fcn_jax.step import new_state
-from fcn_jax.training.trainer import loss_terms, make_parallel_step
+from fcn_jax.training.config_checks import loss_terms
+from fcn_jax.training.trainer import make_parallel_step
 
 # In training the loss's gather goes to the SparseCores of v5p and v6e, and libtpu cannot print such a program.
 _PRINTABLE = {"xla_tpu_offload_gather_to_sparsecore": False}

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from typing import Any
 
-from fcn_jax.config import Config
+from fcn_jax.config import Config, LossConfig
 from fcn_jax.errors import InputError, first_line
 from fcn_jax.evaluation.padding import MULTIPLE
 from fcn_jax.paths import to_path
@@ -76,6 +77,26 @@ def config_from_json(values: Any, where: str = "config.json") -> Config:
     return convert(values, Config, where)
 
 
+def loss_terms(config: LossConfig) -> dict[str, float]:
+    """Return the factor of each loss by name.
+
+    Raises:
+        InputError: a term that is not NAME:FACTOR, or given twice.
+    """
+    if not config.terms:
+        return {config.kind: 1.0}
+    found: dict[str, float] = {}
+    for term in config.terms:
+        name, _, factor = term.partition(":")
+        number = float(factor) if re.fullmatch(r"\d*\.?\d*(e-?\d+)?", factor) and re.search(r"\d", factor) else 0.0
+        if name in found or not 0 < number < math.inf:
+            raise InputError(
+                f"expected --loss.terms NAME:FACTOR ..., got {' '.join(config.terms)}; as in softmax:1 dice:0.5"
+            )
+        found[name] = number
+    return found
+
+
 def check_config(config: Config) -> None:
     """Raise InputError for the first value that is out of its range, or does not go with another, naming its flag."""
     values = flatten(config)
@@ -115,6 +136,7 @@ def check_config(config: Config) -> None:
     check("data.val_fraction", lambda x: 0 < x < 1, "between 0 and 1")
     check("optim.momentum", lambda x: 0 <= x < 1, "in 0 ... 1, below 1")
     check("data.eval_multiple", lambda x: x == 1 or (x > 0 and x % MULTIPLE == 0), f"1 or a multiple of {MULTIPLE}")
+    loss_terms(config.loss)
     class_weights = config.loss.class_weights
     if not isinstance(class_weights, str):
         check("loss.class_weights", lambda x: x >= 0, ">= 0")

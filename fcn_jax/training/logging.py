@@ -227,7 +227,7 @@ class Logger:
 
 @contextmanager
 def profiled(
-    step: Callable[..., T], folder: Path, steps: tuple[int, int] | None, say: Callable[[str], None]
+    step: Callable[..., T], folder: Path, steps: tuple[int, int] | None, done: Callable[[], None]
 ) -> Iterator[Callable[..., T]]:
     """Trace some steps for TensorBoard's profiler; yields ``step`` with the step's number as another first argument.
 
@@ -235,7 +235,7 @@ def profiled(
         step: runs one.
         folder: where the trace goes.
         steps: the first and the last; None: no trace.
-        say: is told where the trace is.
+        done: is called once the trace is written.
     """
     first, last = steps or (0, 0)
     tracing = False
@@ -245,7 +245,7 @@ def profiled(
         if tracing:
             jax.profiler.stop_trace()
             tracing = False
-            say(f"trace in {folder}: tensorboard --logdir {folder}, with xprof installed")
+            done()
 
     def run(number: int, *arguments: Any) -> T:
         nonlocal tracing

@@ -88,6 +88,13 @@ def train(config: Config, console: Console, lengthen: bool = False) -> Scores:
             _disk_errors(folder),
         ):
             profile = config.profile if folder.writes else None
+            if profile and not step < profile[0] <= trainer.length.steps:
+                say(f"note: step {profile[0]} of --profile is not among the steps to come; nothing is traced")
+
+            def traced() -> None:
+                folder.upload()
+                say(f"trace in {folder.path / 'profile'}: tensorboard --logdir there, with xprof installed")
+
             stop_wanted = Agreement(trainer.parallel.mesh)
             unlogged = restored.progress["unlogged"] if restored else ()
             logger = Logger(folder, events, trainer, config, console, unlogged)
@@ -115,7 +122,7 @@ def train(config: Config, console: Console, lengthen: bool = False) -> Scores:
                     evaluation = validate(trainer, config, state, stop)
                 with (
                     progress_bar(console, trainer.length.steps, step, config.train.log_every) as advance,
-                    profiled(trainer.parallel.step, folder.profile, profile, say) as run_step,
+                    profiled(trainer.parallel.step, folder.profile, profile, traced) as run_step,
                 ):
                     while step < trainer.length.steps:
                         if stop_wanted(stop.number is not None):

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
-import re
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from functools import partial
@@ -18,7 +16,7 @@ from jax.sharding import Mesh
 
 from fcn_jax import weights
 from fcn_jax.chips import peak_of
-from fcn_jax.config import Config, LossConfig
+from fcn_jax.config import Config
 from fcn_jax.data.datasets import Split, load
 from fcn_jax.data.pipeline import class_frequencies
 from fcn_jax.data.transforms import output_size
@@ -33,7 +31,7 @@ from fcn_jax.optim import make_optimizer, make_schedule
 from fcn_jax.paths import is_remote, to_path
 from fcn_jax.preprocessing import normalize, preprocessing_of
 from fcn_jax.step import AxisName, TrainState, TrainStep, make_train_step, new_state
-from fcn_jax.training.config_checks import check_config, flatten
+from fcn_jax.training.config_checks import check_config, flatten, loss_terms
 from fcn_jax.training.distributed import check_same, digest, together, writer_first
 from fcn_jax.training.run import open_run
 from fcn_jax.weights.names import COUNTER
@@ -94,7 +92,6 @@ def make_trainer(config: Config, resuming: bool = False) -> Trainer:
         InputError: the config asks for something that is not possible.
     """
     check_config(config)
-    loss_terms(config.loss)
     check_same({name: value for name, value in flatten(config).items() if name not in _OWN_FIELDS})
     train, val = writer_first(lambda: (load(config.data.train, config.data), load(config.data.val, config.data)))
     if train.class_names != val.class_names:
@@ -209,26 +206,6 @@ def run_length(config: Config, examples: int) -> Length:
     steps = train.steps if train.steps is not None else max(1, round((train.epochs or 0) * epoch))
     keep = None if train.keep_every is None else max(1, round(train.keep_every * epoch))
     return Length(steps, max(1, round(train.eval_every * epoch)), keep, epoch)
-
-
-def loss_terms(config: LossConfig) -> dict[str, float]:
-    """Return the factor of each loss by name.
-
-    Raises:
-        InputError: a term that is not NAME:FACTOR, or given twice.
-    """
-    if not config.terms:
-        return {config.kind: 1.0}
-    found: dict[str, float] = {}
-    for term in config.terms:
-        name, _, factor = term.partition(":")
-        number = float(factor) if re.fullmatch(r"\d*\.?\d*(e-?\d+)?", factor) and re.search(r"\d", factor) else 0.0
-        if name in found or not 0 < number < math.inf:
-            raise InputError(
-                f"expected --loss.terms NAME:FACTOR ..., got {' '.join(config.terms)}; as in softmax:1 dice:0.5"
-            )
-        found[name] = number
-    return found
 
 
 def run_loss(config: Config, train: Split) -> Loss:

@@ -18,7 +18,7 @@ from fcn_jax.models.fcn import ENCODER_SCOPES, FCN
 from fcn_jax.preprocessing import PREPROCESSINGS
 from fcn_jax.weights.layouts import LAYOUTS, recognise
 from fcn_jax.weights.layouts.layout import Fit, Layout, Network, check_fit, encoder_name, encoder_options, pair_up
-from fcn_jax.weights.names import COUNTER, Parameter, conversion, from_torch, list_parameters
+from fcn_jax.weights.names import COUNTER, Parameter, conversion, from_torch, list_parameters, widen
 from fcn_jax.weights.sources import Source, TensorInfo, Tensors, open_source
 
 _FIRST = ("vgg.conv1_1.weight", "resnet.conv1.weight")  # which see the image
@@ -377,24 +377,6 @@ class _Loading:
     def _error(self, what: str, names: list[str], hint: str) -> InputError:
         more = f" and {len(names) - 8} more" if len(names) > 8 else ""
         return InputError(f"{self.tensors.origin}: {len(names)} tensor(s) {what}: {', '.join(names[:8])}{more}; {hint}")
-
-
-def widen(kernel: np.ndarray, channels: int) -> np.ndarray:
-    """Return a first convolution for another number of channels, from the one for RGB.
-
-    Channel k takes the kernel of channel k modulo 3, divided by the number of channels that do; fewer than three share
-    all three. So images that repeat the channels of an RGB image (r, g, b, r, g ...) have its features, and grey ones
-    those of the RGB image with three times that channel.
-
-    Args:
-        kernel: (out, 3, k, k).
-        channels: of the result, (out, channels, k, k).
-    """
-    wide = np.zeros((len(kernel), channels, *kernel.shape[2:]), kernel.dtype)
-    for index in range(max(3, channels)):
-        copies = len(range(index % 3, channels, 3)) or 1
-        wide[:, index % channels] += kernel[:, index % 3] / copies
-    return wide
 
 
 def _any(name: str, patterns: Iterable[str]) -> bool:

@@ -91,6 +91,24 @@ def from_torch(parameter: Parameter, value: np.ndarray) -> np.ndarray | None:
     return np.ascontiguousarray(value)
 
 
+def widen(kernel: np.ndarray, channels: int) -> np.ndarray:
+    """Return a first convolution for another number of channels, from the one for RGB.
+
+    Channel k takes the kernel of channel k modulo 3, divided by the number of channels that do; fewer than three share
+    all three. So images that repeat the channels of an RGB image (r, g, b, r, g ...) have its features, and grey ones
+    those of the RGB image with three times that channel.
+
+    Args:
+        kernel: (out, 3, k, k).
+        channels: of the result, (out, channels, k, k).
+    """
+    wide = np.zeros((len(kernel), channels, *kernel.shape[2:]), kernel.dtype)
+    for index in range(max(3, channels)):
+        copies = len(range(index % 3, channels, 3)) or 1
+        wide[:, index % channels] += kernel[:, index % 3] / copies
+    return wide
+
+
 def conversion(parameter: Parameter, shape: tuple[int, ...]) -> str:
     """Say how ``from_torch`` turns an array of torch's ``shape`` that fits."""
     if len(parameter.shape) != 4:

@@ -19,7 +19,7 @@ from fcn_jax.cli.train import main as train_command
 from fcn_jax.data.io import decode_channels, decode_image, encode_array
 from fcn_jax.errors import InputError, UnreadableError
 from fcn_jax.preprocessing import Standardize
-from fcn_jax.weights.load import widen
+from fcn_jax.weights.names import widen
 
 RNG = np.random.default_rng(0)
 
@@ -129,6 +129,11 @@ def test_a_set_of_five_channels_of_16_bits_trains_and_predicts(fails, tmp_path, 
     assert main(["eval", "--run", str(run)]) == 0
     assert main(["data", "folder/all", *data, "--out", str(tmp_path / "facts")]) == 0
     assert main(["predict", str(root / "images"), "--run", str(run), "--out", str(tmp_path / "out")]) == 0
+    (tmp_path / "mixed").mkdir()
+    for name, pixels in (("a", train[0]), ("b", train[1].astype(np.uint8)), ("c", train[2][..., :4])):
+        (tmp_path / f"mixed/{name}.npy").write_bytes(encode_array(pixels))
+    assert main(["predict", str(tmp_path / "mixed"), "--run", str(run), "--out", str(tmp_path / "left")]) == 3
+    assert (tmp_path / "left/a.png").exists() and "2 of 3 images" in capsys.readouterr().err
     labels = cv2.imread(str(tmp_path / "out/0.png"), cv2.IMREAD_GRAYSCALE)
     assert labels.shape == train[0].shape[:2] and (tmp_path / "out/0_overlay.png").exists()
     model, variables, info = fcn_jax.from_pretrained(run)
@@ -143,7 +148,7 @@ def test_a_set_of_five_channels_of_16_bits_trains_and_predicts(fails, tmp_path, 
     fails(train_command, [*command, "--run", tmp_path / "mixed"], "one dtype")
 
 
-def test_a_model_for_other_channels_refuses_no_weights_but_of_another_shape():
+def test_a_first_convolution_of_other_channels_is_not_narrowed():
     model = create("fcn32s")
     wide = fcn_jax.init_variables(model, jax.random.key(0), (64, 64), 5)
     with pytest.raises(InputError, match="vgg.conv1_1"):

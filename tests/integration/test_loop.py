@@ -97,6 +97,7 @@ def test_steps_are_traced_for_the_profiler(tmp_path, fails):
     steps = {event["args"]["step_num"] for event in events if event.get("name") == "train"}
     assert steps == {"2", "3", "4"} and list((tmp_path / "run/profile").rglob("*.xplane.pb"))
     fails(train_command, ["shapes", "--profile", "4", "2"], "--profile FIRST LAST")
+    assert "nothing is traced" in run(tmp_path, profile=(2, 4))[1]  # the run is over
 
 
 def test_compiled_programs_are_kept_unless_jax_is_told_otherwise(tmp_path):

@@ -11,7 +11,8 @@ from fcn_jax.config import Config, LossConfig
 from fcn_jax.errors import InputError
 from fcn_jax.losses import make_loss, median_frequency_weights
 from fcn_jax.training import trainer
-from fcn_jax.training.trainer import loss_terms, run_loss
+from fcn_jax.training.config_checks import loss_terms
+from fcn_jax.training.trainer import run_loss
 
 RNG = np.random.default_rng(0)
 LOGITS = RNG.normal(size=(2, 5, 6, 4))
