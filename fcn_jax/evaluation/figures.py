@@ -83,7 +83,7 @@ def save_class_scores(path: Path, class_names: Sequence[str], scores: Mapping[st
     axes.set(yticks=rows, yticklabels=class_names, xlim=(0, 1))
     axes.invert_yaxis()
     axes.grid(axis="x", alpha=0.3)
-    axes.legend(fontsize=8, loc="lower right")
+    axes.legend(fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=len(scores))
     _save(figure, path)
 
 
