@@ -18,7 +18,7 @@ COMMANDS = {
     "models": "the networks and the published weights by name",
     "summary": "the layers of a network: output shapes, parameters, FLOPs",
     "port": "convert weights of PyTorch projects, and say what became of each tensor",
-    "export": "write weights to a file, in our names or a PyTorch project's, or to a folder for the hub",
+    "export": "write a trained network as ONNX, StableHLO, safetensors, PyTorch weights or a folder for the hub",
     "parity": "compare a network with PyTorch or with itself, layer by layer and step by step",
     "bench": "measure speed against PyTorch, after checking that both compute the same",
     "compile": "memory, FLOPs, collectives and estimated cycles of a step on a TPU or GPU that need not be there",

@@ -1,7 +1,8 @@
-"""`fcn-jax export`: a trained network to a file that PyTorch, or another run, can read, or to a folder for the hub."""
+"""`fcn-jax export`: a trained network as weights, as a program that runs without fcn_jax, or for the hub."""
 
 from __future__ import annotations
 
+import datetime
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -10,7 +11,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from fcn_jax import weights
+from fcn_jax import export, weights
 from fcn_jax.cli.network import NetworkArguments, open_network
 from fcn_jax.cli.process import make_folder
 from fcn_jax.errors import InputError
@@ -19,48 +20,96 @@ from fcn_jax.models.fcn import FCN
 from fcn_jax.paths import to_path
 from fcn_jax.pretrained import NetworkInfo, check_hub_folder, write_hub_files
 
+Format = Literal["safetensors", "pth", "onnx", "stablehlo", "hub"]
+FILES = ("safetensors", "pth", "onnx", "stablehlo")
+
 
 @dataclass(frozen=True)
 class ExportArguments:
-    """Write a trained network's weights to a file that PyTorch, or another run, can read."""
+    """Write a trained network's weights, or a program that runs without fcn_jax."""
 
     out: Path
-    """A .safetensors or .pth file, or the folder of --format hub."""
+    """The file, or the folder of --format hub."""
     network: Annotated[NetworkArguments, tyro.conf.arg(name="")] = field(default_factory=NetworkArguments)
-    format: Literal["file", "hub"] = "file"
-    """hub: a folder with model.safetensors, config.json and a model card, which `hf upload OWNER/REPO FOLDER` uploads
-    and --weights hf://OWNER/REPO reads."""
+    format: Format | None = None
+    """safetensors, pth: weights. onnx, stablehlo: a program with the weights inside, which is run and compared with the
+    network before it is written. hub: a folder with model.safetensors, config.json and a model card, which
+    `hf upload OWNER/REPO FOLDER` uploads and --weights hf://OWNER/REPO reads. By default the suffix of --out."""
     layout: str = "fcn_jax"
-    """Whose names to write: fcn_jax (those of the PyTorch twin), or those of a PyTorch project."""
+    """Names of the weights: fcn_jax (those of the PyTorch twin), or those of a PyTorch project."""
+    image_size: tuple[int, int] | None = None
+    """Height and width of a program's images. ONNX needs it, and so do networks that interpolate; other StableHLO
+    programs take any size. By default the size that the network resizes its images to, if it does."""
+    preprocess: bool = False
+    """A program takes RGB images as they are read, uint8, rather than normalised float32 images."""
+    argmax: bool = False
+    """A program returns classes, uint8 (b, h, w), rather than logits, float32 (b, h, w, classes)."""
 
 
 def main(arguments: Sequence[str]) -> int:
     """Write the file; the exit code."""
     given = tyro.cli(ExportArguments, prog="fcn-jax export", args=list(arguments))
-    is_hub = given.format == "hub"
+    form = given.format or _format_of(given.out)
+    is_hub, is_program = form == "hub", form in ("onnx", "stablehlo")
     file = given.out / "model.safetensors" if is_hub else given.out
-    weights.check_suffix(file)
-    if is_hub and given.layout != "fcn_jax":
-        raise InputError(f"--format hub has the names of fcn_jax; leave out --layout {given.layout}")
+    if not is_hub and _format_of(file) != form:
+        raise InputError(f"{file}: expected a name that ends in .{form}, as --format says")
+    if (is_hub or is_program) and given.layout != "fcn_jax":
+        raise InputError(f"--format {form} has the names of fcn_jax; leave out --layout {given.layout}")
+    if not is_program and (given.image_size or given.preprocess or given.argmax):
+        raise InputError(f"--image-size, --preprocess and --argmax are of programs; {form} has weights alone")
     if given.network.weights and file.exists() and file.resolve() == Path(given.network.weights).resolve():
         raise InputError(f"{file} is the source and would be overwritten; choose another --out")
     if is_hub:
         check_hub_folder(given.out)
     make_folder(file.parent)
     model, variables, info = open_network(given.network)
+    step = "" if info.step is None else f", step {info.step}"
+    what = f"{describe_model(model)[0]} of {info.source}{step}"
+    if is_program:
+        size = given.image_size or info.input_size
+        program = export.make_program(
+            model, variables, info.preprocessing, preprocess=given.preprocess, argmax=given.argmax, size=size
+        )
+        _print_program(what, file, program, export.write(file, program, form))
+        return 0
     if not isinstance(info.preprocessing, str):
         raise InputError(
-            f"{info.source} is of images with {len(info.preprocessing.mean)} channels; no format holds them yet"
+            f"{info.source} takes images with {len(info.preprocessing.mean)} channels, and {form} cannot say how they "
+            "are normalised; use --format onnx or stablehlo"
         )
     classes = {"class_names": info.class_names, "palette": info.palette, "input_size": info.input_size}
     said = info.preprocessing if info.preprocessing_known else None
     weights.save(file, model, variables, said, given.layout, classes if info.named else None)
     if is_hub:
         write_hub_files(given.out, model, info, _scores(given.network.run, info))
-    step = "" if info.step is None else f", step {info.step}"
-    what = f"{describe_model(model)[0]} of {info.source}{step}, in the names of {given.layout}: {given.out}"
-    print_written(what, model, variables, given.layout)
+    print_written(f"{what}, in the names of {given.layout}: {given.out}", model, variables, given.layout)
     return 0
+
+
+def _format_of(file: Path) -> str:
+    """Return the format that the suffix of a file's name says."""
+    suffix = {".pt": "pth"}.get(file.suffix, file.suffix[1:])
+    if suffix not in FILES:
+        raise InputError(
+            f"{file}: expected a name that ends in {', '.join(f'.{name}' for name in FILES)}; or --format hub"
+        )
+    return suffix
+
+
+def _print_program(what: str, file: Path, program: export.Program, difference: float) -> None:
+    h, w = program.size or ("h", "w")
+    images = f"images {program.dtype} (b, {h}, {w}, {program.channels})"
+    if not program.preprocess:
+        images += (
+            f", normalised as {program.preprocessing!r}" if isinstance(program.preprocessing, str) else ", normalised"
+        )
+    result = "classes uint8 (b, h, w)" if program.argmax else "logits float32 (b, h, w, classes)"
+    print(f"{what}: {file}, {file.stat().st_size / 1e6:.1f} MB; {images} -> {result}")
+    print(f"largest difference from the network on random images: {difference:.1e}")
+    if file.suffix == ".stablehlo":
+        until = datetime.date.today() + datetime.timedelta(days=182)
+        print(f"for {', '.join(export.PLATFORMS)}; JAX reads files of the last six months: export again by {until}")
 
 
 def _scores(run: str | None, info: NetworkInfo) -> dict[str, Any]:

@@ -14,7 +14,8 @@ from fcn_jax.compare.jax_adapter import function_runner, train_runner, without_d
 from fcn_jax.config import OptimConfig
 from fcn_jax.models import MODELS, create_model, summarize
 from fcn_jax.models.fcn import FCN, DilatedFCN
-from fcn_jax.models.layers import Compute, conv, max_pool, scaled
+from fcn_jax.models.kernels import max_pool
+from fcn_jax.models.layers import Compute, conv, scaled
 from fcn_jax.models.upsample import transposed_conv
 from fcn_jax.models.vgg import ENCODERS, STAGE_CHANNELS, VGG
 

@@ -9,8 +9,9 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -312,22 +313,18 @@ _phases = _with_cpu_kernels(_phases_plain, _phases_by_row, _phases_gradients_by_
 # Max pooling
 
 
-def max_pool_2x2(x: jax.Array, padding: tuple[int, int]) -> jax.Array:
-    """Take the maximum of 2x2 windows at stride 2; NaN wins.
+def max_pool(x: jax.Array, mode: Literal["ceil", "floor"]) -> jax.Array:
+    """Take the maximum of 2x2 windows of x (b, h, w, c) at stride 2; NaN wins.
 
-    Of equal maxima the first in row-major order takes the gradient.
-
-    Args:
-        x: (b, h, w, c).
-        padding: rows at the bottom and columns at the right that are added first, as minus infinity.
-
-    Returns:
-        (b, h', w', c) with h' = (h + rows) // 2, and w' likewise; a last odd row or column is dropped.
+    Of equal maxima the first in row-major order takes the gradient, as in PyTorch
+    (``aten/native/cpu/MaxPoolKernel.cpp``); ``jnp.maximum`` would split it. An odd last row or column has a window of
+    its own ("ceil", Caffe) or is dropped ("floor").
     """
-    margins = ((0, 0), (0, padding[0]), (0, padding[1]), (0, 0))
     if not cpu_kernels_enabled():
-        return jax.lax.reduce_window(x, -np.inf, jax.lax.max, (1, 2, 2, 1), (1, 2, 2, 1), margins)
-    x = jnp.pad(x, margins, constant_values=-np.inf)
+        return nn.max_pool(x, window_shape=(2, 2), strides=(2, 2), padding="SAME" if mode == "ceil" else "VALID")
+    _, h, w, _ = x.shape
+    if mode == "ceil":
+        x = jnp.pad(x, ((0, 0), (0, h % 2), (0, w % 2), (0, 0)), constant_values=-np.inf)
     return _max_pool(x[:, : x.shape[1] // 2 * 2, : x.shape[2] // 2 * 2])
 
 

@@ -13,7 +13,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from fcn_jax.models.kernels import conv2d, max_pool_2x2
+from fcn_jax.models.kernels import conv2d, max_pool
 
 
 @dataclass(frozen=True)
@@ -110,17 +110,6 @@ class PooledConv(Conv):
         """Pool what ``__call__`` returned, and add zero with the gradient of the bias."""
         bias: jax.Array = self.get_variable("params", "bias").astype(self.dtype)
         return (max_pool(y, mode) + (bias - jax.lax.stop_gradient(bias))).astype(y.dtype)
-
-
-def max_pool(x: jax.Array, mode: Literal["ceil", "floor"]) -> jax.Array:
-    """Take the maximum of 2x2 windows at stride 2.
-
-    Of equal maxima the first in row-major order takes the gradient, as in PyTorch
-    (``aten/native/cpu/MaxPoolKernel.cpp``); ``jnp.maximum`` would split it. An odd last row or column has a window of
-    its own ("ceil", Caffe) or is dropped ("floor").
-    """
-    _, h, w, _ = x.shape
-    return max_pool_2x2(x, (h % 2, w % 2) if mode == "ceil" else (0, 0))
 
 
 class BatchNorm(nn.Module):

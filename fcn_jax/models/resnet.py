@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 
 from fcn_jax.models.layers import BatchNorm, Compute, conv, scaled
 
@@ -63,7 +64,9 @@ class ResNet(nn.Module):
         frozen = self.freeze_stages >= 1
         x = conv(scaled(64, self.width), 7, self.compute, padding=3, stride=2, bias=False, name="conv1")(x)
         x = nn.relu(BatchNorm(self.compute, name="bn1")(x, train and not frozen))
-        x = nn.max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1)))
+        # XLA folds the padding into the pooling; jax2onnx takes none but "SAME" and "VALID", by keyword.
+        x = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)), constant_values=-jnp.inf)
+        x = nn.max_pool(x, window_shape=(3, 3), strides=(2, 2), padding="VALID")
         x = jax.lax.stop_gradient(x) if frozen else x
         maps = []
         for layer, (count, (stride, dilation, dilations)) in enumerate(zip(self.blocks, GEOMETRY, strict=True), 1):

@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fcn_jax.models.layers import BatchNorm, Compute, FullyConvolutionalHead, PooledConv, conv, max_pool, scaled
+from fcn_jax.models.kernels import max_pool
+from fcn_jax.models.layers import BatchNorm, Compute, FullyConvolutionalHead, PooledConv, conv, scaled
 
 # Convolutions per stage: configurations A, B, D, E of Simonyan & Zisserman 2015, Table 1.
 ENCODERS: dict[str, tuple[int, ...]] = {

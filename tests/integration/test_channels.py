@@ -143,6 +143,8 @@ def test_a_set_of_five_channels_of_16_bits_trains_and_predicts(fails, tmp_path, 
         with pytest.raises(InputError, match=r"uint16 \(h, w, 5\)"):
             fcn_jax.predict(model, variables, wrong, info)
     fails(main, ["export", "--run", run, "--out", tmp_path / "a.safetensors"], "5 channels")
+    assert main(["export", "--run", str(run), "--out", str(tmp_path / "a.stablehlo"), "--preprocess"]) == 0
+    assert "images uint16 (b, h, w, 5)" in capsys.readouterr().out
     fails(train_command, ["shapes", "--data.channels", "5", "--run", tmp_path / "other"], "--data.channels 5")
     tifffile.imwrite(root / "images/0.tif", train[0].astype(np.uint8), photometric="minisblack", planarconfig="contig")
     fails(train_command, [*command, "--run", tmp_path / "mixed"], "one dtype")

@@ -27,7 +27,7 @@ ORDER = [
         "devices",
         "weights",
     ),
-    *("data", "evaluation", "training", "pretrained", "compare", "cli"),
+    *("data", "evaluation", "training", "pretrained", "export", "compare", "cli"),
 ]
 HEAVY = "grain tensorflow_datasets orbax matplotlib cv2 torch tensorflow"
 

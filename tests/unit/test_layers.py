@@ -7,8 +7,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fcn_jax.models.kernels import cpu_kernels
-from fcn_jax.models.layers import BatchNorm, Compute, Dropout, conv, max_pool, scaled
+from fcn_jax.models.kernels import cpu_kernels, max_pool
+from fcn_jax.models.layers import BatchNorm, Compute, Dropout, conv, scaled
 
 FLOAT64 = Compute(jnp.float64, jnp.float64)
 
