@@ -11,6 +11,7 @@ BIN := $(VENV)/bin
 demo: $(VENV)/ready
 	$(BIN)/python train.py shapes --run runs/demo
 	$(BIN)/python eval.py --run runs/demo --split shapes/test
+	$(BIN)/fcn-jax report runs/demo
 	@echo "the same for your own data: python train.py --help; your own images: fcn-jax predict --run runs/demo IMAGE --out DIR"
 
 test: $(VENV)/ready-dev $(VENV)/compilers/libtpu

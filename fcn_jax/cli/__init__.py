@@ -14,6 +14,7 @@ COMMANDS = {
     "train": "train a recipe, or resume a run",
     "eval": "score a run or published weights on a split of a data set",
     "predict": "label maps and overlays of images",
+    "report": "one HTML file about one or several runs: curves, classes, best and worst images",
     "data": "check a data set and show what is in it",
     "models": "the networks and the published weights by name",
     "summary": "the layers of a network: output shapes, parameters, FLOPs",

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import functools
+import math
+from bisect import insort
 from collections.abc import Callable, Container, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import jax
@@ -61,6 +63,8 @@ class Sample:
     image: np.ndarray
     label: np.ndarray
     prediction: np.ndarray
+    mean_iu: float = math.nan
+    """Over the classes in the label or the prediction."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +76,8 @@ class Evaluation:
     images: int
     boundary: np.ndarray | None = None
     """(2, num_classes), see ``boundary.boundary_counts``."""
+    ranked: tuple[Sample, ...] = ()
+    """The images with the lowest mean IU and those with the highest, in ascending order."""
 
     @property
     def scores(self) -> metrics.Scores:
@@ -172,28 +178,37 @@ def evaluate(
     num_classes: int,
     samples_at: Container[int] = (),
     boundary_pixels: int | None = None,
+    extremes: int = 0,
 ) -> Evaluation:
     """Score a split in batches of ``data.pipeline.make_eval_batches``, with a predictor of ``make_predictor``.
 
     ``samples_at`` are positions, in the order of the batches, of the images to return; with ``boundary_pixels`` the
-    boundary regions of this width are counted as well.
+    boundary regions of this width are counted as well. ``extremes`` is how many of the images with the lowest and with
+    the highest mean IU to return.
     """
     boundary = None if boundary_pixels is None else np.zeros((2, num_classes), np.int64)
     confusion = np.zeros((num_classes, num_classes), np.int64)
     samples: list[Sample] = []
+    ranked: list[Sample] = []
     images = 0
     for batch in batches:
         labels = batch["label"]
         extents = {"extents": batch["extent"]} if "extent" in batch else {}
         predictions = predict(variables, batch["image"], labels.shape[1:3], **extents)
-        valid = np.asarray(batch["valid"])
-        confusion += metrics.confusion_matrix(labels[valid], predictions[valid], num_classes)
-        for row in np.flatnonzero(valid):
+        for row in np.flatnonzero(np.asarray(batch["valid"])):
+            counts = metrics.confusion_matrix(labels[row], predictions[row], num_classes)
+            confusion += counts
             h, w = labels.shape[1:3] if "extent" not in batch else batch["extent"][row]
             if boundary is not None and boundary_pixels is not None:
                 boundary += boundary_counts(labels[row, :h, :w], predictions[row, :h, :w], num_classes, boundary_pixels)
+            image = batch["image"][row] if "extent" not in batch else batch["image"][row, :h, :w]
+            maps = labels[row, :h, :w], predictions[row, :h, :w]
+            sample = Sample(batch["name"][row], image, *maps, metrics.scores(counts).mean_iu)
             if images in samples_at:
-                image = batch["image"][row] if "extent" not in batch else batch["image"][row, :h, :w]
-                samples.append(Sample(batch["name"][row], image, labels[row, :h, :w], predictions[row, :h, :w]))
+                samples.append(sample)
+            if extremes and not math.isnan(sample.mean_iu):
+                copies = {name: getattr(sample, name).copy() for name in ("image", "label", "prediction")}
+                insort(ranked, replace(sample, **copies), key=lambda other: other.mean_iu)
+                del ranked[extremes:-extremes]
             images += 1
-    return Evaluation(confusion, tuple(samples), images, boundary)
+    return Evaluation(confusion, tuple(samples), images, boundary, tuple(ranked))

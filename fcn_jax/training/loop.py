@@ -40,8 +40,12 @@ from fcn_jax.training.distributed import (
     writer_first,
 )
 from fcn_jax.training.logging import Events, Logger, profiled, progress_bar
+from fcn_jax.training.report import save_examples, write_report
 from fcn_jax.training.run import DatasetInfo, RunFolder
 from fcn_jax.training.trainer import Trainer, make_trainer
+
+_EXTREMES = 4
+"""Images of the report with the lowest and with the highest mean IoU."""
 
 
 def train(config: Config, console: Console, lengthen: bool = False) -> Scores:
@@ -155,8 +159,11 @@ def train(config: Config, console: Console, lengthen: bool = False) -> Scores:
             best = checkpoints.best_step()
         assert evaluation is not None  # the last step is a milestone
         _save_figures(folder, evaluation, trainer)
-        folder.upload()
         say(f"best checkpoint: step {best}; figures in {folder.path / folder.figures.name}")
+        if folder.writes:
+            save_examples(folder.local / "examples.json", evaluation, trainer.val.palette)
+            folder.upload()
+            say(f"report: {write_report([config.run])}")
         return evaluation.scores
 
 
@@ -173,7 +180,7 @@ def validate(trainer: Trainer, config: Config, state: TrainState, stop: StopRequ
         batches = _until_stopped(stop, batches)
     own = len(trainer.val) // jax.process_count()  # images of the process that draws them, at least
     variables = {"params": state.params, "batch_stats": state.batch_stats}
-    evaluation = evaluate(trainer.predict, variables, batches, trainer.val.num_classes, spread(own))
+    evaluation = evaluate(trainer.predict, variables, batches, trainer.val.num_classes, spread(own), extremes=_EXTREMES)
     counts = gather(np.append(evaluation.confusion, evaluation.images)).sum(axis=0)
     return replace(evaluation, confusion=counts[:-1].reshape(evaluation.confusion.shape), images=int(counts[-1]))
 

@@ -127,7 +127,8 @@ class RunFolder:
             self._wait_until_started()
             return
         now = _json(config)
-        content = {"config": now, "dataset": dataclasses.asdict(dataset), "environment": environment()}
+        devices = {"devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}"}
+        content = {"config": now, "dataset": dataclasses.asdict(dataset), "environment": environment() | devices}
         if self.config_file.exists():
             before, before_dataset = self.read_config()
             self._check_same(flatten(_json(before)), flatten(now), lengthen)

@@ -1,0 +1,71 @@
+"""report.html: its figures are the run's, it links to nothing, and names with markup are shown as they are."""
+
+import base64
+import html
+import json
+import re
+
+import cv2
+import numpy as np
+from report_runs import CLASSES, evaluate_examples, make_run
+
+from fcn_jax.cli.report import main
+from fcn_jax.evaluation.figures import colour_labels
+
+
+def text_of(page):
+    """Return the words of a page outside of its scripts and tags."""
+    return " ".join(html.unescape(re.sub(r"<(script|style)>.*?</\1>|<[^>]*>", " ", page, flags=re.DOTALL)).split())
+
+
+def test_the_lowest_and_highest_images_of_a_split_are_returned():
+    evaluation = evaluate_examples(extremes=2)
+    # Image i has i of 12 rows wrong; with 6 wrong rows both classes have an IoU of a third.
+    assert [sample.name for sample in evaluation.ranked] == ["image11", "image10", "image1", "image0"]
+    assert np.allclose([sample.mean_iu for sample in evaluation.ranked], [1 / 23, 2 / 22, 11 / 13, 1])
+    assert not evaluate_examples().ranked and evaluate_examples(extremes=6).ranked[6].name == "image5"
+
+
+def test_the_report_of_a_run_shows_its_scores_and_links_to_nothing(tmp_path, capsys):
+    run = make_run(tmp_path / "run")
+    saved = {"scores": {"mean_iu": 0.4321, "pixel_accuracy": 0.8765}, "split": "shapes/test", "views": "plain"}
+    (run / "eval_shapes-test.json").write_text(json.dumps({**saved, "step": 100, "images": 7}))
+    assert main([str(run)]) == 0
+    assert capsys.readouterr().out == f"report: {run / 'report.html'}\n"
+    page = (run / "report.html").read_text()
+    tags = re.sub(r"<script.*?</script>", "", page, flags=re.DOTALL)
+    assert len(page) < 3e6 and not re.search(r"""(src|href)=["'](?!data:)""", tags)
+    text = text_of(page)
+    # IoU of star is 60 / (100 + 110 - 60), its accuracy 0.6, its share 100 of 1400.
+    assert "star 40.00 60.00 7.14" in text and "<b>disc" in text
+    assert "shapes/test plain 100 7 43.21 87.65" in text
+    assert "image11: 4.35" in text and "Images with the lowest mean IoU" in text
+    assert re.search(r"run 75 0\.5 - - - Medians", text)  # images/s and seconds a step
+
+
+def test_examples_are_thumbnails_of_image_truth_and_prediction(tmp_path):
+    worst = json.loads((make_run(tmp_path / "run") / "examples.json").read_text())[0]
+    data = {name: base64.b64decode(worst[name].partition(",")[2]) for name in ("image", "truth", "prediction")}
+    pictures = {name: cv2.imdecode(np.frombuffer(d, np.uint8), cv2.IMREAD_COLOR)[..., ::-1] for name, d in data.items()}
+    sample = evaluate_examples(extremes=2).ranked[0]
+    assert worst["image"].startswith("data:image/jpeg")
+    np.testing.assert_array_equal(pictures["truth"], colour_labels(sample.label, CLASSES.palette))
+    np.testing.assert_array_equal(pictures["prediction"], colour_labels(sample.prediction, CLASSES.palette))
+
+
+def test_several_runs_are_shown_with_the_settings_that_differ(tmp_path, capsys):
+    first, second = make_run(tmp_path / "a", 0.1), make_run(tmp_path / "b", 0.2, examples=False)
+    assert main([str(first), str(second), "--out", str(tmp_path / "new/both.html")]) == 0
+    text = text_of((tmp_path / "new/both.html").read_text())
+    assert "optim.lr 0.1 0.2" in text and "data.train" not in text.partition("Curves")[0]
+    assert "star 40.00 60.00 7.14 40.00 60.00 7.14" in text
+
+
+def test_what_has_no_report_is_one_line(tmp_path, fails):
+    run = make_run(tmp_path / "run")
+    fails(main, [], "the folder of a run")
+    fails(main, [run, run], "--out FILE.html")
+    fails(main, [tmp_path / "none"], "none has no config.json")
+    rows = (run / "metrics.jsonl").read_text().splitlines()
+    (run / "metrics.jsonl").write_text(rows[0] + "\n")
+    fails(main, [run], "has no validation yet")
