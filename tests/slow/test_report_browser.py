@@ -22,7 +22,7 @@ def test_the_report_works_in_a_browser(width, scheme, tmp_path):
         browser = started.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
         page = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)
         messages = []
-        page.on("console", lambda message: messages.append(message.text))
+        page.on("console", lambda message: message.type in ("error", "warning") and messages.append(message.text))
         page.on("pageerror", lambda error: messages.append(str(error)))
         page.on("request", lambda request: request.url.startswith(("file:", "data:")) or messages.append(request.url))
         page.goto(file.as_uri())
