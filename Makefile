@@ -18,9 +18,10 @@ test: $(VENV)/ready-dev $(VENV)/compilers/libtpu
 	$(BIN)/python -m pytest -n 2 --dist loadfile tests/unit tests/parity tests/integration
 
 # What the quick tests have a sample of: every kill, fault, layout, family, width and dtype, and 2,000 damaged files. Hours.
-test-slow: $(VENV)/ready-dev $(VENV)/compilers/libtpu $(VENV)/compilers/jax_plugins
+test-slow: $(VENV)/ready-slow $(VENV)-onnx/ready $(VENV)/compilers/libtpu $(VENV)/compilers/jax_plugins
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m slow tests/unit tests/parity tests/integration
 	$(BIN)/python -m pytest -n 2 --dist loadfile tests/slow
+	$(VENV)-onnx/bin/python -m pytest -m "" -k onnx tests/parity/test_export.py
 	$(BIN)/python tests/slow/soak.py --kills 10
 	$(BIN)/python tests/slow/soak.py --gcs --kills 10
 
@@ -67,6 +68,16 @@ $(BIN)/python:
 
 $(VENV)/ready: pyproject.toml | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --editable .
+	@touch $@
+
+$(VENV)/ready-slow: $(VENV)/ready-dev
+	$(BIN)/python -m pip install --quiet --editable ".[dev,slow]"
+	@touch $@
+
+# jax2onnx holds orbax-checkpoint below a release that it does not need: an environment of its own.
+$(VENV)-onnx/ready: pyproject.toml
+	$(PYTHON) -m venv $(VENV)-onnx
+	$(VENV)-onnx/bin/python -m pip install --quiet --editable ".[onnx]" pytest hypothesis
 	@touch $@
 
 $(VENV)/ready-dev: pyproject.toml | $(BIN)/python

@@ -62,13 +62,17 @@ def environment(*packages: str) -> dict[str, Any]:
 
 
 def _commit() -> str | None:
-    command = ["git", "describe", "--always", "--dirty"]
-    folder = Path(__file__).resolve().parent
+    def git(*command: str) -> str:
+        folder = Path(__file__).resolve().parent
+        options: Any = {"cwd": folder, "capture_output": True, "text": True, "timeout": 10, "check": True}
+        return subprocess.run(["git", *command], **options).stdout.strip()
+
     try:
-        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=10, check=True)
+        # An installed package may lie in an environment within another project's repository.
+        own = git("rev-parse", "--show-prefix") == "fcn_jax/training/"
+        return git("describe", "--always", "--dirty") if own else None
     except (OSError, subprocess.SubprocessError):
         return None
-    return done.stdout.strip()
 
 
 def seconds_since_start() -> float:
