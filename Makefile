@@ -6,7 +6,7 @@ VERSION := $(shell $(PYTHON) -c "import sys; print('%d.%d' % sys.version_info[:2
 VENV := .venv-$(VERSION)
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-slow parity soak lint format clean
+.PHONY: demo test test-slow parity soak docs lint format clean
 
 demo: $(VENV)/ready
 	$(BIN)/python train.py shapes --run runs/demo
@@ -21,7 +21,7 @@ test: $(VENV)/ready-dev $(VENV)/compilers/libtpu
 test-slow: $(VENV)/ready-slow $(VENV)-onnx/ready $(VENV)/compilers/libtpu $(VENV)/compilers/jax_plugins
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m slow tests/unit tests/parity tests/integration
 	$(BIN)/python -m pytest -n 2 --dist loadfile tests/slow
-	$(VENV)-onnx/bin/python -m pytest -m "" -k onnx tests/parity/test_export.py
+	$(VENV)-onnx/bin/python -m pytest -m "" -k "onnx or export" tests/parity/test_export.py tests/slow/test_pages.py
 	$(BIN)/python tests/slow/soak.py --kills 10
 	$(BIN)/python tests/slow/soak.py --gcs --kills 10
 
@@ -39,6 +39,10 @@ SOAK_KILLS ?= 300
 soak: $(VENV)/ready-dev
 	$(BIN)/python tests/slow/soak.py --kills $(SOAK_KILLS)
 
+# The site: docs/_build/html/docs/index.html
+docs: $(VENV)/ready-docs
+	$(BIN)/python -m sphinx -W --keep-going -q -c docs -b html . docs/_build/html
+
 lint: $(VENV)/ready-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -49,7 +53,7 @@ format: $(VENV)/ready-dev
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf .venv-* build *.egg-info .pytest_cache .ruff_cache .mypy_cache
+	rm -rf .venv-* build docs/_build *.egg-info .pytest_cache .ruff_cache .mypy_cache
 
 # XLA's compilers for TPUs and GPUs, for the tests alone: beside the environment, where JAX would look for a TPU at every
 # start. Linux x86-64 only; elsewhere the tests are skipped.
@@ -68,6 +72,10 @@ $(BIN)/python:
 
 $(VENV)/ready: pyproject.toml | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --editable .
+	@touch $@
+
+$(VENV)/ready-docs: pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --editable ".[docs]"
 	@touch $@
 
 $(VENV)/ready-slow: $(VENV)/ready-dev
