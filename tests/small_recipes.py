@@ -53,8 +53,8 @@ def tree(recipe, root):
     return ["--data.dir", str(root)]
 
 
-# What each recipe needs at this size: crops and batches for tiny images, and a learning rate for a small network from
-# scratch, where the published one starts from ImageNet weights.
+# What each recipe needs at this size: crops and batches for tiny images, and another learning rate. The small network
+# trains from scratch, where the published one starts from ImageNet weights.
 CROP = "--data.crop-size 16 16"
 SHRUNK = {
     "shapes": SCORE_NET,

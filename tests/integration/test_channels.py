@@ -90,7 +90,7 @@ def test_widened_rgb_weights_give_the_rgb_logits_on_repeated_channels(name, chan
         of_channels = Standardize(*(tuple(values[k % 3] for k in range(count)) for values in (mean, std)))
         return model.apply(variables, fcn_jax.normalize(images, of_channels, model.param_dtype))
 
-    # float64 sums over more channels, in another order.
+    # float64 sums over another number of channels.
     np.testing.assert_allclose(logits(wide, repeated, channels), logits(variables, image, 3), rtol=1e-9, atol=1e-9)
 
 

@@ -305,7 +305,7 @@ def test_predict_accepts_folders_and_patterns_and_skips_unreadable_files(run, tm
         labels = np.asarray(Image.open(out / f"{name}.png"))
         assert (int(row["height"]), int(row["width"])) == labels.shape == sizes[name]
         shares = [float(row[each]) for each in CLASSES]
-        np.testing.assert_allclose(shares, [np.mean(labels == index) for index in range(6)], atol=1e-6)
+        np.testing.assert_allclose(shares, [np.mean(labels == index) for index in range(6)], atol=1e-6)  # six decimals
         probabilities = np.load(out / f"{name}.npz")["probabilities"]
         assert probabilities.dtype == np.float16 and probabilities.shape == (*labels.shape, 6)
         confidence = cv2.imread(str(out / f"{name}_confidence.png"), cv2.IMREAD_GRAYSCALE)

@@ -178,7 +178,7 @@ def test_the_weight_is_that_of_the_valid_pixels_of_the_global_batch():
     _, sums = on_one_device("fcn8s", accumulate=1)
     labels = make_batch(33)["label"]
     weights = WEIGHTS[np.where(labels == 255, 0, labels)] * (labels != 255)
-    assert sums.pixels == pytest.approx(weights.sum(), rel=1e-14)
+    assert sums.pixels == pytest.approx(weights.sum(), rel=1e-14)  # summed in another order
 
 
 def step_of_scales(**options):
@@ -194,6 +194,7 @@ def step_of_scales(**options):
 
 def test_sum_reduction_is_the_mean_times_the_weight():
     summed, mean = step_of_scales(reduction="sum")[1], step_of_scales()[1]
+    # Rounding of float64.
     assert summed.loss == pytest.approx(mean.loss * mean.pixels, rel=1e-12)
     assert summed.grad_norm == pytest.approx(mean.grad_norm * mean.pixels, rel=1e-12)
 

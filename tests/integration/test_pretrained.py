@@ -224,6 +224,7 @@ def test_an_exported_hub_folder_loads_through_the_hub(hub, exported):
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     assert found["names"] == list(NAMES) and asked
+    # Sums in float32.
     assert found["sum"] == pytest.approx(float(sum(np.abs(x).sum() for x in jax.tree.leaves(exported[2]))), rel=1e-5)
     assert [line.partition(":")[0] for line in found["errors"]] == ["hf", "hf", "hf"] and "hf://me/other" in done.stdout
     asked.clear()

@@ -1,4 +1,4 @@
-"""Compilation for accelerators: what is read from the programs, and the all-reduces of a training step."""
+"""Compilation for accelerators: figures parsed from the programs, and the all-reduces of a training step."""
 
 import json
 import os

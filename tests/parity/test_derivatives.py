@@ -21,7 +21,7 @@ CASES = [
 
 
 @pytest.mark.parametrize(("check", "family", "norm", "train"), CASES)
-def test_derivatives(check, family, norm, train):
+def test_derivatives_and_vmap_equal_their_references(check, family, norm, train):
     check(family, norm, train)
 
 

@@ -93,7 +93,7 @@ def test_objects_and_background_have_the_same_mean_colour(train):
 def test_the_first_colour_is_distributed_like_the_others():
     """Each colour is chosen far from the earlier ones. Without shuffling, later colours lie nearer to the corners."""
     drawn = np.stack([shapes._colours(np.random.default_rng(i), 5) for i in range(3000)])
-    distance = np.linalg.norm(drawn - 127.5, axis=2)  # (picture, place)
+    distance = np.linalg.norm(drawn - 127.5, axis=2)  # (image, position)
     error = distance.std() / np.sqrt(len(distance))
     assert (np.abs(distance.mean(0) - distance.mean()) < 4 * error).all()
 

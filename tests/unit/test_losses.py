@@ -131,7 +131,7 @@ def test_terms_are_added_with_their_factors():
     parts = {name: make_loss(name, WEIGHTS)(jnp.asarray(LOGITS), LABELS) for name in ("softmax", "dice", "lovasz")}
     whole = make_loss({"softmax": 1, "dice": 0.5, "lovasz": 2}, WEIGHTS)(jnp.asarray(LOGITS), LABELS)
     expected = parts["softmax"].total + 0.5 * parts["dice"].total + 2 * parts["lovasz"].total
-    assert float(whole.total) == pytest.approx(float(expected), rel=1e-14)
+    assert float(whole.total) == pytest.approx(float(expected), rel=1e-14)  # rounding of float64
     assert whole.weight == parts["dice"].weight == parts["softmax"].weight
     assert loss_terms(LossConfig(terms=("softmax:1", "dice:.5"))) == {"softmax": 1, "dice": 0.5}
     assert loss_terms(LossConfig(terms=("focal:1e-1",))) == {"focal": 0.1}
@@ -145,6 +145,7 @@ def test_losses_of_parts_of_a_batch_add_up_to_the_whole(kind, fraction):
     loss = make_loss(kind, WEIGHTS, hard_fraction=fraction)
     whole = loss(jnp.asarray(LOGITS), LABELS)
     parts = [loss(jnp.asarray(LOGITS[i : i + 1]), LABELS[i : i + 1]) for i in range(2)]
+    # float64 sums in another order.
     assert float(whole.total) == pytest.approx(float(parts[0].total + parts[1].total), rel=1e-14)
     assert float(whole.weight) == pytest.approx(float(parts[0].weight + parts[1].weight), rel=1e-14)
 
@@ -157,7 +158,7 @@ def test_hard_pixels_are_the_largest_losses_of_each_image():
     for image in range(2):
         losses = np.sort(all_losses[image][LABELS[image] != 255])[::-1]
         expected += losses[: int(np.ceil(0.25 * len(losses)))].sum()
-    assert float(sums.total) == pytest.approx(expected, rel=1e-13)
+    assert float(sums.total) == pytest.approx(expected, rel=1e-13)  # summed in another order
     assert float(sums.weight) == np.ceil(0.25 * 18) + np.ceil(0.25 * 30)
 
 
@@ -179,7 +180,7 @@ def test_class_weights_of_a_run_follow_from_label_counts_and_power(power, weight
     followed = run_loss(Config(loss=LossConfig(class_weights="median", weight_power=power)), split)
     given = run_loss(Config(loss=LossConfig(class_weights=weights)), split)
     for found, expected in zip(followed(jnp.asarray(LOGITS), LABELS), given(jnp.asarray(LOGITS), LABELS), strict=True):
-        assert float(found) == pytest.approx(float(expected), rel=1e-12)
+        assert float(found) == pytest.approx(float(expected), rel=1e-12)  # rounding of float64
     with pytest.raises(InputError, match="expected 3 class weights for made, got 4"):
         run_loss(Config(loss=LossConfig(class_weights=weights)), SimpleNamespace(dataset="made", num_classes=3))
 
@@ -187,7 +188,7 @@ def test_class_weights_of_a_run_follow_from_label_counts_and_power(power, weight
 def test_median_frequency_weights_by_hand():
     # Pixels of the class, of all in images with it: 60 of 100, 10 of 50, 30 of 100. Class 3 does not occur.
     weights = median_frequency_weights(np.array([60, 10, 30, 0]), np.array([100, 50, 100, 0]))
-    np.testing.assert_allclose(weights, [0.3 / 0.6, 0.3 / 0.2, 1.0, 0.0], rtol=1e-14)
+    np.testing.assert_allclose(weights, [0.3 / 0.6, 0.3 / 0.2, 1.0, 0.0], rtol=1e-14)  # rounding of float64
 
 
 def test_unknown_losses_and_invalid_fractions_are_named():

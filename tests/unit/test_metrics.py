@@ -11,6 +11,7 @@ def test_scores_by_hand():
     # Rows are the truth: class 0 has 4 pixels (3 hit), class 1 has 2 (1 hit), class 2 has 2 (2 hit)
     confusion = np.array([[3, 1, 0], [0, 1, 1], [0, 0, 2]])
     scores = metrics.scores(confusion)
+    # Rounding of a few operations in float64.
     np.testing.assert_allclose(scores.per_class_iu, [3 / 4, 1 / 3, 2 / 3], rtol=1e-15)
     assert scores.pixel_accuracy == pytest.approx(6 / 8, rel=1e-15)
     assert scores.mean_accuracy == pytest.approx((3 / 4 + 1 / 2 + 1) / 3, rel=1e-15)

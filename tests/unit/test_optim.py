@@ -19,6 +19,7 @@ PARAMS = jax.tree.map(jnp.array, PARAMS, is_leaf=lambda leaf: isinstance(leaf, l
 GRADS = jax.tree.map(lambda x: 0.1 * x + 0.2, PARAMS)
 
 
+# optax evaluates schedules in float32, so values are equal to 1e-6.
 def _run(config, steps=4, freeze=False):
     optimizer = make_optimizer(PARAMS, config, steps, 5 if freeze else 0)
     state, params = optimizer.init(PARAMS), PARAMS

@@ -123,7 +123,7 @@ def test_prediction_of_an_image_split_over_devices_equals_one_device(name):
         variables, image
     )
     assert four.shape == (150, 40, model.num_classes)
-    np.testing.assert_allclose(four, one, rtol=1e-10)
+    np.testing.assert_allclose(four, one, rtol=1e-10)  # sums in another order
 
 
 @pytest.mark.parametrize("name", ["fcn8s", "fcn8s_resize"])

@@ -92,6 +92,7 @@ def test_a_new_upsampling_layer_interpolates_each_channel_separately():
     # Output pixel o lies at input (o + 0.5) / 2 - 0.5; a linear ramp stays one away from the border.
     rows = (np.arange(10) + 0.5) / 2 - 0.5
     columns = (np.arange(12) + 0.5) / 2 - 0.5
+    # 1e-14: rounding of float64.
     np.testing.assert_allclose(y[0, 1:-1, 1:-1, 0], np.broadcast_to(rows[1:-1, None], (8, 10)), atol=1e-14)
     np.testing.assert_allclose(y[0, 1:-1, 1:-1, 1], np.broadcast_to(columns[None, 1:-1], (8, 10)), atol=1e-14)
 
