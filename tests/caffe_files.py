@@ -1,4 +1,4 @@
-"""Writing .caffemodel files in the exact format: the names and shapes of the reference's net.py, without our reader."""
+"""A writer of .caffemodel files, independent of our reader, with names and shapes of the reference's net.py."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def _varint(number):
 
 
 def field(number, payload):
-    """A field of bytes, or of a varint where the payload is a number."""
+    """Encode a field: a varint if the payload is an integer, otherwise bytes."""
     if isinstance(payload, int):
         return _varint(number << 3) + _varint(payload)
     return _varint(number << 3 | 2) + _varint(len(payload)) + payload
@@ -37,7 +37,7 @@ def kind_of(name):
 
 
 def write_caffe(path, arrays, legacy=False, linear=()):
-    """Write LAYER.weight and LAYER.bias; ``linear`` layers are InnerProducts, and ``legacy`` the older format."""
+    """Write LAYER.weight and LAYER.bias; ``linear`` layers are InnerProducts, ``legacy`` selects the older format."""
     layers, out = {}, field(1, b"net")
     for name, array in arrays.items():
         layers.setdefault(name.rpartition(".")[0], []).append(np.asarray(array))

@@ -8,7 +8,7 @@ import tempfile
 from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# LLVM's optimisations take longer than the tiny networks of the tests save; XLA's own passes stay on.
+# LLVM's optimisations take longer than they save on tiny networks. XLA's own passes stay on.
 _FLAGS = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_FLAGS}"
 
@@ -24,7 +24,7 @@ _COMPILED = "FCN_JAX_TESTS_COMPILED"
 
 
 def pytest_configure(config):
-    """Let tests that compile one and the same program share it, in this run alone, over all of its processes."""
+    """Share compiled programs between all tests and processes of this test run."""
     if not hasattr(config, "workerinput"):
         os.environ[_COMPILED] = tempfile.mkdtemp(prefix="fcn_jax_tests_")
     jax.config.update("jax_compilation_cache_dir", os.environ[_COMPILED])
@@ -32,7 +32,7 @@ def pytest_configure(config):
 
 
 def pytest_unconfigure(config):
-    """Remove what was compiled."""
+    """Remove the compiled programs."""
     if not hasattr(config, "workerinput"):
         shutil.rmtree(os.environ[_COMPILED], ignore_errors=True)
 
@@ -43,7 +43,7 @@ _TESTS = itertools.count(1)
 
 @pytest.fixture
 def fails(capsys):
-    """Check that a command ends with exit code 2 and one line that names things."""
+    """Check that a command gives exit code 2 and one error line that contains the given words."""
     from fcn_jax.cli.process import guarded
 
     def check(command, arguments, *named):
@@ -57,7 +57,7 @@ def fails(capsys):
 
 @pytest.fixture(autouse=True)
 def few_programs():
-    """Forget compiled programs now and then: Linux gives a process 65,530 mappings, and each program takes some."""
+    """Clear compiled programs now and then: Linux allows a process 65,530 mappings, and each program uses some."""
     yield
     if next(_TESTS) % 10 == 0 and _MAPS.exists() and _MAPS.read_bytes().count(b"\n") > 25_000:
         jax.clear_caches()

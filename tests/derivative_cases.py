@@ -17,7 +17,7 @@ from fcn_jax.compare.torch_adapter import Way, load_twin
 
 FAMILIES = ("fcn8s", "fcn8s_pad100", "fcn8s_ladder", "fcn8s_resize")
 CASES = list(itertools.product(FAMILIES, (None, "batch"), (False, True)))
-CASES += [("fcn_resnet50", "batch", False), ("fcn_resnet50", "batch", True)]  # never without batch norm
+CASES += [("fcn_resnet50", "batch", False), ("fcn_resnet50", "batch", True)]  # always with batch norm
 # Rounding, in float64, of sums of a few thousand terms over 20 layers, forward and back.
 ROUNDING = 1e-10
 
@@ -52,7 +52,7 @@ def directions(vector, count):
 
 
 def check_modes(family, norm, train):
-    """Assert that jvp, linearize, vjp and both orders of a Hessian-vector product agree, and finite differences."""
+    """Assert that jvp, linearize, vjp, both orders of a Hessian-vector product and finite differences agree."""
     *_, value, vector, _ = make_case(family, norm, train, dropout=0.5)
     gradient = jax.grad(value)
 
@@ -77,12 +77,12 @@ def check_modes(family, norm, train):
         assert error(found["reverse over reverse"], found["hvp"]) < ROUNDING
         difference = (gradient(vector + step * v) - gradient(vector - step * v)) / (2 * step)
         differences.append(error(difference, found["hvp"]))
-    # A step across a kink of a ReLU or a pooling is no derivative: one direction may be far off.
+    # A finite difference across a kink of a ReLU or a pooling is wrong, so one direction may be far off.
     assert np.median(differences) < 1e-4
 
 
 def check_hessian_against_torch(family, norm, train):
-    """Assert that a Hessian-vector product is that of PyTorch's double backward through the twin."""
+    """Assert that a Hessian-vector product equals PyTorch's double backward through the twin."""
     model, variables, images, labels, value, vector, unravel = make_case(family, norm, train)
     (v,) = directions(vector, 1)
     ours = jax.jit(lambda x: jax.jvp(jax.grad(value), (x,), (v,))[1])(vector)
@@ -98,11 +98,12 @@ def check_hessian_against_torch(family, norm, train):
         (ours[name].ravel(), np.zeros(p.numel()) if h is None else h.numpy().ravel())
         for (name, p), h in zip(parameters.items(), theirs, strict=True)
     ]
+    # Rounding as above, through two derivatives.
     assert error(*(np.concatenate(side) for side in zip(*flat, strict=True))) < 1e-9
 
 
 def check_vmap(family, norm, train):
-    """Assert that vmap over images and over parameters gives what a loop does."""
+    """Assert that vmap over images and over parameters equals a loop."""
     model, variables, images, *_ = make_case(family, norm, train)
 
     def apply(variables, image):

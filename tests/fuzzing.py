@@ -1,4 +1,4 @@
-"""Damaged files for everything that reads outside bytes: real small files, mutated by seed, and how they are read.
+"""A fuzzer of all readers of external files: small valid files, mutated by seed, and the calls that read them.
 
     python tests/fuzzing.py --cases 100000 --seed 0
     python tests/fuzzing.py --reader image --case 17 --seed 0      # one case again, with its traceback
@@ -59,9 +59,9 @@ from fcn_jax.training.config_checks import check_config
 from fcn_jax.training.run import RunFolder
 
 SECONDS = 20.0
-"""For one case, on a machine that others use too; the slowest good one takes a second."""
+"""Limit for one case, generous for busy machines; the slowest good case takes a second."""
 MEMORY = 2 << 30
-"""Bytes that one case may take beyond what the process had."""
+"""Bytes that one case may allocate."""
 
 Files = dict[str, bytes]
 Mutator = Callable[[np.random.Generator, bytes, list[bytes]], bytes]
@@ -99,7 +99,7 @@ def _pick(rng, values):
 
 
 def plain(rng, data, others):
-    """Flip bits, cut, drop, repeat, splice, insert noise, or put extreme numbers over fields, mostly of the header."""
+    """Flip bits, truncate, delete, repeat, splice, insert noise, or write extreme numbers, mostly into the header."""
     kind, start, length = (int(rng.integers(n)) for n in (7, len(data) + 1, 256))
     out = bytearray(data)
     if kind == 0:
@@ -188,7 +188,7 @@ def pickle_code(rng, data, others):
 
 
 def zip_record(rng, data, others):
-    """Write another pickle into a .pth archive, packed or not, or a record that unpacks to far more than it is."""
+    """Write another pickle into a .pth archive, packed or not, or a record that unpacks to far more than its size."""
     try:
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
             records = {entry.filename: archive.read(entry) for entry in archive.infolist()}
@@ -210,7 +210,7 @@ def zip_record(rng, data, others):
 
 
 def text_line(rng, data, others):
-    """Put characters into a text file that names and lines do not have."""
+    """Insert characters into a text file that names and lines should not contain."""
     lines = data.split(b"\n")
     for _ in range(int(rng.integers(1, 5))):
         at = int(rng.integers(len(lines)))
@@ -226,13 +226,13 @@ class Reader:
     """One kind of input."""
 
     cases: int
-    """Its share: slow ones have less."""
+    """Relative number of cases; slow readers have fewer."""
     corpus: Callable[[Path, Path], list[Files]]
     """(a folder to work in, the file that hostile code would write) -> whole cases, each some files by name."""
     mutators: tuple[Mutator, ...]
-    """What is done to a file beside ``plain``."""
+    """Mutators besides ``plain``."""
     read: Callable[[Path], object]
-    """Takes the folder of a case, reads it as the command lines do."""
+    """Reads the folder of a case as the commands do."""
 
 
 def _saved(image: Image.Image, kind: str, **options) -> bytes:
@@ -283,7 +283,7 @@ def _caffe_files(work: Path, marker: Path) -> list[Files]:
 
 
 class Call:
-    """Pickled as a call."""
+    """An object whose pickle calls a function when it is loaded."""
 
     def __init__(self, function, *arguments):
         self.call = function, arguments
@@ -308,7 +308,7 @@ def _torch_files(work: Path, marker: Path) -> list[Files]:
 def _read_weights(place: Path) -> None:
     (path,) = place.iterdir()
     weights.inspect(path)
-    with contextlib.suppress(InputError):  # most are of other networks
+    with contextlib.suppress(InputError):  # most belong to other networks
         weights.load(path, *_model())
 
 
@@ -412,12 +412,12 @@ READERS = {
 
 
 class Hang(BaseException):
-    """A case has taken too long. No Exception, so that no reader takes it for damage of its file."""
+    """A case took too long. Not an Exception, so that no reader treats it as damage of its file."""
 
 
 @contextlib.contextmanager
 def time_limit(seconds: float):
-    """Raise Hang in what runs longer."""
+    """Raise Hang in code that runs longer."""
 
     def expired(number, frame):
         raise Hang(f"longer than {seconds:g} s")
@@ -438,7 +438,7 @@ def _resident(name: str) -> int:
 
 
 def mutate(reader: Reader, corpus: list[Files], name: str, seed: int, case: int) -> Files:
-    """Return the files of a case, of which one is damaged, missing or left as it is; the numbers decide everything."""
+    """Return the files of a case, one of them damaged, missing or unchanged, as determined by name, seed and case."""
     rng = np.random.default_rng([seed, zlib.crc32(name.encode()), case])
     files = dict(_pick(rng, corpus))
     one = _pick(rng, sorted(files))
@@ -459,11 +459,11 @@ def attempt(read: Callable[[Path], object], files: Files, work: Path) -> str:
         (place / name).parent.mkdir(parents=True, exist_ok=True)
         (place / name).write_bytes(data)
     with contextlib.suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")  # proc(5): sets the peak back to what is resident now
+        Path("/proc/self/clear_refs").write_text("5")  # proc(5): resets the peak to the current size
     before, outcome = _resident("VmRSS"), "result"
     try:
         with warnings.catch_warnings(), time_limit(SECONDS):
-            warnings.simplefilter("ignore")  # what a library says of a damaged file
+            warnings.simplefilter("ignore")  # of libraries about damaged files
             read(place)
     except InputError as error:
         if "\n" in str(error).strip():
@@ -471,14 +471,14 @@ def attempt(read: Callable[[Path], object], files: Files, work: Path) -> str:
         outcome = "refused"
     if marker.exists():
         marker.unlink()
-        raise AssertionError("code out of the file was run, or something was written outside of the folder")
+        raise AssertionError("code from the file was run, or something was written outside of the folder")
     if (took := _resident("VmHWM") - before) > MEMORY:
         raise AssertionError(f"took {took >> 20} MiB")
     return outcome
 
 
 def run(name: str, seed: int, cases: range) -> tuple[collections.Counter[str], list[str]]:
-    """Run the numbered cases of a reader; return how many had which outcome, and what failed."""
+    """Run the numbered cases of a reader; return the count of each outcome, and the failures."""
     outcomes, failures = collections.Counter[str](), []
     with tempfile.TemporaryDirectory(prefix="fcn_jax_fuzz_") as temporary:
         work, reader = Path(temporary), READERS[name]
@@ -498,12 +498,12 @@ def run(name: str, seed: int, cases: range) -> tuple[collections.Counter[str], l
 
 
 def main() -> int:
-    """Run many cases in processes of their own, or one of them in this one."""
+    """Run many cases in separate processes, or one case in this process."""
     parser = argparse.ArgumentParser(description="Feed mutated files to every reader.")
     parser.add_argument("--cases", type=int, default=2000, help="over all readers")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--reader", choices=READERS, help="this one alone")
-    parser.add_argument("--case", type=int, help="this one alone, with its traceback")
+    parser.add_argument("--reader", choices=READERS, help="only this reader")
+    parser.add_argument("--case", type=int, help="only this case, with its traceback")
     given = parser.parse_args()
     if given.case is not None:
         print(*run(given.reader, given.seed, range(given.case, given.case + 1)))

@@ -1,7 +1,7 @@
-"""A Google Cloud Storage of its own on the loopback: python tests/gcs.py PORT.
+"""An emulated Google Cloud Storage on the loopback: python tests/gcs.py PORT.
 
-The emulator from PyPI lacks what tensorstore's atomic commits rest on: the generation of an object that is read, and
-requests that hold for one generation alone. Both are added here, as the JSON API's documentation has them.
+The emulator from PyPI lacks two features that tensorstore's atomic commits need. These are the generation of an object
+that is read, and requests conditional on a generation. Both are added here as in the documentation of the JSON API.
 """
 
 import socket
@@ -14,7 +14,7 @@ BUCKET = "bucket"
 
 
 def conditional(handler):
-    """Wrap a handler of one object: refuse a request for another generation than the one that is stored."""
+    """Wrap a handler of one object: reject requests for another generation than the stored one."""
 
     def wrapped(request, response, storage, *rest, **options):
         name = request.params.get("object_id") or request.query.get("name", [None])[0]
@@ -44,7 +44,7 @@ def serve(port):
 
 
 def start():
-    """Start the server; returns its process and the environment in which gcsfs, tensorstore and ArrayRecord use it."""
+    """Start the server; return its process and the environment in which gcsfs, tensorstore and ArrayRecord use it."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

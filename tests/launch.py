@@ -1,4 +1,4 @@
-"""Runs in several real processes, started through train.py on this machine's CPU."""
+"""Runs in several processes, started through train.py on the CPU."""
 
 import json
 import os
@@ -21,13 +21,13 @@ SETTINGS = (
     "--model.fc6-kernel 1 --data.shapes-size 32 32 --data.shapes-count 16 --train.batch-size 8 --train.steps 6 "
     "--train.eval-every 1.5 --train.log-every 1 --train.eval-batch-size 4 --optim.warmup-steps 0"
 ).split()
-# The sums over devices are added in another order where some of them come over the network: gloo against XLA's own.
+# Between processes, gloo adds the sums over devices in another order than XLA does within one.
 LAST_BITS = 1e-6
-# Ours, where a collective raises before JAX ends the process itself.
+# Our message, if a collective raises before JAX ends the process.
 LOST = "^error: another process of the run ended or cannot be reached; start all of them again, and they go on from"
-# With which JAX ends a process where another one's heartbeat is missing or its service is gone.
+# JAX's message, if another process's heartbeat is missing or the coordination service is gone.
 LOST_BY_JAX = "heartbeat|another task died|coordination service"
-# Dies in the middle of a run, and nothing of it gets the chance to say so.
+# Kills the process in the middle of a run, without any shutdown.
 KILLED = """
 import os, signal, sys, time
 from pathlib import Path
@@ -79,7 +79,7 @@ def launch(run, *extra, count=2, each=((), ()), code=None):
 
 
 def finish(started, timeout=240):
-    """Return exit codes and what was printed."""
+    """Wait for processes; return their exit codes and outputs."""
     try:
         outputs = [process.communicate(timeout=timeout)[0] for process in started]
     finally:
@@ -89,9 +89,9 @@ def finish(started, timeout=240):
 
 
 def finish_after_a_kill(run):
-    """Run in two processes, the second killed after the first checkpoint; return how the first ended.
+    """Run in two processes and kill the second after the first checkpoint.
 
-    Its exit code, what it printed, and the seconds by which it outlived the other.
+    Returns the exit code and the output of the first, and the seconds by which it outlived the second.
     """
     started = launch(run, code=KILLED)
     try:
@@ -107,7 +107,7 @@ def finish_after_a_kill(run):
 
 @pytest.fixture(scope="module")
 def reference(tmp_path_factory):
-    """The run in one process."""
+    """The same run in one process."""
     run = tmp_path_factory.mktemp("reference") / "run"
     codes, outputs = train(run, count=1)
     assert codes == [0], outputs
@@ -137,6 +137,6 @@ def assert_equal_runs(run, reference):
 
 
 def assert_lost_another(process_code, printed):
-    """Check that a process ended because another one did, by our line or by JAX's own."""
+    """Check that a process exited because another one did, with our message or JAX's."""
     ours = process_code == 1 and re.search(LOST, printed, re.MULTILINE) and "Traceback" not in printed
     assert ours or (process_code == -6 and re.search(LOST_BY_JAX, printed)), (process_code, printed[-2000:])

@@ -1,4 +1,4 @@
-"""Published networks, and the check that one of them is ported exactly; the slow tests go through all of them."""
+"""Published networks, and checks that one of them is ported exactly. The slow tests check all of them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from fcn_jax.models import VGGClassifier
 
 N, FLOOR = 3, {"pool": "floor"}
 PREPROCESSING = {"pytorch-fcn": "caffe", "tramac": "imagenet"}
-# layout, and which of its networks -> (torch module, model, options, (height, width)); the sources run at these sizes
+# Layout and network -> (torch module, model, options, (height, width)). The originals run at these sizes.
 CASES = {
     "pytorch-fcn 32s": (lambda: sources.PytorchFCN(32, N, W), "fcn32s_pad100", {}, (33, 47)),
     "pytorch-fcn 16s": (lambda: sources.PytorchFCN(16, N, W), "fcn16s_pad100", {}, (40, 38)),
@@ -53,21 +53,21 @@ def error(a, b):
 
 
 def forward(module, x):
-    """Run a torch module on images (b, h, w, 3); channels come last in the result too, where it has four axes."""
+    """Run a torch module on images (b, h, w, 3); return (b, h, w, c), or (b, c) from a classifier."""
     with torch.no_grad():
         y = module(torch.from_numpy(x).permute(0, 3, 1, 2))
     return (y.permute(0, 2, 3, 1) if y.ndim == 4 else y).numpy()
 
 
 def assert_same_state(ours, theirs):
-    assert list(ours) == list(theirs)  # in the source's order too
+    assert list(ours) == list(theirs)  # in the original's order too
     for name, value in theirs.items():
         assert ours[name].dtype == value.dtype
         np.testing.assert_array_equal(ours[name], value, err_msg=name)
 
 
 def check_port(case):
-    """A published network is recognised, computes the same, goes back bit for bit, and tells the call that makes it."""
+    """Check layout, suggested call, logits and bit-identical round trip of a published network."""
     build, name, options, size = CASES[case]
     layout = case.partition(" ")[0]
     module = sources.randomise(build())
@@ -86,17 +86,17 @@ def check_port(case):
     x = np.random.default_rng(0).normal(size=(1, *size, 3))
     ours, theirs = np.asarray(jax.jit(model.apply)(variables, x)), forward(module, x)
     assert ours.shape == theirs.shape
-    assert error(ours, theirs) < 1e-12  # float64, some twenty layers
+    assert error(ours, theirs) < 1e-12  # rounding of float64, through some twenty layers
     back = weights.to_torch(model, variables, layout)
     assert_same_state(back, state)
     build().double().load_state_dict({key: torch.from_numpy(value.copy()) for key, value in back.items()}, strict=True)
 
 
 def check_encoder(layout, encoder, norm):
-    """A classifier fills an FCN's encoder, fc6 and fc7, every tensor of both is accounted for, and it goes back."""
+    """Check that a classifier fills an FCN's encoder, fc6 and fc7, reports every tensor, and round-trips."""
     kind = sources.TimmVGG if layout == "timm-vgg" else sources.TorchvisionVGG
     state = state_of(sources.randomise(kind(encoder, norm is not None, W, 10)).float())
-    if layout == "johnson-vgg":  # dropout comes before its layer
+    if layout == "johnson-vgg":  # dropout comes before its layer and shifts the indices
         turned = {"classifier.0": "classifier.1", "classifier.3": "classifier.4"}
         names = {name: name.rpartition(".") for name in state}
         state = {f"{turned.get(names[k][0], names[k][0])}.{names[k][2]}": value for k, value in state.items()}
@@ -119,7 +119,7 @@ def check_encoder(layout, encoder, norm):
 
 
 def check_classifier(source, encoder, norm, size, dtypes=("float64",)):
-    """A ported classifier gives the source's logits and goes back bit for bit."""
+    """Check that a ported classifier gives the original logits and round-trips bit for bit."""
     kind = {"torchvision": sources.TorchvisionVGG, "timm": sources.TimmVGG}[source]
     module = sources.randomise(kind(encoder, norm is not None, W, 10))
     state = state_of(module)
@@ -130,7 +130,7 @@ def check_classifier(source, encoder, norm, size, dtypes=("float64",)):
         variables, report = weights.load_with_report(state, model, zeros(model))
         assert not report.left and report.layout == f"{source}-vgg"
         ours = np.asarray(jax.jit(model.apply)(variables, x.astype(dtype)))
-        # tens of roundings in float64; in float32 more, by torch's fast convolutions
+        # Tens of roundings in float64. In float32, torch's fast convolutions add more.
         assert error(ours, theirs) < (1e-11 if dtype == "float64" else 1e-5)
         if dtype == "float64":
             assert_same_state(weights.to_torch(model, variables, f"{source}-vgg"), state)

@@ -1,4 +1,4 @@
-"""Small networks of ours with variables that are all different, without compiling an initialisation."""
+"""Small networks with distinct random variables, without compiling an initialisation."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ FLOAT64 = {"dtype": jnp.float64, "param_dtype": jnp.float64}
 
 @cache
 def shapes(model):
-    """The shapes of a network's variables."""
+    """Return the shapes of a network's variables."""
     return jax.eval_shape(lambda: fcn_jax.init_variables(model, jax.random.key(0)))
 
 
@@ -38,9 +38,9 @@ def build(name="fcn32s", num_classes=3, seed=0, **options):
 
 
 def make_network(name, num_classes=3, biases=True, **options):
-    """Return a network, in float64 by default, and variables with which activations keep their size.
+    """Return a network, in float64 by default, and variables that preserve the scale of activations.
 
-    Without ``biases`` they are zero: of random ones, one class would win everywhere.
+    With ``biases=False`` biases are zero, as with random ones a single class would win everywhere.
     """
     model = create(name, num_classes, **{"width": 0.05, **FLOAT64, **options})
 

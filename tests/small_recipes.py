@@ -1,4 +1,4 @@
-"""Recipes shrunk to seconds, on tiny trees in the data sets' own formats."""
+"""Recipes shrunk to seconds, on tiny data sets in the original formats."""
 
 import json
 
@@ -21,7 +21,7 @@ VOC_NAMES = {"train": [f"2007_00000{i}" for i in (1, 2, 3, 4)], "val": ["2007_00
 
 @pytest.fixture
 def easy(monkeypatch):
-    """Pictures whose colour tells the class, and classes of very unequal size, so that a few steps lower the loss."""
+    """Make colour show the class, and class sizes very unequal, so that a few steps lower the loss."""
 
     def mask(seed, num_classes, size=(12, 16), ignore=255):
         label = np.zeros(size, np.uint8)
@@ -53,8 +53,8 @@ def tree(recipe, root):
     return ["--data.dir", str(root)]
 
 
-# What each recipe needs to fit: a rate at which a small network from scratch moves where the published one starts from
-# ImageNet weights, a crop and a batch as small as the pictures.
+# What each recipe needs at this size: crops and batches for tiny images, and another learning rate. The small network
+# trains from scratch, where the published one starts from ImageNet weights.
 CROP = "--data.crop-size 16 16"
 SHRUNK = {
     "shapes": SCORE_NET,
@@ -81,7 +81,7 @@ BATCHES = {
 
 
 def shrink(recipe, folder, devices=1):
-    """The command of a small recipe on data in a folder, with a validation every 6 steps, but for its run."""
+    """Return the command of a small recipe on data in a folder, with a validation every 6 steps, without --run."""
     batch = BATCHES.get(recipe, RECIPES[recipe].config.train.batch_size)
     sizes = f"--train.batch-size {batch} --train.eval-every {6 * batch / (16 if recipe == 'shapes' else 4)}"
     words = f"{recipe} {SMALL} {SHRUNK[recipe]} {SCRATCH} {sizes} --devices {devices}".split()
@@ -89,11 +89,11 @@ def shrink(recipe, folder, devices=1):
 
 
 class Killed(BaseException):
-    """Stands for a process that ends without a word."""
+    """Stands for a kill of the process."""
 
 
 def train_until_killed(command, monkeypatch):
-    """Train, and end without a word in the second validation."""
+    """Train until a simulated kill in the second validation."""
     validate, calls = loop.validate, []
 
     def killed_at_the_second(*args, **kwargs):
@@ -108,7 +108,7 @@ def train_until_killed(command, monkeypatch):
 
 
 def run_through(recipe, tmp_path, monkeypatch, capsys):
-    """Train, end without a word, resume, evaluate, draw."""
+    """Train, simulate a kill, resume, evaluate, draw figures."""
     run = tmp_path / "run"
     command = [*shrink(recipe, tmp_path), "--run", str(run)]
     train_until_killed(command, monkeypatch)

@@ -1,4 +1,4 @@
-"""A run of seconds, which tests disturb, and what it comes to where nothing does."""
+"""A run of seconds that tests disturb, and its undisturbed result."""
 
 import json
 import os
@@ -39,7 +39,7 @@ def train(config):
 
 
 def saved_state(step):
-    """A state of a few numbers that tell its step."""
+    """Return a small state whose values depend on its step."""
     return TrainState(
         step=jnp.asarray(step, jnp.int32),
         params={"w": jnp.arange(float(step), step + 50.0)},
@@ -55,7 +55,7 @@ def saved_variables():
 
 
 def place_batches(monkeypatch, place):
-    """Have batches placed on the devices by ``place(batch, the right function)``."""
+    """Place batches on the devices by ``place(batch, original function)``."""
     make = loop.make_trainer
 
     def made(*args, **kwargs):
@@ -72,7 +72,7 @@ def in_folder(folder, name="run", workers=0, **changes):
 
 
 def arrays(config):
-    """Return everything that the newest checkpoint holds."""
+    """Return step and state of the newest checkpoint."""
     trainer = loop.make_trainer(config, resuming=True)
     restored = restore_newest(RunFolder(config.run).checkpoints, trainer.state)
     return restored.step, jax.tree.map(np.asarray, restored.state)
@@ -83,7 +83,7 @@ def timeless_rows(folder):
 
 
 def end(config):
-    """Return what a run came to: rows without times, the kept steps, the best one."""
+    """Return the result of a run: rows without times, the saved steps, the best step."""
     folder = RunFolder(config.run)
     checkpoints = Checkpoints(folder.checkpoints)
     best = checkpoints.best_step()
@@ -138,7 +138,7 @@ def in_process(code, config, *arguments, **options):
 
 @pytest.fixture
 def heard():
-    """Signals as a terminal's foreground has them: nohup and shells' background jobs ignore some."""
+    """Default signal handlers: nohup and background jobs of shells ignore some signals."""
     numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
     before = {number: signal.signal(number, signal.SIG_DFL) for number in numbers}
     yield
@@ -194,7 +194,7 @@ def signalling(monkeypatch, owner, name, number, when):
 
 
 def check_stop(number, moment, saved, undisturbed, tmp_path, monkeypatch):
-    """A signal stops the run after the step, or the save, with its state saved, and it resumes to the same end."""
+    """Check that a signal stops the run with its state saved, and that it resumes to the same result."""
     config, calls = in_folder(tmp_path), []
     owner, name, when = {
         "start": (loop, "progress_bar", lambda *args: True),
@@ -207,7 +207,7 @@ def check_stop(number, moment, saved, undisturbed, tmp_path, monkeypatch):
         signalling(patched, owner, name, number, when)
         train(config)
     assert stopped.value.number == number
-    # A validation is left as it stands; after a save there is nothing more to save.
+    # A validation is not finished; after a save there is nothing more to save.
     assert (Path(config.run) / "interrupted" / str(saved)).is_dir() is (moment != "save")
     assert (Path(config.run) / "checkpoints" / str(saved)).exists() is (moment == "save")
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL

@@ -1,6 +1,6 @@
-"""The torch modules whose files are ported, at any width: names, order of registration and forward are the sources'.
+"""The torch modules whose files are ported, at any width, with the originals' names, registration order and forward.
 
-Repeated lines of the sources are loops here. ``w`` scales channel counts as the project's ``width`` does.
+Repeated lines of the originals are loops here. ``w`` scales channel counts as the project's ``width`` does.
 """
 
 from __future__ import annotations

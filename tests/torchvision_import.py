@@ -1,4 +1,4 @@
-"""torchvision, also where its compiled operators cannot be loaded; torchmetrics imports it where it is installed."""
+"""Import torchvision even if its compiled operators cannot be loaded; torchmetrics imports it if installed."""
 
 import torch
 
@@ -7,9 +7,9 @@ __all__ = ["torchvision"]
 try:
     import torchvision.models.segmentation
 except RuntimeError:
-    # torchvision's wheel cannot load its compiled operators beside another build of torch than its own, such as the one
-    # for CPUs, and its import then fails at the two that it describes to torch's compiler. Classifiers need neither, so
-    # it is enough to declare them; a declaration lasts as long as its object.
+    # torchvision's wheel cannot load its compiled operators with another build of torch, such as the one for CPUs. Its
+    # import then fails at the two operators that it registers with torch's compiler. Classifiers need neither, so it is
+    # enough to declare them. A declaration lasts as long as its object.
     OPERATORS = torch.library.Library("torchvision", "DEF")
     for operator in ("nms", "qnms"):
         OPERATORS.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")

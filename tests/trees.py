@@ -1,4 +1,4 @@
-"""Tiny data set trees in the exact formats of the originals, for tests."""
+"""Tiny data sets in the exact formats of the originals."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def mask(seed: int, num_classes: int, size: tuple[int, int] = (12, 16), ignore: 
 
 
 def write_image(path: Path, image: np.ndarray) -> None:
-    """Write an RGB image as its suffix says."""
+    """Write an RGB image in the format of its suffix."""
     path.parent.mkdir(parents=True, exist_ok=True)
     assert cv2.imwrite(str(path), cv2.cvtColor(image, cv2.COLOR_RGB2BGR))
 
@@ -38,10 +38,10 @@ def write_mask(path: Path, label: np.ndarray) -> None:
 
 
 def write_palette_mask(path: Path, label: np.ndarray) -> None:
-    """Write a palette PNG as VOC has them."""
+    """Write a palette PNG as in VOC."""
     path.parent.mkdir(parents=True, exist_ok=True)
     image = Image.fromarray(label)
-    image.putpalette([value for colour in palette(256) for value in colour])  # makes it one of mode P
+    image.putpalette([value for colour in palette(256) for value in colour])  # changes the mode to P
     image.save(path)
 
 
@@ -62,7 +62,7 @@ def camvid(root: Path, counts: dict[str, int], suffix: str = ".png", size: tuple
 
 
 def voc(root: Path, year: str, splits: dict[str, Sequence[str]]) -> Path:
-    """A VOCdevkit/VOC<year> under ``root`` with the lists given; returns the tree."""
+    """A VOCdevkit/VOC<year> under ``root`` with the given lists; returns its folder."""
     tree = root / "VOCdevkit" / f"VOC{year}"
     for split, names in splits.items():
         write_list(tree / "ImageSets/Segmentation" / f"{split}.txt", names)
@@ -74,7 +74,7 @@ def voc(root: Path, year: str, splits: dict[str, Sequence[str]]) -> Path:
 
 
 def boundaries(shape: tuple[int, int]) -> np.ndarray:
-    """What GTcls.Boundaries of an SBD mask has for each class; nothing reads it."""
+    """Return GTcls.Boundaries of an SBD mask, an array per class; our reader ignores it."""
     found = np.empty((20, 1), object)
     found[:] = [[np.zeros(shape, np.uint8)]] * 20
     return found

@@ -1,7 +1,7 @@
 """Compare a network with its PyTorch twin: logits, running statistics and gradients.
 
-The reference is always the twin in float64. In float32 torch's own batch norm on the CPU is 1e-5 to 3e-4 away from it
-(in the ladders and wherever padding makes large constant areas), ten to a hundred times farther than ours.
+The reference is always the twin in float64. In float32, torch's batch norm on the CPU is off by 1e-5 to 3e-4 in the
+ladders and where padding makes large constant areas. That is ten to a hundred times more than ours.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def _run_jax(model, variables, images, labels):
             out = out if isinstance(out, tuple) else (out,)
             return sum(_cross_entropy(o, labels) * w for o, w in zip(out, (1.0, 0.4))), (out, updated)  # noqa: B905
 
-        with cpu_kernels():  # as the training step has them; derivative_cases.py has those of plain JAX
+        with cpu_kernels():  # as in the training step; derivative_cases.py tests plain JAX
             grads, (out, updated) = jax.grad(loss, has_aux=True)(variables["params"])
         return model.apply(variables, images), out, grads, updated
 
@@ -77,7 +77,7 @@ def _run_torch(model, variables, images, labels):
     out = out if isinstance(out, tuple) else (out,)
     loss = sum(F.cross_entropy(o, y, ignore_index=IGNORE) * w for o, w in zip(out, (1.0, 0.4)))  # noqa: B905
     loss.backward()
-    # Frozen ones have none; ours are zero there.
+    # Frozen parameters have no gradient in torch, and a zero gradient here.
     grads = {name: (torch.zeros_like(p) if p.grad is None else p.grad).numpy() for name, p in twin.named_parameters()}
     statistics = {name: b.numpy() for name, b in twin.named_buffers()}
     return evaluated, [o.detach().permute(0, 2, 3, 1).numpy() for o in out], grads, statistics
@@ -88,9 +88,9 @@ def _error(ours, theirs):
 
 
 def check_case(name: str, options: dict[str, Any], size: tuple[int, int], dtypes: tuple[str, ...]) -> None:
-    """Assert that eval and train logits, statistics and gradients are those of the twin.
+    """Assert that eval and train logits, statistics and gradients equal those of the twin.
 
-    BN encoders need sizes with several pixels in pool5: over one or two pixels the normalised values are +-1 whatever
+    Encoders with batch norm need several pixels in pool5. Over one or two pixels, normalised values are +-1 whatever
     the weights, and gradients are rounding noise.
     """
     theirs = _run_torch(*_make_inputs(name, options, size, "float64"))
@@ -105,17 +105,17 @@ def check_case(name: str, options: dict[str, Any], size: tuple[int, int], dtypes
         assert set(running) == {name for name in theirs[3] if "running" in name}
         logits = [_error(ours[0], theirs[0]), *(_error(o, t) for o, t in zip(ours[1], theirs[1], strict=True))]
         statistics = [_error(ours[3][name], theirs[3][name]) for name in running]
-        # Both sum the same terms in another order: a few thousand over at most 40 layers, at 2e-16 or 6e-8 each, which
-        # batch norms over narrow layers amplify.
+        # Both sides sum a few thousand terms in another order, through up to 40 layers. Each term has an error of 2e-16
+        # or 6e-8, which batch norms of narrow layers amplify.
         assert max(logits + statistics) <= {"float64": 1e-10, "float32": 1e-5}[dtype]
         difference = {name: np.linalg.norm((ours[2][name] - g).ravel()) / global_norm for name, g in theirs[2].items()}
         cancelled = cancelled_biases(model)  # their true gradient is zero
         relative = {name: _error(ours[2][name], g) for name, g in theirs[2].items() if name not in cancelled}
         if dtype == "float64":
             assert {name: e for name, e in relative.items() if not e <= 1e-10} == {}
-            # Zero but for rounding, in both.
+            # Zero except for rounding, on both sides.
             assert {name: e for name, e in difference.items() if name in cancelled and not e <= 1e-12} == {}
         else:
-            # A rounding error that flips a ReLU or the winner of a pooling window moves a whole gradient to another
-            # place; two float32 backends of torch itself differ by up to 2e-4.
+            # Rounding that flips a ReLU or the maximum of a pooling window moves a whole gradient to another place. Two
+            # float32 backends of torch itself differ by up to 2e-4.
             assert {name: e for name, e in difference.items() if not e <= 1e-3} == {}

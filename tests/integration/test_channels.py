@@ -1,4 +1,4 @@
-"""Images of other channels and bits than 8-bit RGB: read, trained on, predicted, from widened RGB weights."""
+"""Images other than 8-bit RGB: decoding, training, prediction, and RGB weights widened to other channels."""
 
 import io
 import json
@@ -25,7 +25,7 @@ RNG = np.random.default_rng(0)
 
 
 def files(image):
-    """Return an image as files of each kind that holds it."""
+    """Return the image encoded in each file format that supports it."""
     encoded = {"npy": encode_array(image)}
     options = {"contig": image, "separate": np.moveaxis(image, -1, 0)}
     for config, array in options.items() if image.shape[2] > 1 else [(None, image[..., 0])]:
@@ -40,7 +40,7 @@ def files(image):
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
 @pytest.mark.parametrize("channels", [1, 4, 5])
-def test_every_kind_of_file_gives_its_channels(channels, dtype):
+def test_every_file_format_decodes_to_its_channels(channels, dtype):
     image = RNG.integers(0, np.iinfo(dtype).max, (7, 9, channels)).astype(dtype)
     for kind, data in files(image).items():
         found = decode_channels(data, kind, channels)
@@ -52,7 +52,7 @@ def test_every_kind_of_file_gives_its_channels(channels, dtype):
             decode_channels(data[: len(data) // 2], kind, channels)
 
 
-def test_an_orientation_is_applied_and_pages_are_named():
+def test_exif_orientation_is_applied_and_tiff_pages_need_channels():
     image, exif = trees.picture(0, (20, 30)), Image.Exif()
     exif[0x0112] = 6
     Image.fromarray(image).save(file := io.BytesIO(), "JPEG", exif=exif)
@@ -63,7 +63,7 @@ def test_an_orientation_is_applied_and_pages_are_named():
     assert decode_channels(file.getvalue(), "a.tif", 5).shape == (40, 50, 5)
 
 
-def test_floats_are_refused():
+def test_float_images_are_rejected():
     data = files(np.zeros((4, 4, 5), np.uint8))["npy"].replace(b"|u1", b"<f4")
     with pytest.raises(InputError, match="a.npy"):
         decode_channels(data, "a.npy", 5)
@@ -81,7 +81,7 @@ def test_widened_rgb_weights_give_the_rgb_logits_on_repeated_channels(name, chan
     wide = fcn_jax.init_variables(model, jax.random.key(1), (64, 64), channels)
     wide = weights.load(weights.to_torch(model, variables), model, wide)
     image = RNG.integers(0, 256, (1, 64, 64, 3), dtype=np.uint8)
-    if channels < 3:  # an RGB image of so many different channels
+    if channels < 3:  # an RGB image with only so many distinct channels
         image = image[..., np.arange(3) % channels]
     repeated = image[..., np.arange(channels) % 3]
     mean, std = ((5.0, 6.0, 7.0), (50.0, 60.0, 70.0)) if channels > 2 else ((5.0,) * 3, (50.0,) * 3)
@@ -90,6 +90,7 @@ def test_widened_rgb_weights_give_the_rgb_logits_on_repeated_channels(name, chan
         of_channels = Standardize(*(tuple(values[k % 3] for k in range(count)) for values in (mean, std)))
         return model.apply(variables, fcn_jax.normalize(images, of_channels, model.param_dtype))
 
+    # float64 sums over another number of channels.
     np.testing.assert_allclose(logits(wide, repeated, channels), logits(variables, image, 3), rtol=1e-9, atol=1e-9)
 
 
@@ -99,7 +100,7 @@ def test_widening_by_hand():
         assert widen(kernel, channels).ravel().tolist() == expected
 
 
-def test_a_set_of_five_channels_of_16_bits_trains_and_predicts(fails, tmp_path, capsys):
+def test_a_16_bit_data_set_of_five_channels_trains_and_predicts(fails, tmp_path, capsys):
     root = tmp_path / "set"
     (root / "images").mkdir(parents=True)
     for index in range(8):
@@ -123,7 +124,7 @@ def test_a_set_of_five_channels_of_16_bits_trains_and_predicts(fails, tmp_path, 
     train = [tifffile.imread(path) for path in sorted((root / "images").iterdir())]
     assert len(saved["mean"]) == len(saved["std"]) == 5
     pixels = np.concatenate([image.reshape(-1, 5) for image in train])
-    np.testing.assert_allclose(saved["mean"], pixels.mean(0), rtol=0.2)  # of six of the eight images
+    np.testing.assert_allclose(saved["mean"], pixels.mean(0), rtol=0.2)  # training has six of the eight images
     assert saved["bits"] == 16
     assert train_command(command) == 0  # nothing left to do, with the same statistics
     assert main(["eval", "--run", str(run)]) == 0
@@ -150,7 +151,7 @@ def test_a_set_of_five_channels_of_16_bits_trains_and_predicts(fails, tmp_path, 
     fails(train_command, [*command, "--run", tmp_path / "mixed"], "one dtype")
 
 
-def test_a_first_convolution_of_other_channels_is_not_narrowed():
+def test_a_first_convolution_is_not_narrowed_to_fewer_channels():
     model = create("fcn32s")
     wide = fcn_jax.init_variables(model, jax.random.key(0), (64, 64), 5)
     with pytest.raises(InputError, match="vgg.conv1_1"):

@@ -23,17 +23,17 @@ def _save(folder, scores, **options):
     return sorted(int(path.name) for path in folder.iterdir() if path.name.isdigit())
 
 
-def test_the_last_the_best_and_those_at_an_interval_stay(tmp_path):
+def test_last_best_and_interval_checkpoints_are_retained(tmp_path):
     scores = {1: 0.1, 2: 0.9, 3: 0.2, 4: 0.3, 5: 0.8, 6: 0.4, 7: 0.5}
     assert _save(tmp_path / "a", scores, keep_last=2) == [2, 6, 7]
     assert _save(tmp_path / "b", scores, keep_last=1, keep_steps=3) == [2, 3, 6, 7]
 
 
-def test_an_undefined_score_never_is_the_best(tmp_path):
+def test_an_undefined_score_is_never_the_best(tmp_path):
     assert _save(tmp_path / "a", {1: 0.1, 2: float("nan"), 3: float("nan")}, keep_last=1) == [1, 3]
 
 
-def test_everything_comes_back_to_the_bit(tmp_path):
+def test_a_checkpoint_is_restored_bit_for_bit(tmp_path):
     _save(tmp_path / "a", {4: 0.5, 6: 0.4})
     checkpoints = Checkpoints(tmp_path / "a")
     assert checkpoints.best_step() == 4
@@ -46,7 +46,7 @@ def test_everything_comes_back_to_the_bit(tmp_path):
         assert found == step and float(variables["params"]["w"][0]) == step
 
 
-def test_a_run_that_saved_nothing_says_so(tmp_path):
+def test_a_run_without_checkpoints_is_reported(tmp_path):
     with pytest.raises(InputError, match="has not saved a checkpoint yet"):
         load_variables(tmp_path / "none", "best", {})
     Checkpoints(tmp_path / "empty").close()
@@ -54,7 +54,7 @@ def test_a_run_that_saved_nothing_says_so(tmp_path):
         load_variables(tmp_path / "empty", "best", {})
 
 
-def test_a_config_comes_back_as_it_was_and_other_settings_are_refused(tmp_path):
+def test_a_saved_config_round_trips_and_other_settings_are_rejected(tmp_path):
     config = Config(data=DataConfig(crop_size=(3, 4), classes="list.txt"))
     folder = RunFolder(tmp_path / "run")
     folder.start(config, INFO)
@@ -64,7 +64,7 @@ def test_a_config_comes_back_as_it_was_and_other_settings_are_refused(tmp_path):
         folder.start(Config(data=DataConfig(classes="list.txt")), INFO)
 
 
-def test_other_classes_are_refused_and_the_file_is_left_alone(tmp_path):
+def test_other_classes_are_rejected_and_the_config_file_is_unchanged(tmp_path):
     folder = RunFolder(tmp_path / "run")
     folder.start(Config(), INFO)
     before = folder.config_file.read_bytes()
@@ -74,7 +74,7 @@ def test_other_classes_are_refused_and_the_file_is_left_alone(tmp_path):
     assert folder.config_file.read_bytes() == before
 
 
-def test_the_environment_of_the_start_stays(tmp_path):
+def test_a_restart_preserves_the_recorded_environment(tmp_path):
     folder = RunFolder(tmp_path / "run")
     folder.start(Config(), INFO)
     content = json.loads(folder.config_file.read_text())
@@ -85,7 +85,7 @@ def test_the_environment_of_the_start_stays(tmp_path):
     assert content["environment"]["jax"] == "0.0.1" and content["config"]["devices"] == 3
 
 
-def test_rows_after_a_step_are_forgotten_and_a_torn_one_is_left_out(tmp_path):
+def test_rows_after_a_step_are_dropped_and_torn_rows_are_skipped(tmp_path):
     folder = RunFolder(tmp_path)
     for step in (1, 2):
         folder.append({"step": step, "kind": "train"})
@@ -99,7 +99,7 @@ def test_rows_after_a_step_are_forgotten_and_a_torn_one_is_left_out(tmp_path):
     assert folder.metrics_file.read_text() == '{"step": 1, "kind": "train"}\n{"step": 2, "kind": "train"}\n'
 
 
-def test_epochs_become_steps():
+def test_epochs_are_converted_to_steps():
     config = Config()
     train = replace(config.train, batch_size=8, epochs=3, steps=None, eval_every=0.5, keep_every=2)
     length = run_length(replace(config, train=train), 40)

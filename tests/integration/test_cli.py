@@ -1,4 +1,4 @@
-"""A user's mistake gives one line that names the thing and the way out, and exit code 2."""
+"""A user's mistake gives exit code 2 and one line with the cause and the remedy."""
 
 import csv
 import errno
@@ -43,7 +43,7 @@ def run(tmp_path_factory):
     return folder / "run"
 
 
-# A command, and what the line names; values out of range are named by their flag.
+# A command and the words of its error line. For values out of range the line names the flag.
 CANNOT_RUN = {
     "nosuch": "nosuch, shapes, voc-tramac", "shapes --model.name fcn9s": "fcn9s, fcn8s, fcns_ladder",
     "shapes --model.crop 1 2 3": "crop, fcn8s", "shapes --data.train cityscapes/train": "cityscapes, camvid",
@@ -70,7 +70,7 @@ OUT_OF_RANGE = (
     ("arguments", "named"),
     [*CANNOT_RUN.items(), *((f"shapes {words}", words.partition(" ")[0]) for words in OUT_OF_RANGE)],
 )
-def test_a_training_command_that_cannot_run(fails, tmp_path, arguments, named):
+def test_an_invalid_training_command_is_rejected(fails, tmp_path, arguments, named):
     places = ["--run", tmp_path / "run", "--data.cache-dir", tmp_path / "cache"]
     fails(train_command, [*arguments.split(), *SHAPES, *places], *named.split(", "))
     assert not (tmp_path / "run").exists()
@@ -85,7 +85,7 @@ def test_a_training_command_that_cannot_run(fails, tmp_path, arguments, named):
         ("bench --rounds many", "many"), ("bench --fast", "--fast"),
     ],
 )  # fmt: skip
-def test_an_argument_that_cannot_be_parsed_ends_with_exit_code_2(capsys, arguments, named):
+def test_an_argument_that_cannot_be_parsed_gives_exit_code_2(capsys, arguments, named):
     with pytest.raises(SystemExit) as stopped:
         main(arguments.split())
     assert stopped.value.code == 2
@@ -93,21 +93,21 @@ def test_an_argument_that_cannot_be_parsed_ends_with_exit_code_2(capsys, argumen
     assert all(word in printed for word in named.split()), printed
 
 
-def test_an_object_store_is_refused_and_no_folder_of_its_name_is_made(fails, tmp_path, monkeypatch):
+def test_an_s3_url_is_rejected_and_no_folder_is_created(fails, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     fails(train_command, ["shapes", "--run", "s3://bucket/run"], "--run s3://bucket/run", "not supported")
     fails(eval_command, ["--run", "s3://bucket/run"], "s3://bucket/run", "not supported")
     assert not list(tmp_path.iterdir())
 
 
-def test_a_traceback_comes_with_FCN_JAX_DEBUG(capsys, monkeypatch):
+def test_FCN_JAX_DEBUG_shows_the_traceback(capsys, monkeypatch):
     monkeypatch.setenv("FCN_JAX_DEBUG", "1")
     assert main(["train", "nosuch"]) == 2
     error = capsys.readouterr().err
     assert error.startswith("Traceback") and error.splitlines()[-1].startswith("error: unknown recipe 'nosuch'")
 
 
-def test_data_that_cannot_be_used(fails, tmp_path):
+def test_unusable_data_is_named(fails, tmp_path):
     root = trees.camvid(tmp_path / "camvid", {"train": 2, "val": 1})
     arguments = ["camvid", *TINY, "--data.dir", root, "--data.cache-dir", tmp_path / "cache", "--run", tmp_path / "run"]
     trees.write_mask(root / "trainannot/train_001.png", np.zeros((3, 3), np.uint8))
@@ -116,7 +116,7 @@ def test_data_that_cannot_be_used(fails, tmp_path):
     fails(train_command, arguments, "train_000.png")
 
 
-def test_each_evaluation_has_files_of_its_own_and_eval_json_is_the_plain_one(capsys, fails, run, monkeypatch):
+def test_each_evaluation_writes_its_own_files_and_eval_json_is_plain(capsys, fails, run, monkeypatch):
     fails(eval_command, ["--run", run, "--scales", "0"], "--scales", "0.1 ... 8")
     counted, passed, make = set(), [], evaluation.make_predictor
     monkeypatch.setattr(evaluation, "make_predictor", lambda *given: passed.append(given[3]) or make(*given))
@@ -131,7 +131,7 @@ def test_each_evaluation_has_files_of_its_own_and_eval_json_is_the_plain_one(cap
         assert (run / f"figures/{name}_predictions.png").is_file()
         if "--split" not in arguments:
             counted.add(int(np.sum(saved["confusion"])))
-    assert len(counted) == 1  # the same pixels
+    assert len(counted) == 1  # the same pixels are counted
     assert passed == [Views(), Views(scales=(0.5, 1.0), flip=True), Views()]
     plain = json.loads((run / "eval.json").read_text())
     assert plain["split"] == "shapes/val" and plain["boundary"] is None
@@ -153,7 +153,7 @@ def test_a_run_is_opened_from_python_without_warnings(run):
     assert (done.returncode, done.stdout.strip(), done.stderr) == (0, "1", "")
 
 
-def test_a_run_is_resumed_and_lengthened_by_its_folder_alone_and_no_other_run_may_have_it(fails, tmp_path):
+def test_resume_extends_a_run_from_its_folder_and_rejects_other_settings(fails, tmp_path):
     run = tmp_path / "run"
     small = ["shapes", *TINY, "--data.cache-dir", tmp_path / "cache", "--optim.warmup-steps", "0", "--run", run]
     assert train_command([*map(str, small), "--optim.schedule", "fixed"]) == 0
@@ -178,7 +178,7 @@ def test_a_run_is_resumed_and_lengthened_by_its_folder_alone_and_no_other_run_ma
         ("step", {"epochs": 2.0}, {"epochs": 2.0, "steps": 20}, "--train.epochs; lengthen it by the same"),
     ],
 )
-def test_a_run_is_lengthened_where_its_past_does_not_depend_on_its_length(schedule, before, after, expected):
+def test_a_run_can_be_extended_unless_its_past_depends_on_its_length(schedule, before, after, expected):
     config = Config(optim=OptimConfig(schedule=schedule), train=TrainConfig(**before))
     longer = replace(config, train=TrainConfig(**after))
     if isinstance(expected, str):
@@ -189,7 +189,7 @@ def test_a_run_is_lengthened_where_its_past_does_not_depend_on_its_length(schedu
     assert (found.train.steps, found.train.epochs, found.optim.step_every) == expected
 
 
-def test_evaluation_of_what_is_not_there(fails, run, tmp_path):
+def test_evaluation_of_missing_runs_checkpoints_and_splits_is_rejected(fails, run, tmp_path):
     fails(eval_command, ["--run", tmp_path], tmp_path, "config.json")
     fails(eval_command, ["--run", run, "--checkpoint", "77"], "77", "best, last")
     fails(eval_command, ["--run", run, "--split", "shapes/dev"], "dev", "val")
@@ -198,7 +198,7 @@ def test_evaluation_of_what_is_not_there(fails, run, tmp_path):
     fails(eval_command, other, "folder/val", "class 1 is 'cat' here and 'disc' in the network")
 
 
-def test_a_checkpoint_of_another_network_is_named(fails, run, tmp_path):
+def test_a_checkpoint_of_another_network_is_reported(fails, run, tmp_path):
     other = tmp_path / "other"
     other.mkdir()
     content = json.loads((run / "config.json").read_text())
@@ -212,7 +212,7 @@ def test_a_checkpoint_of_another_network_is_named(fails, run, tmp_path):
 
 def _images(folder):
     rgb, exif = trees.picture(0, (21, 34)), Image.Exif()
-    exif[0x0112] = 6  # to be turned by a quarter: a viewer shows 34 x 21 as 21 x 34
+    exif[0x0112] = 6  # rotated by 90 degrees: a viewer shows 34 x 21 as 21 x 34
     folder.mkdir()
     Image.fromarray(rgb).save(folder / "rgb.png")
     Image.fromarray(rgb[:1, :1]).save(folder / "one.png")
@@ -220,7 +220,7 @@ def _images(folder):
     return {"rgb": (21, 34), "one": (1, 1), "turned": (34, 21)}
 
 
-def test_predict_writes_label_map_and_overlay_of_the_images_size(run, tmp_path):
+def test_predict_writes_label_map_and_overlay_at_the_image_size(run, tmp_path):
     sizes = _images(tmp_path / "in")
     paths = [str(path) for path in sorted((tmp_path / "in").iterdir())]
     assert guarded(predict_command, [*paths, "--run", str(run), "--out", str(tmp_path / "out")]) == 0
@@ -232,7 +232,7 @@ def test_predict_writes_label_map_and_overlay_of_the_images_size(run, tmp_path):
 
 
 def photographs(root):
-    """A folder as people have it: photographs of several sizes and masks of 0 and 255, in no splits."""
+    """Write a typical user's folder: photographs of several sizes, masks of 0 and 255, no splits."""
     rng = np.random.default_rng(0)
     for index in range(10):
         h, w = rng.integers(40, 70, 2)
@@ -276,7 +276,7 @@ def test_own_photographs_are_checked_trained_on_and_predicted(fails, tmp_path, c
     fails(main, ["predict", tmp_path / "set/*.gif", "--run", run, "--out", tmp_path / "out"], "*.gif")
 
 
-def test_predict_names_what_it_cannot_read(fails, run, tmp_path):
+def test_predict_names_unreadable_inputs(fails, run, tmp_path):
     bad = tmp_path / "bad.jpg"
     bad.write_bytes(b"\xff\xd8 not a picture")
     out = ["--run", run, "--out", tmp_path / "out"]
@@ -288,7 +288,7 @@ def test_predict_names_what_it_cannot_read(fails, run, tmp_path):
     fails(predict_command, [bad, "--run", run, "--out", bad], "--out", "bad.jpg")
 
 
-def test_predict_takes_folders_and_patterns_and_leaves_out_what_it_cannot_read(run, tmp_path, capsys):
+def test_predict_accepts_folders_and_patterns_and_skips_unreadable_files(run, tmp_path, capsys):
     sizes = _images(tmp_path / "in")
     (tmp_path / "in/bad.jpg").write_bytes(b"\xff\xd8 not a picture")
     (tmp_path / "in/notes.txt").write_text("not an image")
@@ -305,18 +305,18 @@ def test_predict_takes_folders_and_patterns_and_leaves_out_what_it_cannot_read(r
         labels = np.asarray(Image.open(out / f"{name}.png"))
         assert (int(row["height"]), int(row["width"])) == labels.shape == sizes[name]
         shares = [float(row[each]) for each in CLASSES]
-        np.testing.assert_allclose(shares, [np.mean(labels == index) for index in range(6)], atol=1e-6)
+        np.testing.assert_allclose(shares, [np.mean(labels == index) for index in range(6)], atol=1e-6)  # six decimals
         probabilities = np.load(out / f"{name}.npz")["probabilities"]
         assert probabilities.dtype == np.float16 and probabilities.shape == (*labels.shape, 6)
         confidence = cv2.imread(str(out / f"{name}_confidence.png"), cv2.IMREAD_GRAYSCALE)
-        np.testing.assert_allclose(confidence / 255, probabilities.max(-1), atol=0.003)
+        np.testing.assert_allclose(confidence / 255, probabilities.max(-1), atol=0.003)  # rounding to 8 bits
     views = ["--flip", "--scales", "0.75", "1", "--confidence"]
     pattern = [str(tmp_path / "in/*.png"), "--run", str(run), "--out", str(tmp_path / "views")]
     assert guarded(predict_command, [*pattern, *views]) == 0
     assert len(list((tmp_path / "views").iterdir())) == 2 * 3 + 1
 
 
-def test_predict_never_overwrites_an_image_it_is_given(fails, run, tmp_path):
+def test_predict_never_overwrites_an_input_image(fails, run, tmp_path):
     image = tmp_path / "a.png"
     Image.fromarray(np.zeros((4, 4, 3), np.uint8)).save(image)
     before = image.read_bytes()
@@ -336,7 +336,7 @@ DISK = "error: %s: %s; check the path and the disk\n"
         (OSError(errno.ENOENT, "No such file", "/none/a.png"), 2, DISK % ("/none/a.png", "No such file")),
     ],
 )
-def test_what_ends_a_command_decides_its_exit_code_and_message(error, code, message, capsys):
+def test_interrupts_signals_and_disk_errors_have_their_exit_codes(error, code, message, capsys):
     def ended(arguments):
         raise error
 
@@ -352,7 +352,7 @@ def test_summary_prints_the_layer_table(capsys, fails):
     fails(summary_command, ["fcn8s", "--image-size", "-3", "5"], "--image-size")
 
 
-def test_commands_end_with_exit_code_2_and_no_traceback():
+def test_failing_commands_give_exit_code_2_and_no_traceback():
     for command, platform in ((["train.py", "nosuch"], "cpu"), (["eval.py", "--run", "/nonexistent"], "cpu"),
                               (["train.py", "--train.steps", "1", "--run", "/tmp/never"], "cuda")):  # fmt: skip
         environment = {**os.environ, "JAX_PLATFORMS": platform}

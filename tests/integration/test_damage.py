@@ -1,4 +1,4 @@
-"""Checkpoints that are damaged and disks that take no more: a run goes on from what is good, or says what is wrong."""
+"""Damaged checkpoints and full disks: a run resumes from an intact checkpoint or reports what is wrong."""
 
 import os
 import shutil
@@ -28,7 +28,7 @@ def checkpoints_of_two_steps(tmp_path_factory):
 
 @pytest.fixture
 def folder(checkpoints_of_two_steps, tmp_path):
-    """A copy of them, to be damaged."""
+    """A copy of the checkpoints, to be damaged."""
     return shutil.copytree(checkpoints_of_two_steps, tmp_path / "checkpoints")
 
 
@@ -42,7 +42,7 @@ DAMAGES = {"flipped": flip, "cut short": lambda path: os.truncate(path, path.sta
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_whatever_file_of_the_newest_checkpoint_is_damaged_the_state_is_one_that_was_saved(
+def test_damage_to_any_file_of_the_newest_checkpoint_never_restores_a_wrong_state(
     damage, checkpoints_of_two_steps, tmp_path
 ):
     saved = checkpoints_of_two_steps
@@ -57,7 +57,7 @@ def test_whatever_file_of_the_newest_checkpoint_is_damaged_the_state_is_one_that
         jax.tree.map(np.testing.assert_array_equal, state, saved_state(step))
         assert progress == {"data": {"step": step}, "unlogged": []}
         names = sorted(path.name for path in folder.iterdir())
-        if step == 4:  # the file says nothing that is needed
+        if step == 4:  # the file is not needed to restore
             assert names == ["2", "4"] and notes == ()
         else:
             older += 1
@@ -67,9 +67,9 @@ def test_whatever_file_of_the_newest_checkpoint_is_damaged_the_state_is_one_that
     assert older >= 5 and len(files) > 20
 
 
-def test_a_bit_of_an_array_that_the_format_does_not_watch_is_noticed(tmp_path):
+def test_a_flipped_bit_that_the_format_does_not_check_is_detected(tmp_path):
     folder = tmp_path / "checkpoints"
-    weights = np.random.default_rng(0).normal(size=(64, 1000)).astype(np.float32)  # too many to be kept in an index
+    weights = np.random.default_rng(0).normal(size=(64, 1000)).astype(np.float32)  # too large for an index
     states = {step: saved_state(step).replace(params={"w": jnp.asarray(weights) + step}) for step in (2, 4)}
     checkpoints = Checkpoints(folder)
     for state in states.values():
@@ -89,7 +89,7 @@ def test_a_bit_of_an_array_that_the_format_does_not_watch_is_noticed(tmp_path):
     assert sum("variables are not what was saved" in note for note in noticed) >= 15
 
 
-def test_without_a_good_checkpoint_nothing_is_started_and_nothing_touched(folder):
+def test_without_an_intact_checkpoint_restoring_fails_and_changes_no_file(folder):
     for step in (2, 4):
         shutil.rmtree(folder / str(step) / "training")
     with pytest.raises(InputError, match="no checkpoint in .* can be read .*4: .*2: .*--run"):
@@ -101,14 +101,14 @@ def test_without_a_good_checkpoint_nothing_is_started_and_nothing_touched(folder
         load_variables(folder, "4", saved_variables())
 
 
-def test_a_score_that_was_changed_is_noticed(folder):
+def test_a_modified_score_is_detected(folder):
     (folder / "4" / "metrics" / "metrics").write_text('{"mean_iu": 0.9}')
     restored = restore_newest(folder, saved_state(0))
     assert restored.step == 2 and "damaged-4: metrics are not what was saved" in restored.notes[0]
 
 
 @pytest.mark.parametrize("damage", [flip, Path.unlink, lambda path: path.write_text('{"mean_iu": "high"}')])
-def test_an_older_checkpoint_without_its_score_does_not_stand_in_the_way(damage, folder):
+def test_an_older_checkpoint_without_its_score_does_not_prevent_resuming(damage, folder):
     damage(folder / "2" / "metrics" / "metrics")
     restored = restore_newest(folder, saved_state(0))
     assert restored.step == 4 and "damaged-2: its score is lost" in restored.notes[0]
@@ -121,7 +121,7 @@ def test_an_older_checkpoint_without_its_score_does_not_stand_in_the_way(damage,
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("heard")
-def test_a_run_with_a_damaged_checkpoint_comes_to_the_same_end(undisturbed, tmp_path, monkeypatch):
+def test_a_run_with_a_damaged_checkpoint_resumes_to_the_same_result(undisturbed, tmp_path, monkeypatch):
     config = in_folder(tmp_path)
     with monkeypatch.context() as patched, pytest.raises(Stopped):
         signalling(patched, loop.Logger, "step", signal.SIGTERM, lambda self, step, *rest: step == 11)
@@ -139,18 +139,18 @@ def test_a_run_with_a_damaged_checkpoint_comes_to_the_same_end(undisturbed, tmp_
         train(config)
 
 
-# --- places that cannot be written
+# --- locations that cannot be written
 
 
 @pytest.mark.slow
-def test_a_save_that_fails_is_named_and_what_was_saved_is_good(undisturbed, tmp_path, monkeypatch):
+def test_a_failed_save_is_reported_and_earlier_checkpoints_stay_valid(undisturbed, tmp_path, monkeypatch):
     config = in_folder(tmp_path)
     checkpoints, aside = Path(config.run) / "checkpoints", tmp_path / "aside"
 
     def take_away(self, step, *rest):
         if step == 7:
             checkpoints.rename(aside)
-            checkpoints.symlink_to("/proc")  # where nobody may write, root included
+            checkpoints.symlink_to("/proc")  # not writable, even for root
         return original(self, step, *rest)
 
     original = loop.Logger.step
@@ -164,7 +164,7 @@ def test_a_save_that_fails_is_named_and_what_was_saved_is_good(undisturbed, tmp_
 
 
 @pytest.mark.slow
-def test_a_full_disk_is_one_line_and_what_was_saved_is_good(undisturbed, tmp_path):
+def test_a_full_disk_gives_one_line_and_earlier_checkpoints_stay_valid(undisturbed, tmp_path):
     config = in_folder(tmp_path)
     code = (
         "import resource; original = loop.Logger.step\n"
@@ -174,7 +174,7 @@ def test_a_full_disk_is_one_line_and_what_was_saved_is_good(undisturbed, tmp_pat
         "loop.Logger.step = step\n"
         "sys.exit(guarded(run, []))"
     )
-    for limit in ("10", "4096"):  # metrics.jsonl is stopped by the one, a checkpoint by the other
+    for limit in ("10", "4096"):  # the first stops metrics.jsonl, the second a checkpoint
         process = in_process(code, config, limit)
         _, errors = process.communicate(timeout=120)
         lines = [line for line in errors.decode().splitlines() if not line.startswith(("W0", "I0", "E0"))]

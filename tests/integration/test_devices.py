@@ -1,4 +1,4 @@
-"""The training step: what a batch gives does not depend on how many devices share it, nor on how they are driven."""
+"""The training step: its result does not depend on the number of devices or the parallel mode."""
 
 import functools
 import json
@@ -43,10 +43,10 @@ def make_batch(height):
 
 
 def take_steps(name, mode, devices, steps=2, height=33, axes=(), loss="softmax", **options):
-    """Return how far the steps moved parameters and statistics, as one vector, and the last step's sums."""
+    """Return the change of parameters and statistics as one vector, and the last step's sums."""
     model = fcn_jax.create_model(name, 4, width=0.03, dtype=jnp.float64, param_dtype=jnp.float64, **OPTIONS[name])
     variables = fcn_jax.init_variables(model, jax.random.key(0))
-    # Nothing may be trivially zero: score layers start there.
+    # Score layers start at zero; with noise, no gradient is trivially zero.
     noise = jax.random.split(jax.random.key(1), len(jax.tree.leaves(variables["params"])))
     leaves, tree = jax.tree.flatten(variables["params"])
     leaves = [x + 0.05 * jax.random.normal(k, x.shape, x.dtype) for x, k in zip(leaves, noise, strict=True)]
@@ -80,7 +80,7 @@ def on_one_device(name, **options):
 def assert_equals_one_device(name, mode, devices, axes=(), **options):
     expected, expected_sums = on_one_device(name, **options)
     moved, sums = take_steps(name, mode, devices, axes=axes, **options)
-    # float64: the order of the sums over examples is all that differs
+    # float64: only the order of the sums over examples differs.
     assert np.linalg.norm(moved - expected) <= 1e-11 * np.linalg.norm(expected)
     np.testing.assert_allclose(sums, expected_sums, rtol=1e-11)
     assert np.linalg.norm(expected) > 0
@@ -95,14 +95,15 @@ REGIONS = {"focal": 1, "dice": 1, "lovasz": 1}
 
 
 @pytest.mark.parametrize(("devices", "accumulate"), [(2, 2), pytest.param(8, 1, marks=pytest.mark.slow)])
-def test_losses_of_regions_add_up_over_devices_and_parts(devices, accumulate):
+def test_region_losses_add_up_over_devices_and_accumulated_parts(devices, accumulate):
     expected, _ = take_steps("fcn8s_pad100", "pmap", 1, loss=REGIONS)
     moved, _ = take_steps("fcn8s_pad100", "pmap", devices, accumulate=accumulate, loss=REGIONS)
+    # float64 sums in another order.
     assert np.linalg.norm(moved - expected) <= 1e-11 * np.linalg.norm(expected)
 
 
 @pytest.mark.parametrize(("mode", "devices", "accumulate"), [*QUICK, *SLOW])
-def test_every_number_of_devices_takes_the_same_step_with_batch_norm_and_dropout(mode, devices, accumulate):
+def test_the_step_is_the_same_on_any_number_of_devices(mode, devices, accumulate):
     assert_equals_one_device("fcn8s", mode, devices, accumulate=accumulate)
 
 
@@ -119,7 +120,7 @@ def test_a_mesh_that_splits_parameters_and_images_takes_the_same_step(name, axes
     assert_equals_one_device(name, "mesh", 8, axes=axes, height=32 * max(2, axes[1]))
 
 
-def test_the_axis_fsdp_leaves_an_eighth_of_parameters_and_momentum_on_each_device():
+def test_fsdp_stores_an_eighth_of_parameters_and_momentum_per_device():
     model = fcn_jax.create_model("fcn8s", 21)
     variables = jax.eval_shape(lambda key: fcn_jax.init_variables(model, key), jax.random.key(0))
     optimizer = make_optimizer(variables["params"], OptimConfig(), 10)
@@ -127,6 +128,7 @@ def test_the_axis_fsdp_leaves_an_eighth_of_parameters_and_momentum_on_each_devic
     lies = devices.state_shardings(state, make_mesh(jax.devices(), 8))
     parts = jax.tree.map(lambda x, where: np.prod(where.shard_shape(x.shape)), state, lies)
     whole = sum(np.prod(x.shape) for x in jax.tree.leaves(state))
+    # An eighth, and small arrays that are not split.
     assert sum(jax.tree.leaves(parts)) < 0.126 * whole
 
 
@@ -139,12 +141,12 @@ def test_the_axis_fsdp_leaves_an_eighth_of_parameters_and_momentum_on_each_devic
         ("space=3", None, "fsdp x space is 3, and a process has 8 devices"),
     ],
 )
-def test_meshes_that_are_none(axes, count, message):
+def test_invalid_meshes_are_rejected(axes, count, message):
     with pytest.raises(InputError, match=message):
         devices.pick_mesh(axes, count)
 
 
-def test_heights_that_cannot_be_split_are_refused_with_the_nearest():
+def test_heights_that_cannot_be_split_are_rejected_with_the_nearest_ones():
     mesh = devices.pick_mesh("space=4")
     assert mesh.shape == {"data": 2, "fsdp": 1, "space": 4}
     devices.check_height(256, mesh)
@@ -157,7 +159,7 @@ def test_heights_that_cannot_be_split_are_refused_with_the_nearest():
 
 
 @pytest.mark.slow
-def test_a_run_goes_on_over_another_mesh_and_is_evaluated_over_a_third(tmp_path):
+def test_a_run_resumes_on_another_mesh_and_is_evaluated_on_a_third(tmp_path):
     size = "--model.encoder vgg11 --model.width 0.125 --model.fc-features 64 --model.fc6-kernel 3 --train.batch-size 8"
     size += " --data.crop-size 64 64 --data.shapes-count 64 --data.workers 0 --train.eval-every 0.25"
     paths = ["--run", str(tmp_path / "run"), "--data.cache-dir", str(tmp_path / "cache")]
@@ -168,14 +170,15 @@ def test_a_run_goes_on_over_another_mesh_and_is_evaluated_over_a_third(tmp_path)
     for axes in ("data=1", "data=2,space=2"):
         assert cli_eval.main(["--run", str(tmp_path / "run"), "--out", str(tmp_path / axes), "--mesh", axes]) == 0
         scores.append(json.loads((tmp_path / axes / "eval.json").read_text())["confusion"])
+    # Rounding in float32 may change the class of a pixel whose two best classes are almost equal.
     assert np.abs(np.subtract(*scores)).sum() <= 1e-3 * np.sum(scores[0])
 
 
-def test_the_mean_is_over_the_valid_pixels_of_the_global_batch():
+def test_the_weight_is_that_of_the_valid_pixels_of_the_global_batch():
     _, sums = on_one_device("fcn8s", accumulate=1)
     labels = make_batch(33)["label"]
     weights = WEIGHTS[np.where(labels == 255, 0, labels)] * (labels != 255)
-    assert sums.pixels == pytest.approx(weights.sum(), rel=1e-14)
+    assert sums.pixels == pytest.approx(weights.sum(), rel=1e-14)  # summed in another order
 
 
 def step_of_scales(**options):
@@ -189,27 +192,30 @@ def step_of_scales(**options):
     return jax.device_get(parallel.step(parallel.place_state(new_state({"params": params}, optimizer)), batch))
 
 
-def test_the_sum_is_the_mean_times_its_weight():
+def test_sum_reduction_is_the_mean_times_the_weight():
     summed, mean = step_of_scales(reduction="sum")[1], step_of_scales()[1]
+    # Rounding of float64.
     assert summed.loss == pytest.approx(mean.loss * mean.pixels, rel=1e-12)
     assert summed.grad_norm == pytest.approx(mean.grad_norm * mean.pixels, rel=1e-12)
 
 
-def test_accumulated_parts_of_a_model_without_batch_norm_equal_the_whole_batch():
+def test_accumulation_without_batch_norm_equals_the_whole_batch():
     (whole, whole_sums), (parts, parts_sums) = step_of_scales(), step_of_scales(accumulate=2)
+    # float64 sums in another order.
     np.testing.assert_allclose(parts.params["w"], whole.params["w"], rtol=1e-11)
     np.testing.assert_allclose(parts_sums, whole_sums, rtol=1e-11)
 
 
 @pytest.mark.slow
-def test_accumulated_parts_equal_the_whole_batch_without_batch_norm():
+def test_accumulation_of_fcn16s_equals_the_whole_batch():
     whole, whole_sums = take_steps("fcn16s", "pmap", 2)
     parts, parts_sums = take_steps("fcn16s", "pmap", 2, accumulate=4)
+    # float64 sums in another order.
     assert np.linalg.norm(parts - whole) <= 1e-11 * np.linalg.norm(whole)
     np.testing.assert_allclose(parts_sums, whole_sums, rtol=1e-11)
 
 
-def test_part_k_of_an_accumulated_batch_has_every_parts_th_example():
+def test_accumulated_parts_take_interleaved_examples():
     seen = []
 
     def apply_fn(variables, images, example_ids, **options):
@@ -224,6 +230,6 @@ def test_part_k_of_an_accumulated_batch_has_every_parts_th_example():
     assert seen == [[0, 2, 4], [1, 3, 5]]
 
 
-def test_initial_parameters_and_dropout_masks_have_keys_of_their_own():
+def test_initial_parameters_and_dropout_masks_have_different_keys():
     state = new_state({"params": {}}, fcn_jax.optim.make_optimizer({}, OptimConfig(), 1), seed=5)
     assert not np.array_equal(state.key, jax.random.key_data(jax.random.key(5)))

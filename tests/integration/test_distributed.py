@@ -1,4 +1,4 @@
-"""One run in two real processes, on this machine's CPU: what the quick tier has of it."""
+"""One run in two processes on the CPU. tests/slow/test_distributed_all.py has the longer tests."""
 
 import jax
 import numpy as np
@@ -18,7 +18,7 @@ from fcn_jax.training.distributed import digest, from_writer, gather, processes,
 from fcn_jax.training.run import open_run
 
 
-def test_a_killed_process_ends_the_others_within_a_minute_and_the_run_resumes_to_the_same_end(reference, tmp_path):
+def test_a_killed_process_ends_the_other_and_the_run_resumes_to_the_same_result(reference, tmp_path):
     run = tmp_path / "run"
     code, printed, seconds = finish_after_a_kill(run)
     assert seconds < 60
@@ -28,11 +28,11 @@ def test_a_killed_process_ends_the_others_within_a_minute_and_the_run_resumes_to
     assert codes == [0, 0], outputs
     assert "resuming" in outputs[0] and "resuming" not in outputs[1]
     assert "best checkpoint" in outputs[0] and "best checkpoint" not in outputs[1]
-    assert len(list((run / "events").iterdir())) == 2  # of the first process, before and after
+    assert len(list((run / "events").iterdir())) == 2  # by the first process, before and after
     assert_equal_runs(run, reference)
 
 
-def test_an_address_where_nobody_listens_is_one_line(monkeypatch):
+def test_an_address_without_listener_is_reported(monkeypatch):
     monkeypatch.setattr(distributed, "_START", 0.2)
     with pytest.raises(InputError, match="did not find each other"), processes(address(), 2, 1):
         pass
@@ -48,12 +48,12 @@ def test_an_address_where_nobody_listens_is_one_line(monkeypatch):
         (("host:1234", 0, 0), "--num-processes 0 --process-id 0"),
     ],
 )  # fmt: skip
-def test_a_launch_that_makes_no_sense_is_one_line(given, message):
+def test_invalid_distributed_options_are_rejected(given, message):
     with pytest.raises(InputError, match=message), processes(*given):
         pass
 
 
-def test_a_run_folder_that_is_not_shared_is_one_line(tmp_path, monkeypatch):
+def test_a_run_folder_that_is_not_shared_is_reported(tmp_path, monkeypatch):
     monkeypatch.setattr(runs, "_SHOWN_AFTER", 0.2)
     folder = runs.RunFolder(tmp_path / "run", writes=False)
     with pytest.raises(InputError, match="on a disk that all share"):
@@ -62,14 +62,14 @@ def test_a_run_folder_that_is_not_shared_is_one_line(tmp_path, monkeypatch):
     assert not folder.path.exists()
 
 
-def test_auto_where_nothing_tells_a_process_its_place_is_one_line(tmp_path):
+def test_auto_without_a_cluster_environment_is_reported(tmp_path):
     process = start(["--run", tmp_path / "run", "--distributed", "auto"], 1)
     printed = process.communicate(timeout=120)[0]
     assert process.returncode == 2 and "no SLURM, TPU pod, Kubernetes or Open MPI" in printed
     assert "Traceback" not in printed
 
 
-def test_one_process_needs_nobody():
+def test_one_process_needs_no_communication():
     with processes(None):
         assert gather([1, 2]).tolist() == [[1, 2]] and from_writer(None) is None
         assert together(lambda: 3) == writer_first(lambda: 3) == 3
@@ -77,14 +77,14 @@ def test_one_process_needs_nobody():
         raise KeyError("goes its usual way")
 
 
-def test_a_digest_tells_one_bit():
+def test_a_digest_detects_a_change_of_one_bit():
     tree = {"a": np.zeros((2, 3), np.float32), "b": np.ones(2, np.float32)}
     other = {**tree, "b": np.nextafter(tree["b"], np.float32(2))}
     assert digest(tree) == digest(jax.tree.map(jax.numpy.asarray, tree)) != digest(other)
 
 
 @pytest.mark.parametrize("count", [2, 3])
-def test_the_shares_of_an_evaluation_add_up_to_the_whole(count):
+def test_evaluation_shares_of_processes_add_up_to_the_whole(count):
     sizes = [(20, 30), (33, 40), (20, 30), (64, 64), (40, 33)]
     rng = np.random.default_rng(0)
     drawn = [(rng.integers(0, 256, (*size, 3), np.uint8), rng.integers(0, 4, size, np.uint8)) for size in sizes]

@@ -1,4 +1,4 @@
-"""A loss or gradient that is not finite: the step changes nothing, and the run stops or skips it."""
+"""Non-finite losses and gradients: the step changes nothing, and the run stops or skips it."""
 
 from dataclasses import replace
 
@@ -28,13 +28,13 @@ def _step(**options):
 
 
 @pytest.mark.parametrize(("value", "accumulate"), [(np.nan, 1), (np.inf, 1), (1e30, 1), (np.nan, 2)])
-def test_a_step_that_is_not_finite_changes_counters_alone(value, accumulate):
+def test_a_non_finite_step_changes_only_counters(value, accumulate):
     step, state, batch = _step(accumulate=accumulate)
     state, sums = step(state, batch)
     assert bool(sums.finite)
     bad = {**batch, "image": batch["image"].copy()}
     bad["image"][1, 3, 4] = value
-    if value == 1e30:  # finite sums, and squares that are not
+    if value == 1e30:  # finite sums with infinite squares
         state = state.replace(params=jax.tree.map(lambda x: x * 1e30, state.params))
     after, sums = step(state, bad)
     assert not bool(sums.finite)
@@ -50,7 +50,7 @@ def test_a_step_that_is_not_finite_changes_counters_alone(value, accumulate):
     assert counters and set(counters) == {1} and momenta and all(momenta)
 
 
-def test_a_loss_of_nan_names_the_step_and_the_images_and_can_be_skipped(tmp_path, monkeypatch):
+def test_a_nan_loss_names_step_and_images_and_can_be_skipped(tmp_path, monkeypatch):
     config, taken = in_folder(tmp_path), []
 
     def poison(batch, place):
@@ -69,12 +69,12 @@ def test_a_loss_of_nan_names_the_step_and_the_images_and_can_be_skipped(tmp_path
     assert {row["step"]: row["skipped"] for row in rows} == {3: 0, 4: 0, 6: 1, 8: 0, 9: 0, 12: 0, 13: 0}
     assert all(np.isfinite(row["loss"]) for row in rows)
     monkeypatch.undo()
-    # The run that stopped goes on, from what it had saved, when told to skip.
+    # With skip, the stopped run resumes from its checkpoint.
     assert "at step 4" in train(replace(config, train=replace(config.train, nonfinite="skip")))
 
 
 @pytest.mark.slow
-def test_steps_that_are_skipped_without_end_stop_the_run(tmp_path, monkeypatch):
+def test_too_many_skipped_steps_stop_the_run(tmp_path, monkeypatch):
     config = in_folder(tmp_path, train=replace(TINY.train, nonfinite="skip", steps=30, eval_every=30 * 4 / 16))
     place_batches(monkeypatch, lambda batch, place: place({**batch, "image": batch["image"] * np.float32(np.nan)}))
     with pytest.raises(InputError, match="step 20: loss nan"):

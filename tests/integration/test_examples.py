@@ -1,4 +1,4 @@
-"""The scripts in examples/ run, and print what they promise."""
+"""The scripts in examples/ run and print the expected results."""
 
 import re
 import runpy
@@ -30,7 +30,7 @@ def numbers(text):
 def test_training_on_arrays_learns(example, capsys):
     example("train_on_arrays", "40")
     held_out = capsys.readouterr().out.splitlines()[-1]
-    assert numbers(held_out)[0] > 0.5, held_out  # a third of the pixels' classes by chance
+    assert numbers(held_out)[0] > 0.5, held_out  # by chance: a third
 
 
 def test_power_iteration_finds_an_eigenvector(example, capsys):
@@ -40,7 +40,7 @@ def test_power_iteration_finds_an_eigenvector(example, capsys):
 
 
 @pytest.mark.slow
-def test_the_mean_of_the_examples_gradients_is_the_batchs(example, capsys):
+def test_the_mean_of_per_example_gradients_is_the_batch_gradient(example, capsys):
     example("per_example_gradients")
     norms, difference = map(numbers, capsys.readouterr().out.splitlines())
     assert len(norms) == 4 and len(set(norms)) == 4 and difference[0] < 1e-4  # float32
@@ -48,4 +48,4 @@ def test_the_mean_of_the_examples_gradients_is_the_batchs(example, capsys):
 
 def test_a_ported_network_gives_the_same_logits(example, capsys):
     example("port_and_compare")
-    assert numbers(capsys.readouterr().out)[-1] < 1e-5
+    assert numbers(capsys.readouterr().out)[-1] < 1e-5  # float32

@@ -1,4 +1,4 @@
-"""Hostile input to every reader: a result or an InputError, in bounded time and memory, and no code out of a file runs.
+"""Hostile input to every reader: a result or an InputError, in bounded time and memory, and no code of a file runs.
 
 tests/slow/test_fuzz_sweep.py runs 2,000 cases; tests/fuzzing.py also repeats a single one.
 """
@@ -84,12 +84,12 @@ def test_a_command_line_of_any_words_ends_with_exit_code_2(command, words):
     with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
         try:
             code = cli.main([command, "--no-such-option", *words])
-        except SystemExit as stop:  # of the parser
+        except SystemExit as stop:  # raised by the parser
             code = stop.code
     assert code == 2
 
 
-def test_a_png_chunk_that_claims_more_than_the_file_takes_no_memory(attempt):
+def test_a_png_chunk_longer_than_its_file_takes_no_memory(attempt):
     buffer = io.BytesIO()
     Image.new("L", (8, 8)).save(buffer, "PNG")
     whole, length = buffer.getvalue(), struct.pack(">I", 2**31 - 1)
@@ -99,7 +99,7 @@ def test_a_png_chunk_that_claims_more_than_the_file_takes_no_memory(attempt):
             assert attempt(name, {"file": data}) == "refused"
 
 
-def test_a_network_that_a_file_claims_is_compared_by_shapes_before_it_is_made(tmp_path, monkeypatch):
+def test_a_claimed_network_is_checked_by_shapes_before_it_is_allocated(tmp_path, monkeypatch):
     (case, *_) = fuzzing.READERS["safetensors"].corpus(tmp_path, tmp_path / "marker")
     header = json.loads(case["w.safetensors"][8 : 8 + struct.unpack("<Q", case["w.safetensors"][:8])[0]])
     model = json.loads(header["__metadata__"]["model"])
@@ -110,7 +110,7 @@ def test_a_network_that_a_file_claims_is_compared_by_shapes_before_it_is_made(tm
     init = cli_port.init_variables
 
     def only_shapes(model, key):
-        assert isinstance(key, jax.core.Tracer), "made at its full size"
+        assert isinstance(key, jax.core.Tracer), "the network was allocated at full size"
         return init(model, key)
 
     monkeypatch.setattr(cli_port, "init_variables", only_shapes)
@@ -126,7 +126,7 @@ def test_a_network_that_a_file_claims_is_compared_by_shapes_before_it_is_made(tm
         ("loss.class_weights", ["a"]), ("model", []), ("run", {"a": "b" * 99}),
     ],
 )  # fmt: skip
-def test_a_value_of_another_type_in_a_config_is_named(place, value):
+def test_a_config_value_of_the_wrong_type_is_named(place, value):
     values = value
     for name in reversed(place.split(".")):
         values = {name: values}
@@ -135,7 +135,7 @@ def test_a_value_of_another_type_in_a_config_is_named(place, value):
     assert "\n" not in str(caught.value)
 
 
-def test_values_that_json_writes_otherwise_come_back():
+def test_config_values_are_converted_from_their_json_types():
     config = config_from_json({"optim": {"lr": 1}, "loss": {"class_weights": [1, 0.5]}, "data": {"crop_size": [3, 4]}})
     assert (config.optim.lr, config.loss.class_weights, config.data.crop_size) == (1, (1, 0.5), (3, 4))
 
@@ -154,7 +154,7 @@ BAD_PALETTES = ([[0, 0, 0]], [[0, 0, 0], [1, 2, 256]], [[0, 0, 0], [1, 2]])
         ({"config": {"model": {"width": 1e300}}}, "0 < width <= 64"),
     ],
 )
-def test_a_run_of_an_impossible_palette_or_size_is_refused_before_any_is_computed(tmp_path, content, message):
+def test_a_run_with_an_impossible_palette_or_size_is_rejected(tmp_path, content, message):
     (tmp_path / "config.json").write_text(json.dumps({"config": {}, "dataset": DATASET} | content))
     with fuzzing.time_limit(20), pytest.raises(InputError, match=message):
         open_run(tmp_path)
@@ -166,7 +166,7 @@ def test_a_long_class_list_is_read_in_linear_time(tmp_path):
         folder.read_classes(tmp_path / "classes.txt")
 
 
-def test_a_path_that_cannot_be_used_is_one_line(fails, tmp_path):
+def test_unusable_paths_give_one_line(fails, tmp_path):
     long = "x" * 300
     for command in (
         f"train camvid --data.dir {long}", "train camvid --data.dir ~nobody-of-this-name", f"eval --run {long}",
@@ -175,9 +175,9 @@ def test_a_path_that_cannot_be_used_is_one_line(fails, tmp_path):
         fails(cli.main, command.split())
 
 
-def test_the_watch_itself_tells_a_traceback_a_hang_memory_and_code(tmp_path, monkeypatch):
+def test_the_fuzzer_detects_tracebacks_hangs_memory_and_executed_code(tmp_path, monkeypatch):
     def hang(place):
-        with contextlib.suppress(Exception):  # as a reader that takes all errors for damage
+        with contextlib.suppress(Exception):  # like a reader that treats all errors as damage
             time.sleep(60)
 
     def run_code(place):
@@ -192,7 +192,7 @@ def test_the_watch_itself_tells_a_traceback_a_hang_memory_and_code(tmp_path, mon
         (lambda place: 1 // 0, ZeroDivisionError, "by zero"),
         (hang, fuzzing.Hang, "longer than 2 s"),
         (lambda place: np.ones(2**25), AssertionError, "took 2"),  # 256 MiB
-        (run_code, AssertionError, "code out of the file was run"),
+        (run_code, AssertionError, "code from the file was run"),
         (several_lines, AssertionError, "an error of several lines"),
     ):
         monkeypatch.setattr(fuzzing, "SECONDS", 2.0 if read is hang else 60.0)

@@ -1,4 +1,4 @@
-"""What the loop promises about speed: nothing compiled twice, nothing carried over unasked, waiting counted."""
+"""Performance of the training loop: no recompilation, no implicit transfers, logged rates and waiting times."""
 
 import gzip
 import json
@@ -49,12 +49,12 @@ def test_nothing_is_compiled_after_the_first_step_and_the_first_validation(paral
     finally:
         monitoring.unregister_event_duration_listener(count)
     assert at_validation[0] > 0
-    # Saving the first checkpoint may compile a copy; the third interval has nothing new in it.
+    # Saving the first checkpoint may compile a copy; the third interval compiles nothing.
     assert len(at_validation) == 3 and at_validation[1] == at_validation[2]
 
 
 @pytest.mark.parametrize("parallel", ["pmap", pytest.param("mesh", marks=pytest.mark.slow)])
-def test_an_array_that_was_not_placed_stops_the_step(parallel, tmp_path, monkeypatch):
+def test_an_implicit_host_to_device_transfer_is_an_error(parallel, tmp_path, monkeypatch):
     rows = (2, 2) if parallel == "pmap" else (4,)
     place_batches(monkeypatch, lambda batch, _: {k: np.reshape(v, (*rows, *v.shape[1:])) for k, v in batch.items()})
     with pytest.raises(Exception, match="Disallowed host-to-device transfer"):
@@ -62,7 +62,7 @@ def test_an_array_that_was_not_placed_stops_the_step(parallel, tmp_path, monkeyp
 
 
 @pytest.mark.slow
-def test_the_share_of_time_that_steps_waited_for_data_is_logged(tmp_path, monkeypatch):
+def test_the_share_of_time_spent_waiting_for_data_is_logged(tmp_path, monkeypatch):
     rows, text = run(tmp_path, "quick")
     shares = [row["data_wait"] for row in rows if row["kind"] == "train"]
     assert len(shares) == 3 and all(0 <= share <= 1 for share in shares)
@@ -71,17 +71,17 @@ def test_the_share_of_time_that_steps_waited_for_data_is_logged(tmp_path, monkey
     monkeypatch.setattr(TrainIterator, "__next__", lambda self: time.sleep(0.3) or take(self))
     rows, _ = run(tmp_path, "slow")
     slow = [row["data_wait"] for row in rows if row["kind"] == "train"]
-    # a third of a second of sleep beside a step of some hundredths
+    # Each batch sleeps 0.3 s, and a step takes some hundredths of a second.
     assert min(slow) > 0.5 > np.median(shares)
 
 
-def test_mfu_is_the_models_flops_over_the_peak_and_goodput_the_share_of_time_in_steps(tmp_path, monkeypatch):
+def test_mfu_goodput_and_image_rate_are_logged(tmp_path, monkeypatch):
     monkeypatch.setitem(CHIPS, "cpu", replace(CHIPS["cpu"], peak=1e12, kind="cpu"))
     rows, text = run(tmp_path)
     forward = sum(layer.flops for layer in summarize(model_from_config(TINY.model, 6), TINY.data.shapes_size, batch=4))
     rows = [row for row in rows if row["kind"] == "train"][1:]
     for row in rows:
-        assert row["mfu"] == pytest.approx(3 * forward / (2 * 1e12) / row["step_s"])  # of two devices
+        assert row["mfu"] == pytest.approx(3 * forward / (2 * 1e12) / row["step_s"])  # two devices
         assert row["images_per_s"] == pytest.approx(4 / row["step_s"])
         assert 0 < row["goodput"] < 1
     assert "MFU 0%" in text
@@ -97,10 +97,10 @@ def test_steps_are_traced_for_the_profiler(tmp_path, fails):
     steps = {event["args"]["step_num"] for event in events if event.get("name") == "train"}
     assert steps == {"2", "3", "4"} and list((tmp_path / "run/profile").rglob("*.xplane.pb"))
     fails(train_command, ["shapes", "--profile", "4", "2"], "--profile FIRST LAST")
-    assert "nothing is traced" in run(tmp_path, profile=(2, 4))[1]  # the run is over
+    assert "nothing is traced" in run(tmp_path, profile=(2, 4))[1]  # the run had finished
 
 
-def test_compiled_programs_are_kept_unless_jax_is_told_otherwise(tmp_path):
+def test_the_compilation_cache_is_on_by_default_and_can_be_moved(tmp_path):
     code = (
         "import jax, sys; from fcn_jax.cli.process import keep_compiled; keep_compiled();"
         "print(jax.config.jax_compilation_cache_dir)"
@@ -117,7 +117,7 @@ def test_compiled_programs_are_kept_unless_jax_is_told_otherwise(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_second_start_reads_what_the_first_compiled(tmp_path):
+def test_a_second_process_reuses_compiled_programs(tmp_path):
     code = (
         "import jax, fcn_jax; from fcn_jax.cli.process import keep_compiled; keep_compiled();"
         "model = fcn_jax.create_model('fcn32s', 2, encoder='vgg11', width=0.03);"

@@ -27,7 +27,7 @@ from fcn_jax.training.run import RunFolder
 
 @pytest.fixture(scope="module")
 def store():
-    """Return gs://BUCKET of a server on the loopback, which this process uses from now on."""
+    """Start an emulated store on the loopback and direct this process to it; yield its gs://BUCKET."""
     process, environment = gcs.start()
     patch = pytest.MonkeyPatch()
     for name, value in environment.items():
@@ -59,7 +59,7 @@ def test_a_run_on_a_store_is_trained_evaluated_and_opened(store, tmp_path, capsy
 
 @pytest.mark.slow
 @pytest.mark.parametrize("moment", ["in a save", "in a step", "in a validation"])
-def test_a_killed_run_on_a_store_ends_as_an_undisturbed_one_on_a_disk(moment, store, tmp_path, undisturbed, capsys):
+def test_a_killed_run_on_a_store_resumes_to_the_result_of_one_on_disk(moment, store, tmp_path, undisturbed, capsys):
     run = store / moment.replace(" ", "-")
     config = on(store, in_folder(tmp_path), run.name)
     _, errors = (killed := in_process(KILL, config, moment)).communicate(timeout=300)
@@ -80,7 +80,7 @@ def test_a_killed_run_on_a_store_ends_as_an_undisturbed_one_on_a_disk(moment, st
 
 
 @pytest.mark.slow
-def test_two_processes_train_on_a_store_as_one_does_on_a_disk(store, reference):
+def test_two_processes_on_a_store_train_like_one_on_disk(store, reference):
     codes, outputs = train_in_processes(store / "two")
     assert codes == [0, 0], outputs
     assert_equal_runs(store / "two", reference)
@@ -97,7 +97,7 @@ def test_the_newest_process_owns_a_run(store, tmp_path):
             folder.upload()
 
 
-def test_uploads_are_of_what_changed_and_not_too_often(store, tmp_path, monkeypatch):
+def test_uploads_send_only_changed_files_and_are_rate_limited(store, tmp_path, monkeypatch):
     folder = RunFolder(str(store / "uploads"))
     folder.append({"step": 1, "kind": "train"})
     (folder.local / "other").write_text("as it was")
@@ -111,8 +111,8 @@ def test_uploads_are_of_what_changed_and_not_too_often(store, tmp_path, monkeypa
     assert [row["step"] for row in RunFolder(folder.path).rows()] == [1, 2]
 
 
-@pytest.mark.filterwarnings("ignore:Sending a large body")  # of aiohttp, about how gcsfs uploads
-def test_images_prepared_copies_and_weights_may_lie_on_a_store(store, tmp_path, monkeypatch):
+@pytest.mark.filterwarnings("ignore:Sending a large body")  # from aiohttp, about uploads of gcsfs
+def test_images_prepared_copies_and_weights_can_be_on_a_store(store, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     rng = np.random.default_rng(0)
     for name in ("a", "b"):
@@ -126,11 +126,11 @@ def test_images_prepared_copies_and_weights_may_lie_on_a_store(store, tmp_path, 
     (first,) = (store / "copies/folder").iterdir()
     (store / "set/train/images/b.png").write_bytes(cv2.imencode(".png", np.zeros((8, 9, 3)))[1].tobytes())
     assert len(load("folder/train", config)) == 2
-    (second,) = (store / "copies/folder").iterdir()  # a changed source has another copy, and the old one is gone
+    (second,) = (store / "copies/folder").iterdir()  # a changed source has a new copy, the old one is removed
     assert second.name != first.name
     next(path for path in second.iterdir() if "array_record" in path.name).unlink()
     with pytest.raises(InputError, match="prepared copy of a data set is damaged or gone"):
-        load("folder/train", config).source[0]  # ArrayRecord takes a missing object for an empty one
+        load("folder/train", config).source[0]  # ArrayRecord treats a missing object as empty
 
     model, variables = build()
     weights.save(tmp_path / "some.safetensors", model, variables, "imagenet")
@@ -139,7 +139,7 @@ def test_images_prepared_copies_and_weights_may_lie_on_a_store(store, tmp_path, 
     jax.tree.map(np.testing.assert_array_equal, found, variables)
 
 
-def test_other_stores_and_a_missing_gcsfs_are_one_line(fails, monkeypatch):
+def test_other_stores_and_a_missing_gcsfs_are_reported(fails, monkeypatch):
     fails(train_command, ["shapes", "--run", "s3://bucket/run"], "--run s3://bucket/run", "s3:// is not supported")
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     fails(train_command, ["shapes", "--run", "gs://bucket/run"], "--run gs://bucket/run", "pip install fcn_jax[gcs]")

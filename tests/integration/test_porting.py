@@ -1,4 +1,4 @@
-"""Encoders by name, what a run starts from, and `fcn-jax port`."""
+"""Encoders by name, the initial weights of a run, and `fcn-jax port`."""
 
 import hashlib
 import json
@@ -25,7 +25,7 @@ from fcn_jax.training.trainer import starting_variables
 
 @pytest.fixture(scope="module")
 def encoder(tmp_path_factory):
-    """A file of torchvision's VGG-11, narrow, and its state dict."""
+    """A file with a narrow VGG-11 of torchvision, and its state dict."""
     state = sources.randomise(sources.TorchvisionVGG("vgg11", False, W, 10)).float().state_dict()
     path = tmp_path_factory.mktemp("encoder") / "vgg11.pth"
     torch.save(state, path)
@@ -41,7 +41,7 @@ def published(address, digest):
 
 @pytest.fixture
 def hub(encoder, tmp_path, monkeypatch):
-    """torch.hub's cache in a folder of its own, and a pretrained encoder by the name of `tiny`, served from a file."""
+    """A separate cache of torch.hub, and a pretrained encoder `tiny` that is served from a file."""
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "home"))
     content = encoder[0].read_bytes()
     served = tmp_path / f"vgg11-{hashlib.sha256(content).hexdigest()[:8]}.pth"
@@ -50,7 +50,7 @@ def hub(encoder, tmp_path, monkeypatch):
     return served, tmp_path / "home/hub/checkpoints" / served.name
 
 
-def test_an_encoder_by_name_is_fetched_once_checked_and_loaded(hub, encoder):
+def test_an_encoder_by_name_is_downloaded_once_checked_and_loaded(hub, encoder):
     served, cached = hub
     model = create("fcn32s_pad100")
     loaded = weights.load("tiny", model, zeros(model))
@@ -58,13 +58,13 @@ def test_an_encoder_by_name_is_fetched_once_checked_and_loaded(hub, encoder):
     np.testing.assert_array_equal(kernel, encoder[1]["features.0.weight"])
     assert cached.is_file()
     served.unlink()
-    assert weights.fetch("tiny") == cached  # no network is needed again
+    assert weights.fetch("tiny") == cached  # from the cache
     cached.write_bytes(cached.read_bytes()[:-1])
     with pytest.raises(InputError, match="its sha256 is .*expected .*remove it"):
         weights.fetch("tiny")
 
 
-def test_a_download_that_is_not_the_published_file_is_refused(hub):
+def test_a_download_with_another_checksum_is_rejected(hub):
     served, cached = hub
     served.write_bytes(b"<html>moved</html>")
     with pytest.raises(InputError, match="tiny: file:.*: its sha256 is .* not what was published there"):
@@ -72,7 +72,7 @@ def test_a_download_that_is_not_the_published_file_is_refused(hub):
     assert not cached.exists()
 
 
-def test_without_a_network_the_message_names_address_and_place(hub, monkeypatch):
+def test_without_network_the_message_names_url_and_location(hub, monkeypatch):
     monkeypatch.setitem(weights.PRETRAINED, "far", published("http://127.0.0.1:9/vgg16-00000000.pth", "0"))
     with pytest.raises(InputError, match=r"far: http://127.0.0.1:9/vgg16-00000000.pth cannot be fetched .*put it at /"):
         weights.inspect("far")
@@ -80,12 +80,12 @@ def test_without_a_network_the_message_names_address_and_place(hub, monkeypatch)
         weights.inspect("vgg16-imagnet")
 
 
-def test_every_name_says_network_and_data():
+def test_pretrained_names_match_networks_and_checksums():
     for name, entry in weights.PRETRAINED.items():
         kind = name.partition("-")[0]
         assert entry.is_encoder == (kind in RESNETS or kind.removesuffix("_bn") in ENCODERS)
         assert entry.is_encoder or entry.network in MODELS and entry.network.startswith(kind.partition("_")[0])
-        if entry.address.endswith(".pth"):  # torchvision and jcjohnson put the digest's start into the name
+        if entry.address.endswith(".pth"):  # torchvision and jcjohnson put the start of the digest into the name
             assert entry.digest == f"sha256:{entry.address[-12:-4]}"
 
 
@@ -94,12 +94,12 @@ def test_every_name_says_network_and_data():
 
 @pytest.fixture
 def uncompiled(monkeypatch):
-    """Start from zeros, where score layers start anyway: no initialisation is compiled."""
+    """Initialise with zeros, as score layers are anyway, so that no initialisation is compiled."""
     monkeypatch.setattr("fcn_jax.training.trainer.init_variables", lambda model, *rest: zeros(model))
 
 
 def begin(name="fcn8s", init=None, init_from=None, preprocessing="imagenet", num_classes=6, **options):
-    """Return a run's first variables and its notes, in one line."""
+    """Return the model of a run, its initial variables, and its notes in one line."""
     model = create(name, num_classes, **options)
     data = DataConfig(preprocessing=preprocessing, crop_size=(32, 32))
     text = [None if given is None else str(given) for given in (init, init_from)]
@@ -107,7 +107,7 @@ def begin(name="fcn8s", init=None, init_from=None, preprocessing="imagenet", num
     return model, variables, " ".join(notes)
 
 
-def test_an_8s_from_a_bare_encoder_is_warned_of_unless_scaled_or_staged(uncompiled, encoder, tmp_path):
+def test_an_8s_started_from_an_encoder_warns_unless_scaled_or_staged(uncompiled, encoder, tmp_path):
     warning = "an 8s with new score layers learns little"
     encoder, coarse = encoder[0], tmp_path / "32s.safetensors"
     _, _, notes = begin(init=encoder)
@@ -119,14 +119,14 @@ def test_an_8s_from_a_bare_encoder_is_warned_of_unless_scaled_or_staged(uncompil
     model, variables, notes = begin("fcn32s", init=encoder)
     assert warning not in notes
     weights.save(coarse, model, variables, "imagenet")
-    # a whole file whose scores are all at their start is an encoder all the same
+    # A whole network whose score layers are still zero counts as an encoder.
     assert warning in begin(init_from=coarse)[2]
     variables["params"]["score_fr"]["kernel"] = np.ones_like(variables["params"]["score_fr"]["kernel"])
     weights.save(coarse, model, variables, "imagenet")
     _, staged, notes = begin(init_from=coarse)
     assert warning not in notes and f"from {coarse}" in notes and "unused: upscore32" in notes
     assert_same(staged["params"]["vgg"], variables["params"]["vgg"])
-    assert warning in begin(init_from=coarse, num_classes=4)[2]  # other classes: its scores are new again
+    assert warning in begin(init_from=coarse, num_classes=4)[2]  # other classes need new score layers
     with pytest.raises(InputError, match="both --init .* and --init-from"):
         check_config(Config(init=str(encoder), init_from=str(coarse), train=TrainConfig(steps=1)))
     for given in ({"init": encoder}, {"init_from": coarse}):
@@ -134,7 +134,7 @@ def test_an_8s_from_a_bare_encoder_is_warned_of_unless_scaled_or_staged(uncompil
             begin(**given, preprocessing="caffe")
 
 
-def test_a_run_opens_what_it_starts_from_once(uncompiled, hub, monkeypatch):
+def test_initial_weights_are_opened_once(uncompiled, hub, monkeypatch):
     fetched = []
     monkeypatch.setattr("fcn_jax.weights.sources.fetch", lambda name: fetched.append(name) or weights.fetch(name))
     assert "from tiny: " in begin("fcn32s", init="tiny")[2] and fetched == ["tiny"]
@@ -147,7 +147,7 @@ def test_a_stage_starts_from_a_file_of_another_project(uncompiled, tmp_path):
     state = sources.randomise(sources.Boostcamp(32, 21, W)).float().state_dict()
     torch.save(state, file)
     _, variables, notes = begin("fcn16s", init_from=file, encoder="vgg16", fc6_kernel=1)
-    # six classes where the file has twenty-one: every score is new, the features are not
+    # The file has 21 classes and the model 6, so only the score layers are new.
     assert "new: score_fr, " in notes and "vgg." not in notes and "head." not in notes
     fc7 = np.asarray(variables["params"]["head"]["fc7"]["kernel"]).transpose(3, 2, 0, 1)
     np.testing.assert_array_equal(fc7, state["fc7.0.weight"])
@@ -158,7 +158,7 @@ def test_a_stage_starts_from_a_file_of_another_project(uncompiled, tmp_path):
         begin("fcn16s_resize", init_from=file)
 
 
-def test_carrying_over_says_what_the_networks_compute_otherwise(uncompiled, tmp_path):
+def test_transfer_between_networks_reports_their_differences(uncompiled, tmp_path):
     file = tmp_path / "atonce.safetensors"
     weights.save(file, *build("fcn8s_pad100_atonce", 6), None)
     _, _, notes = begin("fcn8s_pad100", init_from=file)
@@ -179,7 +179,7 @@ def run_port(capsys, *arguments):
     return capsys.readouterr().out
 
 
-def test_port_writes_a_file_that_loads_and_a_report_of_both_sides(tmp_path, capsys):
+def test_port_writes_a_loadable_file_and_a_report(tmp_path, capsys):
     state = sources.randomise(sources.Fanrencli(16, 3, W)).float().state_dict()
     torch.save({"state_dict": state}, tmp_path / "a.pth")
     out = tmp_path / "new"
@@ -194,7 +194,7 @@ def test_port_writes_a_file_that_loads_and_a_report_of_both_sides(tmp_path, caps
     assert report["filled"]["score_fr.bias"] == "score_fr.bias" and report["left"] == {}
 
 
-def test_port_takes_torchvision_weights_and_gives_them_back(encoder, tmp_path, capsys, fails):
+def test_port_round_trips_torchvision_weights(encoder, tmp_path, capsys, fails):
     file, state = encoder
     before = file.read_bytes()
     command = [file, "--model", "fcn8s", "--width", W, "--num-classes", "5", "--out"]
@@ -225,14 +225,14 @@ def test_port_takes_torchvision_weights_and_gives_them_back(encoder, tmp_path, c
         ("a.pth --model fcn32s_pad100 --num-classes 0", ["num_classes in 1 ... 255"]),
     ],
 )  # fmt: skip
-def test_port_answers_mistakes_in_one_line(tmp_path, monkeypatch, fails, arguments, named):
+def test_port_mistakes_give_one_line(tmp_path, monkeypatch, fails, arguments, named):
     monkeypatch.chdir(tmp_path)
     torch.save(sources.PytorchFCN(32, 3, W).state_dict(), "a.pth")
     fails(port_command, ["--out", "x.safetensors", "--width", W, *arguments.split()], *named)
     assert [path.name for path in tmp_path.iterdir()] == ["a.pth"]
 
 
-def test_our_own_file_tells_its_network_and_is_refused_by_another(tmp_path):
+def test_our_own_file_describes_its_network_and_is_rejected_by_another(tmp_path):
     file = tmp_path / "a.safetensors"
     model, variables = build("fcn8s_pad100", 4, pool="floor", fc_features=24, skip_scales=(0.5, 0.25))
     weights.save(file, model, variables, "caffe")
@@ -243,8 +243,8 @@ def test_our_own_file_tells_its_network_and_is_refused_by_another(tmp_path):
     with pytest.raises(InputError, match="pool='ceil'; use create_model.'fcn8s_pad100', 4,.*pool='floor'"):
         weights.load(file, other, variables)
     weights.load(file, model.clone(dropout_rate=0.1, remat=True), variables)
-    weights.load(file, other, variables, allow_missing=["score_*"])  # by name, then
-    # neither its name nor its options have to be said again
+    weights.load(file, other, variables, allow_missing=["score_*"])  # then only names count
+    # The file contains the name and the options of the network.
     assert port_command([str(file), "--out", str(tmp_path / "b.pth")]) == 0
     twin = fcn_jax.compare.make_twin(model)
     twin.load_state_dict(torch.load(tmp_path / "b.pth"), strict=True)

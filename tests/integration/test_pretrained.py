@@ -1,4 +1,4 @@
-"""Trained networks by one call: files of every layout, runs, the hub, and the commands that take them."""
+"""Loading trained networks: files of every layout, runs, the hub, and the commands that accept them."""
 
 import http.server
 import json
@@ -40,7 +40,7 @@ CLASSES = {"class_names": NAMES, "palette": ((1, 2, 3), (4, 5, 6), (7, 8, 9)), "
 
 
 @pytest.mark.parametrize("case", MARKED)
-def test_a_file_of_every_layout_predicts_what_its_source_does(case, tmp_path):
+def test_a_file_of_every_layout_predicts_like_its_torch_module(case, tmp_path):
     make, name, _, size = CASES[case]
     module = randomise(make()).float().eval()
     file = tmp_path / "w.safetensors"
@@ -53,21 +53,21 @@ def test_a_file_of_every_layout_predicts_what_its_source_does(case, tmp_path):
         theirs = torch.softmax(module(x), 1)[0].permute(1, 2, 0).numpy()
     ours = fcn_jax.predict(model, variables, image, info, probabilities=True)
     assert ours.dtype == np.float32 and ours.shape == (*size, 3)
-    np.testing.assert_allclose(ours, theirs, atol=2e-3)  # logits are of hundreds here: 1e-5 of them
+    np.testing.assert_allclose(ours, theirs, atol=2e-3)  # 1e-5 of logits in the hundreds
     sure = np.sort(theirs, -1)[..., -1] - np.sort(theirs, -1)[..., -2] > 1e-2
     assert np.array_equal(fcn_jax.predict(model, variables, image, info)[sure], theirs.argmax(-1)[sure])
 
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory):
-    """A network of ours in a file that knows its classes."""
+    """A network in our own file format, with its classes."""
     file = tmp_path_factory.mktemp("exported") / "model.safetensors"
     model, variables = build("fcn32s", fc_features=8, fc6_kernel=1)
     weights.save(file, model, variables, "caffe", classes=CLASSES)
     return file, model, variables
 
 
-def test_a_file_of_ours_knows_its_network_classes_and_preprocessing_without_torch(exported, monkeypatch):
+def test_our_file_gives_network_classes_and_preprocessing_without_torch(exported, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch", None)
     file, model, variables = exported
     found, values, info = fcn_jax.from_pretrained(file)
@@ -76,7 +76,7 @@ def test_a_file_of_ours_knows_its_network_classes_and_preprocessing_without_torc
     assert_same(values, variables)
 
 
-def test_a_caffe_file_of_21_classes_is_vocs_and_needs_no_torch(tmp_path, monkeypatch):
+def test_a_caffe_file_of_21_classes_gets_voc_classes_and_needs_no_torch(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch", None)
     model, variables = build("fcn8s_pad100", 21, encoder="vgg16", fc_features=24)
     file = write_caffe(tmp_path / "fcn8s.caffemodel", weights.to_torch(model, variables, "pytorch-fcn"))
@@ -84,7 +84,7 @@ def test_a_caffe_file_of_21_classes_is_vocs_and_needs_no_torch(tmp_path, monkeyp
     assert found == model and info.class_names[15] == "person" and "PASCAL VOC" in info.notes[0]
 
 
-def test_a_torch_file_of_ours_needs_its_name_alone(tmp_path):
+def test_our_torch_file_needs_only_the_model_name(tmp_path):
     model, variables = build("fcn8s", 5, fc_features=6, fc6_kernel=3, encoder_norm="batch")
     weights.save(tmp_path / "own.pth", model, variables, "caffe")
     with pytest.raises(InputError, match="own.pth does not say its network; give --model"):
@@ -95,7 +95,7 @@ def test_a_torch_file_of_ours_needs_its_name_alone(tmp_path):
 
 
 @pytest.mark.parametrize(("name", "options"), [("fcn_resnet50", {}), ("fcn8s_resize", {"encoder": "vgg11"})])
-def test_a_torch_file_of_ours_may_have_an_auxiliary_head(name, options, tmp_path):
+def test_our_torch_file_may_have_an_auxiliary_head(name, options, tmp_path):
     model, variables = build(name, 5, aux_head=True, **options)
     weights.save(tmp_path / "own.pth", model, variables, "caffe")
     found, values, _ = fcn_jax.from_pretrained(tmp_path / "own.pth", model=name)
@@ -103,7 +103,7 @@ def test_a_torch_file_of_ours_may_have_an_auxiliary_head(name, options, tmp_path
     assert_same(values, variables)
 
 
-def test_what_is_assumed_is_not_written_as_known(tmp_path):
+def test_assumed_classes_and_preprocessing_are_not_exported_as_known(tmp_path):
     model, variables = build("fcn32s", 21, fc_features=8, fc6_kernel=1)
     weights.save(tmp_path / "a.safetensors", model, variables, None)
     names = [str(tmp_path / "a.safetensors"), "--out", str(tmp_path / "b.safetensors")]
@@ -119,14 +119,14 @@ def test_what_is_assumed_is_not_written_as_known(tmp_path):
         ({"class_names": ["a"], "palette": [[0, 0, 0]]}, "1 names for 3 classes"),
     ],
 )
-def test_damaged_classes_are_one_line(change, message, tmp_path):
+def test_damaged_class_metadata_is_rejected(change, message, tmp_path):
     model, variables = build("fcn32s", fc_features=8, fc6_kernel=1)
     weights.save(tmp_path / "w.safetensors", model, variables, None, classes=CLASSES | change)
     with pytest.raises(InputError, match=f"w.safetensors: its metadata describes no classes .*{message}"):
         fcn_jax.from_pretrained(tmp_path / "w.safetensors")
 
 
-def test_an_export_overwrites_neither_its_source_nor_a_run_nor_an_edited_card(exported, tmp_path, fails):
+def test_export_does_not_overwrite_its_source_a_run_or_a_model_card(exported, tmp_path, fails):
     file, hub = str(exported[0]), tmp_path / "hub"
     fails(cli_export.main, ["--weights", file, "--out", file], "is the source and would be overwritten")
     (tmp_path / "run").mkdir()
@@ -139,7 +139,7 @@ def test_an_export_overwrites_neither_its_source_nor_a_run_nor_an_edited_card(ex
     assert_same(fcn_jax.from_pretrained(hub)[1], exported[2])
 
 
-def test_what_is_no_whole_network_is_one_line(tmp_path, exported):
+def test_incomplete_networks_and_invalid_images_are_rejected(tmp_path, exported):
     file = tmp_path / "encoder.safetensors"
     model, variables = build("fcn32s", encoder="vgg16")
     weights.save(file, model, variables, "imagenet", "torchvision-vgg")
@@ -154,7 +154,7 @@ def test_what_is_no_whole_network_is_one_line(tmp_path, exported):
             fcn_jax.predict(*exported[1:], image, info)
 
 
-# In a process of its own: huggingface_hub reads its environment when it is imported.
+# Runs in a separate process, as huggingface_hub reads its environment when it is imported.
 READ = """
 import json, sys
 import jax, numpy as np
@@ -174,7 +174,7 @@ print(json.dumps({"names": info.class_names, "sum": total, "errors": errors}))
 
 @pytest.fixture
 def hub(exported, tmp_path):
-    """A hub on the loopback with one repository, made by the export; yields the folder that it serves."""
+    """A hub on the loopback with one exported repository; yields its folder, the requests and the environment."""
     folder = tmp_path / "hub"
     assert cli_export.main(["--weights", str(exported[0]), "--format", "hub", "--out", str(folder)]) == 0
     asked = []
@@ -215,7 +215,7 @@ def hub(exported, tmp_path):
     server.server_close()
 
 
-def test_a_hub_folder_is_read_back_through_the_hub(hub, exported):
+def test_an_exported_hub_folder_loads_through_the_hub(hub, exported):
     folder, asked, environment = hub
     config = json.loads((folder / "config.json").read_text())
     assert config["model"] == "fcn32s" and config["class_names"] == list(NAMES)
@@ -224,6 +224,7 @@ def test_a_hub_folder_is_read_back_through_the_hub(hub, exported):
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     assert found["names"] == list(NAMES) and asked
+    # Sums in float32.
     assert found["sum"] == pytest.approx(float(sum(np.abs(x).sum() for x in jax.tree.leaves(exported[2]))), rel=1e-5)
     assert [line.partition(":")[0] for line in found["errors"]] == ["hf", "hf", "hf"] and "hf://me/other" in done.stdout
     asked.clear()
@@ -236,7 +237,7 @@ def test_a_hub_folder_is_read_back_through_the_hub(hub, exported):
     assert done.returncode == 0 and asked and "from hf://me/fcn@v1" in " ".join(done.stdout.split()), done
 
 
-def test_commands_take_weights(exported, tmp_path, capsys, fails):
+def test_commands_accept_weights(exported, tmp_path, capsys, fails):
     file = str(exported[0])
     cv2.imwrite(str(tmp_path / "photo.png"), color_blocks(70, 90))
     assert cli_predict.main([str(tmp_path / "photo.png"), "--weights", file, "--out", str(tmp_path / "out")]) == 0
@@ -254,7 +255,7 @@ def test_commands_take_weights(exported, tmp_path, capsys, fails):
 
 
 @pytest.mark.slow
-def test_the_fine_tuning_command_of_the_docs_carries_over_all_but_the_scores(tmp_path, capsys):
+def test_the_fine_tuning_command_in_the_docs_transfers_all_but_score_layers(tmp_path, capsys):
     text = (Path(__file__).parents[2] / "docs/pretrained.md").read_text()
     command = re.search(r"^python train.py (camvid --init-from .*?)\n```", text, re.DOTALL | re.MULTILINE)[1]
     model, variables = build("fcn8s_pad100", 21, encoder="vgg16")

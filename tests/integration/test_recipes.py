@@ -1,4 +1,4 @@
-"""Recipes: one end to end, all of them as far as the shapes of a step."""
+"""Recipes: one end to end, and the shapes of a training step of each."""
 
 import jax
 import numpy as np
@@ -14,12 +14,12 @@ from fcn_jax.training.trainer import make_trainer
 
 
 @pytest.mark.usefixtures("easy")
-def test_a_recipe_trains_stops_resumes_evaluates_and_draws(tmp_path, monkeypatch, capsys):
+def test_a_recipe_trains_resumes_evaluates_and_draws_figures(tmp_path, monkeypatch, capsys):
     run_through("binary-bce", tmp_path, monkeypatch, capsys)
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_every_recipe_becomes_a_step_on_its_own_data(recipe, tmp_path, monkeypatch):
+def test_every_recipe_builds_a_training_step(recipe, tmp_path, monkeypatch):
     monkeypatch.setattr(trainer, "init_variables", lambda model, *_: zeros(model))
     config, title = train_module.config_of_recipe([*shrink(recipe, tmp_path), "--run", str(tmp_path / "run")])
     made = make_trainer(config)
@@ -31,7 +31,7 @@ def test_every_recipe_becomes_a_step_on_its_own_data(recipe, tmp_path, monkeypat
 
 
 @pytest.mark.slow
-def test_resuming_does_not_need_the_weights_it_started_from(tmp_path, capsys):
+def test_resuming_does_not_need_the_initial_weights(tmp_path, capsys):
     common = [*shrink("shapes", tmp_path), "--train.steps", "1"]
     assert train_command([*common, "--run", str(tmp_path / "first")]) == 0
     command = [*common, "--run", str(tmp_path / "second"), "--init-from", str(tmp_path / "first")]

@@ -1,4 +1,4 @@
-"""What happens to the process does not happen to the run: a kill, signals, a second process."""
+"""A run survives a kill, signals and a second process."""
 
 import signal
 from dataclasses import replace
@@ -11,7 +11,7 @@ from fcn_jax.training import loop
 from fcn_jax.training.run import RunFolder
 
 
-def test_a_run_that_is_killed_in_a_save_comes_to_the_same_end(undisturbed, tmp_path):
+def test_a_run_killed_during_a_save_resumes_to_the_same_result(undisturbed, tmp_path):
     config = in_folder(tmp_path, workers=2)
     killed = in_process(KILL, config, "in a save")
     _, errors = killed.communicate(timeout=240)
@@ -25,11 +25,11 @@ MOMENTS = [(signal.SIGTERM, "step", 7), pytest.param(signal.SIGINT, "validation"
 
 @pytest.mark.parametrize(("number", "moment", "saved"), MOMENTS)
 @pytest.mark.usefixtures("heard")
-def test_a_signal_stops_after_the_step_with_the_state_saved(number, moment, saved, undisturbed, tmp_path, monkeypatch):
+def test_a_signal_stops_after_the_step_and_saves_the_state(number, moment, saved, undisturbed, tmp_path, monkeypatch):
     check_stop(number, moment, saved, undisturbed, tmp_path, monkeypatch)
 
 
-def test_a_signal_that_is_ignored_stays_ignored(tmp_path, monkeypatch):
+def test_an_ignored_signal_stays_ignored(tmp_path, monkeypatch):
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
     try:
         signalling(monkeypatch, loop, "progress_bar", signal.SIGHUP, lambda *args: True)
@@ -38,7 +38,7 @@ def test_a_signal_that_is_ignored_stays_ignored(tmp_path, monkeypatch):
         signal.signal(signal.SIGHUP, before)
 
 
-def test_a_second_process_in_a_runs_folder_is_refused(tmp_path):
+def test_a_second_process_in_a_run_folder_is_rejected(tmp_path):
     config = in_folder(tmp_path)
     message = "is being trained by another process; wait for its end"
     with RunFolder(config.run).locked(), pytest.raises(InputError, match=message):

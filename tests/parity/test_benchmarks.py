@@ -1,4 +1,4 @@
-"""The benchmark: nothing is timed before both sides agree, they take turns, and the record describes the machine."""
+"""The benchmark: results are compared before timing, the sides alternate, and the report describes the machine."""
 
 import functools
 import json
@@ -27,7 +27,7 @@ SMOKE = make_settings("cpu", smoke=True)
 
 
 class Bench:
-    """Sides that log their calls and advance a clock, for rows that compute nothing."""
+    """Fake sides that compute nothing, log their calls and advance a fake clock."""
 
     def __init__(self, seconds, values, broken=()):
         self.now, self.log, self.seconds, self.values, self.broken = 0.0, [], seconds, values, broken
@@ -48,18 +48,18 @@ class Bench:
             return run_row(row, replace(SMOKE, **settings), torch)
 
 
-def test_sides_take_turns_in_reversed_order_every_other_round():
+def test_sides_alternate_and_every_other_round_is_reversed():
     assert list(alternate(["ours", "a", "b"], 3)) == ["ours", "a", "b", "b", "a", "ours", "ours", "a", "b"]
     bench = Bench({"jax": 2.0, "a": 1.0, "b": 3.0}, {"jax": 4.0, "a": 4.0, "b": 4.0})
     result = bench.run(rounds=4)
-    # two calls each to set up, one to see how many fill a sample, then the rounds
+    # Two warm-up calls each, one to find the number of calls per sample, then the rounds.
     assert bench.log == ["jax"] * 2 + ["a"] * 2 + ["b"] * 2 + ["jax", "a", "b"] + ["jax", "a", "b", "b", "a", "jax"] * 2
     assert result.status == "ok"
     assert result.ours.samples_s == [2.0] * 4
     assert result.theirs[0] == "a" and result.theirs[1].median_s == 1.0  # torch's fastest variant counts
 
 
-def test_short_calls_are_repeated_until_they_fill_a_sample():
+def test_short_calls_are_repeated_to_fill_a_sample():
     bench = Bench({"jax": 0.125, "a": 4.0}, {"jax": 4.0, "a": 4.0})
     result = bench.run(("a",), rounds=3, sample_seconds=2.0)
     assert result.sides["jax"].calls == 16 and result.sides["a"].calls == 1
@@ -68,7 +68,7 @@ def test_short_calls_are_repeated_until_they_fill_a_sample():
 
 
 @pytest.mark.parametrize("value", [4.1, math.nan])
-def test_side_that_computes_something_else_is_not_timed(value):
+def test_a_side_with_other_results_is_not_timed(value):
     bench = Bench({"jax": 1.0, "a": 1.0, "b": 1.0}, {"jax": 4.0, "a": 4.0, "b": value})
     result = bench.run()
     assert result.status == "wrong" and result.ours is None and result.theirs is None
@@ -77,7 +77,7 @@ def test_side_that_computes_something_else_is_not_timed(value):
     assert "WRONG" in [cell for table in bench_tables([result], "") for c in table.columns for cell in c.cells]
 
 
-def test_variant_of_torch_that_does_not_run_is_named_and_the_others_count():
+def test_a_failing_torch_variant_is_named_and_the_others_are_timed():
     bench = Bench({"jax": 1.0, "b": 1.0}, {"jax": 4.0, "b": 4.0}, broken=("a",))
     result = bench.run()
     assert result.status == "ok" and result.theirs[0] == "b" and result.notes == ["a: a is out of memory"]
@@ -87,7 +87,7 @@ def test_variant_of_torch_that_does_not_run_is_named_and_the_others_count():
         assert result.status == "failed" and result.ours is None and len(result.notes) == len(broken)
 
 
-def test_quantity_is_compared_by_one_norm_over_its_arrays():
+def test_each_quantity_is_compared_by_one_norm_over_its_arrays():
     ours = {"update": {"w": np.array([3.0, 4.0]), "b": np.array([1e-9])}, "loss": {"": np.array(2.0)}}
     theirs = {"update": {"w": np.array([3.0, 4.5]), "b": np.array([-1e-9])}, "loss": {"": np.array(2.0)}}
     assert differences(ours, theirs) == {"update": pytest.approx(0.5 / math.hypot(3, 4.5)), "loss": 0.0}
@@ -97,11 +97,11 @@ def test_quantity_is_compared_by_one_norm_over_its_arrays():
         differences({**ours, "statistics": {}}, theirs)
 
 
-def test_flops_are_two_for_each_product_and_three_times_that_with_gradients():
+def test_flops_are_two_per_multiply_add_and_tripled_with_gradients():
     settings = make_settings("cpu")
     found = {row.name: row for row in [rows.matmul_row(settings), *rows.operator_rows(settings)]}
     assert found["matmul-4096"].flops == 2 * 4096**3
-    # each of 16 x 16 pixels meets 64 x 64 taps, 21 x 21 channels; batch 2
+    # Batch 2 of 16 x 16 pixels, with 64 x 64 taps and 21 x 21 channels each.
     assert found["upsample-k64-s32"].flops == 3 * 2 * 2 * 16 * 16 * 64 * 64 * 21 * 21
     assert found["conv-128x128-64-128-dw"].flops == 2 * 2 * 128 * 128 * 9 * 64 * 128
     assert found["pool-256x256x64"].flops is None
@@ -140,7 +140,7 @@ def test_run_records_times_errors_and_the_machine(tmp_path, capsys):
     train = found["train-fcn8s_resize"]
     assert set(train["sides"]) == {"jax", "contiguous", "channels_last"}
     assert set(train["errors"]["contiguous"]) == {"loss", "update", "statistics"}
-    # parameters and momentum of 2 x 10^5 numbers are the least of it
+    # At least the parameters and the momentum, of 2 x 10^5 numbers each.
     assert train["sides"]["jax"]["planned_bytes"] > 4 * 2 * 2e5
     fastest = min(side["median_s"] for side in found["matmul-256"]["sides"].values())
     assert content["matmul_flops_per_s"] == pytest.approx(2 * 256**3 / fastest)
@@ -148,7 +148,7 @@ def test_run_records_times_errors_and_the_machine(tmp_path, capsys):
     assert "train-fcn8s_resize" in printed and "smoke run" in printed
 
 
-def test_wrong_gradient_of_an_operator_gives_code_1(tmp_path, capsys, monkeypatch):
+def test_a_wrong_gradient_of_an_operator_gives_exit_code_1(tmp_path, capsys, monkeypatch):
     right = rows.transposed_conv
     wrong = jax.custom_vjp(lambda x, kernel: right(x, kernel, 8, 4))
     wrong.defvjp(
@@ -161,14 +161,15 @@ def test_wrong_gradient_of_an_operator_gives_code_1(tmp_path, capsys, monkeypatc
     found = {row["name"]: row for row in json.loads((tmp_path / "b.json").read_text())["rows"]}
     row = found["upsample-k16-s8"]
     assert row["status"] == "wrong" and all(side["samples_s"] == [] for side in row["sides"].values())
+    # The planted error is 1 %; the operators compute in float32.
     assert row["errors"]["contiguous"]["dw"] == pytest.approx(0.01, rel=1e-3)
     assert row["errors"]["contiguous"]["out"] < 1e-5
-    assert found["pool-4x4x32"]["status"] == "ok"  # the others go on
+    assert found["pool-4x4x32"]["status"] == "ok"  # the other rows still run
     printed = capsys.readouterr().out
     assert "WRONG" in printed and "not timed: upsample-k16-s8 (wrong)" in printed
 
 
-def test_training_step_that_sums_the_loss_instead_of_averaging_gives_code_1(capsys, monkeypatch):
+def test_a_step_that_sums_the_loss_instead_of_averaging_gives_exit_code_1(capsys, monkeypatch):
     step = jax_adapter.make_train_step
     monkeypatch.setattr(jax_adapter, "make_train_step", lambda *a, **k: step(*a, **k, reduction="sum"))
     assert bench("--smoke", "--device", "cpu", "--only", "train-fcn8s_resize") == 1
@@ -185,7 +186,7 @@ def test_gpu_settings_run_on_the_cpu_in_a_smoke_run(tmp_path, capsys):
     network = content["rows"][-1]
     assert network["dtype"] == "bfloat16"
     assert set(network["sides"]) == {"jax", "channels_last", "channels_last compiled"}
-    assert 1e-4 < network["errors"]["channels_last"]["logits"] < 5e-2  # roundings of bfloat16 are there
+    assert 1e-4 < network["errors"]["channels_last"]["logits"] < 5e-2  # rounding of bfloat16
     assert "no GPU here" in capsys.readouterr().out
 
 
@@ -212,11 +213,11 @@ def test_without_torch_only_our_side_is_timed_and_the_pools_are_summed(capsys, m
         ("--pipeline nosuch", ["nosuch", "camvid"]), ("--pipeline camvid", ["--data.dir"]),
     ],
 )  # fmt: skip
-def test_mistake_gives_one_line_and_code_2(arguments, named, fails):
+def test_invalid_arguments_give_one_line_and_exit_code_2(arguments, named, fails):
     fails(cli_bench.main, arguments.split(), *named)
 
 
-def test_ctrl_c_says_where_the_rows_are(monkeypatch, capsys):
+def test_interrupting_a_benchmark_says_where_the_rows_are(monkeypatch, capsys):
     def interrupted(*arguments):
         raise KeyboardInterrupt
 
@@ -226,7 +227,7 @@ def test_ctrl_c_says_where_the_rows_are(monkeypatch, capsys):
 
 
 @pytest.mark.slow
-def test_commands_run_where_data_libraries_are_absent():
+def test_commands_run_without_the_data_libraries():
     code = """
 import sys
 
@@ -246,7 +247,7 @@ sys.exit(code)
     assert done.returncode == 0 and "pool-4x4x32" in done.stdout, done.stderr
 
 
-def test_cpu_kernels_can_be_left_out(monkeypatch, capsys):
+def test_plain_kernels_option_disables_the_cpu_kernels(monkeypatch, capsys):
     used = []
     right = kernels._row_phases
     monkeypatch.setattr(kernels, "_row_phases", lambda *args: used.append(0) or right(*args))
@@ -258,7 +259,7 @@ def test_cpu_kernels_can_be_left_out(monkeypatch, capsys):
 
 def check_pipeline(path, monkeypatch, capsys):
     """Measure an input pipeline; return the rates."""
-    monkeypatch.setenv("HOME", str(path))  # where the prepared copy goes
+    monkeypatch.setenv("HOME", str(path))  # the prepared copy is stored there
     assert bench("--smoke", "--pipeline", "shapes", "--out", path) == 0
     assert "images/s per core" in capsys.readouterr().out
     rates = json.loads((path / "bench.json").read_text())["pipeline"]

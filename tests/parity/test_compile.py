@@ -1,4 +1,4 @@
-"""Programs for accelerators: what is read from them, and the sums over devices of a training step."""
+"""Compilation for accelerators: figures parsed from the programs, and the all-reduces of a training step."""
 
 import json
 import os
@@ -18,7 +18,7 @@ from fcn_jax.compare.compile import count_collectives, count_products, estimated
 from fcn_jax.config import Config, ModelConfig
 from fcn_jax.models import init_variables
 
-# Where `make` installs the compilers: in the environment itself JAX would look for a TPU at every start.
+# `make` installs the compilers here. In the environment itself they would make JAX search for a TPU at every start.
 COMPILERS = Path(sys.prefix) / "compilers"
 SMALL = ModelConfig("fcn32s", encoder="vgg11", width=0.1, fc_features=64, fc6_kernel=3)
 
@@ -34,11 +34,11 @@ replica_groups={{0,1}}, to_apply=%add
 """
 
 
-def test_collectives_are_read_from_the_text_of_a_program():
+def test_collectives_are_parsed_from_the_hlo_text():
     assert [tuple(each.values()) for each in count_collectives(HLO)] == [
         ("all-gather", "f32", 1, 32),
         ("all-reduce", "bf16", 1, 2 * 8),
-        ("all-reduce", "f32", 2, 4 * (3 * 3 * 3 * 64 + 1 + 31)),  # a device's sum with itself is left out
+        ("all-reduce", "f32", 2, 4 * (3 * 3 * 3 * 64 + 1 + 31)),  # an all-reduce over one device is not counted
         ("collective-permute", "pred", 1, 16),
     ]
 
@@ -79,7 +79,7 @@ def test_estimated_cycles_are_added_up_by_layer():
 
 
 @pytest.mark.parametrize("most", [0, 1, 5, 8, 13])
-def test_the_largest_batch_is_found_by_halving(most):
+def test_the_largest_batch_is_found_by_bisection(most):
     for start in (4, 20):
         assert largest(lambda batch: batch <= 4 * most, unit=4, start=start) == 4 * most
 
@@ -88,14 +88,14 @@ WITHOUT_NORM = [pytest.param(None, mode, marks=pytest.mark.slow) for mode in ("p
 
 
 @pytest.mark.parametrize(("norm", "mode"), [("batch", "pmap"), ("batch", "mesh"), *WITHOUT_NORM])
-def test_a_step_sums_over_devices_the_gradient_once_and_otherwise_only_batch_statistics(norm, mode):
+def test_a_step_all_reduces_only_the_gradient_and_batch_statistics(norm, mode):
     config = Config(model=replace(SMALL, encoder_norm=norm), parallel=mode)
     target = compiling.Target("cpu:2", CHIPS["cpu"], jax.devices()[:2])
     work = compiling.Work(config, 5, (32, 32), batch_size=4)
     found = compiling.compile_work(work, target).collectives
     variables = jax.eval_shape(lambda: init_variables(work.model, jax.random.key(0)))
     parameters = sum(x.size for x in jax.tree.leaves(variables["params"]))
-    # Loss and weight; of each channel under a batch norm: mean and variance, and what the gradient hands back to each.
+    # Loss and weight are two numbers. Each batch norm channel adds four: mean, variance and their gradients.
     channels = sum(x.size for x in jax.tree.leaves(variables.get("batch_stats", {}))) // 2
     assert [(each["kind"], each["dtype"]) for each in found] == [("all-reduce", "f32")]
     assert found[0]["bytes"] == 4 * (parameters + 2 + 4 * channels)
@@ -113,7 +113,7 @@ MISTAKES = [
 
 
 @pytest.mark.parametrize(("command", "named"), MISTAKES)
-def test_a_command_that_cannot_run(command, named, fails):
+def test_invalid_compile_commands_are_rejected(command, named, fails):
     fails(cli_compile.main, command.split(), *named)
 
 
@@ -126,14 +126,14 @@ def test_a_missing_compiler_is_named(target, package, fails, monkeypatch):
     fails(cli_compile.main, ["fcn8s", "--target", target], package)
 
 
-def test_a_recipe_is_compiled_with_its_batch_and_classes_and_parts_hide_what_a_loop_hides(capsys):
+def test_a_recipe_compiles_with_its_batch_and_classes_and_accumulation_hides_flops(capsys):
     words = "--model.width 0.03 --model.fc-features 8 --image-size 32 32 --parallel mesh --train.accumulate 2".split()
     assert cli_compile.main(["camvid", "--target", "cpu:2", *words]) == 0
     printed = capsys.readouterr().out
     assert "11 classes" in printed and "batch 8" in printed and "no FLOPs" in printed
 
 
-def test_only_a_program_without_room_is_one_that_does_not_fit(monkeypatch):
+def test_only_out_of_memory_counts_as_not_fitting(monkeypatch):
     def compile_work(work, target):
         raise (compiling.DoesNotFit if work == "large" else compiling.InputError)("...")
 
@@ -163,14 +163,14 @@ BFLOAT16 = ["--model.dtype", "bfloat16"]
 
 
 def reduced(tmp_path, target, mode, *words, others=False):
-    """Compile for a target; return the report and the one sum over devices that there is, beside others if allowed."""
+    """Compile for a target; return the report and its largest all-reduce, the only collective unless `others`."""
     out = tmp_path / f"{mode}.json"
     printed = run_command("fcn8s", "--target", target, *BFLOAT16, "--parallel", mode, "--out", out, *words)
     assert "memory planned" in printed
     report = json.loads(out.read_text())
     found, *rest = sorted((c for c in report["collectives"] if c["kind"] == "all-reduce"), key=lambda c: -c["bytes"])
     assert others or report["collectives"] == [found]
-    # Where rows are split XLA may add up parts of a small map, which has the dtype of the layers.
+    # With rows split over devices, XLA may also reduce small feature maps, in the layers' dtype.
     assert sum(each["bytes"] for each in rest) < found["bytes"] / 1000
     return report, found
 
@@ -190,7 +190,7 @@ def test_gradients_of_a_bfloat16_network_are_summed_in_float32(target, tmp_path)
 @TPU
 @pytest.mark.slow
 @pytest.mark.parametrize("axes", ["data=2,fsdp=2", "data=1,fsdp=2,space=2", "data=1,space=4"])
-def test_meshes_sum_gradients_in_float32_too(axes, tmp_path):
+def test_gradients_on_meshes_are_summed_in_float32(axes, tmp_path):
     size = ["--image-size", 128, 64, "--batch-size", 4, "--mesh", axes]
     _, by_pmap = reduced(tmp_path, "v5e:2x2", "pmap", *TINY)
     report, on_mesh = reduced(tmp_path, "v5e:2x2", "mesh", *TINY, *size, others=True)
@@ -202,7 +202,7 @@ def test_meshes_sum_gradients_in_float32_too(axes, tmp_path):
 @TPU
 @pytest.mark.slow
 @pytest.mark.parametrize("target", ["v5p:2x2x1", "v6e:2x2"])
-def test_chips_with_sparsecores_print_their_program_too(target, tmp_path):
+def test_programs_for_chips_with_sparsecores_are_parsed(target, tmp_path):
     report, reduce = reduced(tmp_path, target, "mesh", *TINY)
     assert reduce["dtype"] == "f32" and report["cycles"]["conv1_1"]["forward"] > 0
 
@@ -210,7 +210,7 @@ def test_chips_with_sparsecores_print_their_program_too(target, tmp_path):
 @TPU
 @pytest.mark.slow
 @pytest.mark.parametrize("network", ["fcn8s", "fcn8s_pad100", "fcn8s_ladder", "fcn8s_resize", "fcn_resnet50"])
-def test_every_family_is_compiled_at_full_width(network, tmp_path):
+def test_every_family_compiles_at_full_width(network, tmp_path):
     out = tmp_path / "report.json"
     run_command(network, "--target", "v5e:2x2", "--batch-size", 4, *BFLOAT16, "--out", out, timeout=1200)
     report = json.loads(out.read_text())

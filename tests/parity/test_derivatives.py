@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from small_networks import make_network
 
-# The cheapest of what can go wrong: batch norm, pooling, upsampling; every other combination is in the slow tier.
+# The cheapest cases that cover batch norm, pooling and upsampling. The slow tests have the other combinations.
 QUICK = {
     derivative_cases.check_modes: [("fcn8s_resize", "batch", True)],
     derivative_cases.check_hessian_against_torch: [("fcn8s", None, False), ("fcn8s_resize", "batch", True)],
@@ -21,11 +21,11 @@ CASES = [
 
 
 @pytest.mark.parametrize(("check", "family", "norm", "train"), CASES)
-def test_derivatives(check, family, norm, train):
+def test_derivatives_and_vmap_equal_their_references(check, family, norm, train):
     check(family, norm, train)
 
 
-# `resize` and `dilated` make their interpolation matrices on the host: the size has to be known.
+# `resize` and `dilated` build their interpolation matrices on the host, so the size has to be known.
 SYMBOLIC = {
     "fcn8s": "b, h, w, 3", "fcn8s_pad100": "b, h, w, 3", "fcn8s_ladder": "b, h, w, 3",
     "fcn8s_resize": "b, 64, 96, 3", "fcn_resnet50": "b, 64, 96, 3",
@@ -41,4 +41,4 @@ def test_a_network_is_exported_with_symbolic_batch_and_size(family):
     rng = np.random.default_rng(0)
     for size in [(1, 64, 96, 3), (2, 97, 70, 3) if "h" in SYMBOLIC[family] else (2, 64, 96, 3)]:
         images = jnp.asarray(rng.normal(size=size))
-        np.testing.assert_allclose(exported.call(images), apply(images), rtol=0, atol=1e-12)
+        np.testing.assert_allclose(exported.call(images), apply(images), rtol=0, atol=1e-12)  # rounding of float64

@@ -1,4 +1,4 @@
-"""Layouts: the torch module as its source has it, ported, compared in float64, and written back."""
+"""Weight layouts: the original torch modules are ported, compared in float64, and written back."""
 
 import jax
 import jax.numpy as jnp
@@ -18,20 +18,20 @@ from fcn_jax.models.vgg import ENCODERS, adaptive_average_pool
 @pytest.mark.parametrize(
     "case", ["pytorch-fcn at once", "tramac 8s aux", "pochih 8s", "fcn1", "fanrencli 16s", "boostcamp 8s"]
 )
-def test_a_published_network_is_recognised_computes_the_same_and_goes_back_bit_for_bit(case):
+def test_a_published_network_is_recognised_with_equal_logits_and_round_trips(case):
     check_port(case)
 
 
 @pytest.mark.parametrize(("source", "norm", "size"), [("torchvision", "batch", (75, 106)), ("timm", None, (224, 224))])
-def test_a_ported_classifier_gives_the_sources_logits(source, norm, size):
+def test_a_ported_classifier_gives_the_original_logits(source, norm, size):
     check_classifier(source, "vgg11", norm, size)
 
 
 @pytest.mark.parametrize("size", [(7, 7), (14, 21), (1, 3), (10, 8), (15, 6)])
-def test_adaptive_pooling_is_torchs(size):
+def test_adaptive_pooling_equals_torch(size):
     x = np.random.default_rng(0).normal(size=(2, *size, 3))
     theirs = forward(torch.nn.AdaptiveAvgPool2d((7, 7)), x)
-    np.testing.assert_allclose(adaptive_average_pool(jnp.asarray(x), (7, 7)), theirs, rtol=0, atol=1e-15)
+    np.testing.assert_allclose(adaptive_average_pool(jnp.asarray(x), (7, 7)), theirs, rtol=0, atol=1e-15)  # rounding
 
 
 @pytest.mark.parametrize(
@@ -47,7 +47,7 @@ def test_adaptive_pooling_is_torchs(size):
         ("fcn1", "fcn8s_ladder", {"encoder": "vgg13"}, "stride=8"),
     ],
 )  # fmt: skip
-def test_a_model_that_would_compute_something_else_is_refused_with_the_call_that_fits(case, name, options, named):
+def test_a_mismatched_model_is_rejected_with_the_matching_call(case, name, options, named):
     state = state_of(CASES[case][0]())
     with pytest.raises(InputError, match=f"the model, which has {named}.*use create_model") as caught:
         weights.load(state, in_float64(name, **options), {})
@@ -74,13 +74,13 @@ def test_a_stage_starts_from_a_published_coarser_network():
         ("fcn1", "fcns_ladder", {"encoder": "vgg11"}, "encoder='vgg11'"),
     ],
 )
-def test_a_network_that_the_source_does_not_have_is_not_written_in_its_names(layout, name, options, message):
+def test_a_network_without_equivalent_cannot_be_written_in_a_layout(layout, name, options, message):
     model = in_float64(name, **options)
     with pytest.raises(InputError, match=message):
         weights.to_torch(model, zeros(model), layout)
 
 
-def test_copies_of_a_tensor_have_to_be_equal_and_one_of_them_is_enough():
+def test_duplicate_tensors_must_be_equal_and_one_is_enough():
     state, model = state_of(sources.randomise(sources.Tramac(16, 3, W))), in_float64("fcn16s_resize")
     whole = weights.load(state, model, zeros(model))
     half = {name: value for name, value in state.items() if not name.startswith("pretrained.")}
@@ -103,7 +103,7 @@ def test_every_torchvision_encoder_is_recognised(encoder, norm):
 
 
 @pytest.mark.parametrize("layout", ["torchvision-vgg", "johnson-vgg", "timm-vgg"])
-def test_a_classifier_fills_an_fcns_encoder_fc6_and_fc7_and_goes_back(layout):
+def test_a_classifier_fills_encoder_fc6_and_fc7_and_round_trips(layout):
     check_encoder(layout, "vgg11", "batch")
 
 
@@ -112,7 +112,7 @@ def test_a_classifier_fills_an_fcns_encoder_fc6_and_fc7_and_goes_back(layout):
     [({}, True), ({"fc6_kernel": 1}, False), ({"fc6_kernel": 3, "fc_features": 32}, False), ({"fc6_kernel": 3}, False)]
     + [({"fc_features": 16}, False), ({"name": "fcn8s_resize"}, False)],
 )
-def test_what_is_written_in_torchvisions_names_fits_a_torchvision_network(options, has_fc):
+def test_weights_in_the_torchvision_layout_load_into_torchvision(options, has_fc):
     model, variables = build(**options)
     arrays = weights.to_torch(model, variables, "torchvision-vgg")
     state = {name: torch.from_numpy(value) for name, value in arrays.items()}
@@ -124,10 +124,10 @@ def test_what_is_written_in_torchvisions_names_fits_a_torchvision_network(option
     assert any(name.startswith(("score_fr.", "head.score.")) for name in left_out)
 
 
-def test_the_report_says_what_was_taken_off_and_how_arrays_were_turned(tmp_path):
+def test_the_report_lists_removed_wrappers_and_array_conversions(tmp_path):
     module = sources.randomise(sources.PytorchFCN(32, 3, W))
     state = {f"module.{name}": value for name, value in module.state_dict().items()}
-    # As pytorch-fcn's trainer writes it, its best score as a NumPy number.
+    # As pytorch-fcn's trainer writes it: the best score is a NumPy scalar.
     checkpoint = {"epoch": 3, "arch": "FCN32s", "model_state_dict": state, "best_mean_iu": np.float64(0.6)}
     path, model = tmp_path / "model_best.pth.tar", build("fcn32s_pad100", encoder="vgg16")[0]
     for zipped in (True, False):

@@ -1,4 +1,4 @@
-"""Every family against its PyTorch twin; other strides, all encoders, options and precisions are in the slow tier."""
+"""Every family against its PyTorch twin. The slow tests cover other strides, encoders, options and precisions."""
 
 import pytest
 from twin_cases import check_case
@@ -12,12 +12,12 @@ CASES = [
     ("fcn8s_ladder", {}, (31, 50)), ("fcns_ladder", BN, (65, 64)), ("fcn32s_resize", {}, (70, 65)),
     ("fcn16s_resize", {}, (65, 67)), ("fcn8s_resize", {"aux_head": True, **BN}, (64, 96)),
 ]  # fmt: skip
-FLOAT32 = {"fcn16s", "fcn8s_ladder"}  # in this precision, too
+FLOAT32 = {"fcn16s", "fcn8s_ladder"}  # compared in float32 as well
 QUICK = {"fcn16s", "fcn8s_pad100_atonce", "fcn32s_pad100", "fcn8s_ladder", "fcn8s_resize"}
 MARKED = [pytest.param(*case, id=case[0], marks=[] if case[0] in QUICK else pytest.mark.slow) for case in CASES]
 
 
 @pytest.mark.parametrize(("name", "options", "size"), MARKED)
-def test_equals_torch(name, options, size):
+def test_a_network_equals_its_torch_twin(name, options, size):
     dtypes = ("float64", "float32") if name in FLOAT32 else ("float64",)
     check_case(name, {"encoder": "vgg11", **options}, size, dtypes)

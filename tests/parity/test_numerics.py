@@ -1,4 +1,4 @@
-"""The parity instrument: its measures by hand, faults that it has to find, and the command `fcn-jax parity`."""
+"""The parity comparison: its measures by hand, faults that it must find, and the command `fcn-jax parity`."""
 
 import dataclasses
 import json
@@ -27,7 +27,7 @@ from fcn_jax.errors import InputError
 
 ROOT = Path(__file__).parents[2]
 PARTS = ("layers", "loss", "gradients", "statistics", "steps")
-OPTIM = OptimConfig(lr=0.02)  # one for all: equal programs are compiled once
+OPTIM = OptimConfig(lr=0.02)  # shared, so that equal programs are compiled once
 SMALL_HEAD = {"fc_features": 8, "fc6_kernel": 3}
 COMMAND = "fcn32s_resize --encoder vgg11 --width 0.03 --num-classes 3 --image-size 64 48".split()
 
@@ -43,7 +43,7 @@ def build(name, **options):
 # --- measures
 
 
-def test_error_norm_is_the_difference_divided_by_the_size_of_theirs():
+def test_error_norm_is_relative_to_the_norm_of_the_reference():
     assert error_norm(np.array([3.0, 4.0]), np.array([3.0, 0.0])) == pytest.approx(4 / 3)
     assert error_norm(np.array([3.0, 4.0]), np.array([3.0, 0.0]), scale=8.0) == 0.5
     assert error_norm(np.zeros(2), np.zeros(2)) == 0
@@ -54,7 +54,7 @@ def test_error_norm_is_the_difference_divided_by_the_size_of_theirs():
 
 
 @pytest.mark.parametrize("dtype", [np.float64, np.float32, np.float16, jnp.bfloat16])
-def test_ulps_count_the_numbers_between_two_numbers(dtype):
+def test_ulp_distance_counts_steps_between_floats(dtype):
     def ulp(x, y):
         return int(ulp_distance(np.asarray([x], dtype), np.asarray([y], dtype))[0])
 
@@ -62,7 +62,7 @@ def test_ulps_count_the_numbers_between_two_numbers(dtype):
     eps = float(jnp.finfo(dtype).eps)
     assert ulp(1, 1) == 0
     assert ulp(1, 1 + eps) == 1 == ulp(1 + eps, 1)
-    assert ulp(1, 1 - eps / 2) == 1  # below a power of two numbers are twice as dense
+    assert ulp(1, 1 - eps / 2) == 1  # below a power of two, floats are twice as dense
     assert ulp(1, 2) == round(1 / eps) == ulp(-1, -2)
     assert ulp(0.0, -0.0) == 0
     assert ulp(-tiny, tiny) == 2  # through zero
@@ -72,7 +72,7 @@ def test_ulps_count_the_numbers_between_two_numbers(dtype):
     assert ulp(jnp.finfo(dtype).max, np.inf) == 1
 
 
-def test_ulps_agree_with_nextafter_and_do_not_overflow():
+def test_ulp_distance_agrees_with_nextafter_and_does_not_overflow():
     x = np.array([1.5, -3e-310, 7e300])
     y = x
     for _ in range(5):
@@ -92,19 +92,19 @@ def test_measuring_rounds_to_the_coarser_dtype():
     assert (found.ulp_median, found.ulp_max, found.max_abs) == (0, 4, 2**-20)
 
 
-def test_cancelled_gradient_is_divided_by_the_norm_of_the_whole_gradient():
+def test_a_cancelled_gradient_is_relative_to_the_norm_of_the_whole_gradient():
     ours, theirs = ({"w": np.array([3.0, 4.0]), "b": np.array([x])} for x in (1e-17, -1e-17))
     rows = compare_arrays(ours, theirs, cancelled=["b"])
     assert [row.error for row in rows] == [0, pytest.approx(2e-17 / 5)]
     assert [row.of_global for row in rows] == [False, True]
 
 
-def test_nan_is_over_every_threshold():
+def test_nan_exceeds_every_threshold():
     good, bad = {"a": np.ones(1), "b": np.ones(1)}, {"a": np.ones(1), "b": np.array([np.nan])}
     assert first_over(compare_arrays(bad, good), 1e9) == "b"
 
 
-def test_sides_without_gradients_and_names_of_one_side_only():
+def test_comparison_without_gradients_lists_unmatched_names():
     side = numerics.Side("mine", lambda images, train: {"double": 2 * images, "square": images**2, "mine": images})
     other = numerics.Side("other", lambda images, train: {"double": 2 * images, "square": images**2 + 1})
     report = numerics.compare(side, other, np.arange(4.0), np.zeros(4), steps=3)
@@ -112,7 +112,7 @@ def test_sides_without_gradients_and_names_of_one_side_only():
     assert first_over(report.layers["eval"], 1e-9) == "square"
 
 
-# --- against torch; one network with batch norm serves all of it, others are in tests/slow/test_numerics_all.py
+# --- against torch, with one batch norm network; tests/slow/test_numerics_all.py has others
 
 
 @pytest.fixture(scope="module")
@@ -132,7 +132,7 @@ def report(network):
 
 def check_agreement(report, model):
     """Check that all parts of a report in float64, of four steps, agree."""
-    # the same sums in another order; the batch norms of narrow layers amplify 2e-16 to 1e-12
+    # Sums in another order; the batch norms of narrow layers amplify 2e-16 to 1e-12.
     for part in PARTS:
         assert report.worst(part)[1] <= 1e-10, (part, report.worst(part))
     assert report.unmatched == []
@@ -144,11 +144,11 @@ def check_agreement(report, model):
     assert report.gradients[0].name == "vgg.conv1_1.weight"  # in the order of the layers
 
 
-def test_float64_agrees_with_torch_in_every_part_and_along_sgd(report, network):
+def test_float64_agrees_with_torch_in_every_part_and_over_sgd_steps(report, network):
     check_agreement(report, network[0])
 
 
-def test_broken_layer_is_the_first_over_the_threshold(network, our_side):
+def test_a_broken_layer_is_the_first_over_the_threshold(network, our_side):
     twin = load_twin(*network[:2])
     with torch.no_grad():
         twin.vgg.conv4_1.weight[0, 0, 1, 1] += 0.01
@@ -158,7 +158,7 @@ def test_broken_layer_is_the_first_over_the_threshold(network, our_side):
     assert [cell for cell in printed if "first over" in cell] == ["vgg.conv4_1  <- first over 1e-09"] * 2
 
 
-def test_wrong_statistic_shows_in_eval_mode_only(network, our_side):
+def test_a_wrong_statistic_shows_in_eval_mode_only(network, our_side):
     twin = load_twin(*network[:2])
     with torch.no_grad():
         twin.vgg.bn3_2.running_var *= 1.5
@@ -174,7 +174,7 @@ def check_low_precision(dtype, path):
     rows = [*report.layers["train"], *report.gradients]
     assert all(row.ours_off is not None and row.theirs_off is not None for row in rows)
     assert all(row.noise is not None for row in report.gradients)
-    # the roundings of the dtype, amplified by batch norms; never zero, since the reference is finer
+    # Batch norms amplify the rounding of the dtype. It is never zero, as the reference is more precise.
     low, high = {"float32": (1e-9, 1e-5), "bfloat16": (1e-4, 0.5)}[dtype]
     assert low < report.layers["train"][-1].ours_off < high
     assert report.layers["train"][-1].theirs_off > low
@@ -182,32 +182,32 @@ def check_low_precision(dtype, path):
     assert (path / "new" / "parity.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_float32_report_tells_which_side_is_off(tmp_path):
+def test_float32_report_shows_the_error_of_each_side(tmp_path):
     check_low_precision("float32", tmp_path)
 
 
 @pytest.mark.slow
 def test_several_devices_equal_torch_with_the_whole_batch(network):
     report = against_torch(Case(*network, "float64", steps=1), devices=2)
-    # the order of sums over examples beside that within them
+    # Sums in another order, also over examples.
     assert max(report.worst(part)[1] for part in PARTS) <= 1e-10
 
 
 # --- against jax; every pair is in tests/slow/test_numerics_all.py
 
 
-def test_every_transposed_convolution_can_be_dilated():
+def test_dilated_transposed_convolutions_equal_polyphase_ones():
     model, variables, images, _ = build("fcn32s_ladder")  # five of them, with output padding
     polyphase, dilated = (
         numerics.make_jax_side(model, variables, interceptor=interceptor).layers(images, True)
         for interceptor in (None, dilated_upsampling)
     )
     rows = compare_arrays(dilated, polyphase)
-    # sums in another order, amplified by the batch norms of narrow layers; they were computed otherwise
+    # Sums in another order, amplified by the batch norms of narrow layers. Zero would mean one implementation.
     assert 0 < max(row.error for row in rows if row.name.startswith("deconv")) <= 1e-10
 
 
-def test_batch_that_does_not_split_is_rejected(network):
+def test_invalid_devices_mode_and_dtype_are_rejected(network):
     with pytest.raises(InputError, match="3 devices"):
         next(against_jax(Case(*network), devices=3))
     with pytest.raises(InputError, match="devices"):
@@ -225,7 +225,7 @@ def parity(*arguments):
     return guarded(cli_parity.main, [str(argument) for argument in arguments])
 
 
-def test_command_writes_the_report_of_a_weight_file_that_describes_its_network(network, tmp_path):
+def test_parity_command_reports_on_a_weight_file_with_network_metadata(network, tmp_path):
     out, file = tmp_path / "out", tmp_path / "w.safetensors"
     weights.save(file, *network[:2], "imagenet")
     options = ["--dtype", "float64", "--lr", 0.02, "--steps", 2, "--image-size", 64, 48, "--out", out]
@@ -237,7 +237,7 @@ def test_command_writes_the_report_of_a_weight_file_that_describes_its_network(n
     assert (out / "parity.png").stat().st_size > 10_000
 
 
-def test_exit_code_follows_the_limit_and_the_parts_it_applies_to(report, monkeypatch, capsys):
+def test_exit_code_depends_on_the_limit_and_the_selected_parts(report, monkeypatch, capsys):
     monkeypatch.setattr(cli_parity, "against_torch", lambda *_: report)
     assert parity(*COMMAND, "--max-error", 1e-10) == parity(*COMMAND) == 0
     capsys.readouterr()
@@ -261,11 +261,11 @@ def test_exit_code_follows_the_limit_and_the_parts_it_applies_to(report, monkeyp
         ([*COMMAND, "--batch-size", "1", "--image-size", "32", "32"], ["larger image"]),
     ],
 )  # fmt: skip
-def test_mistake_gives_one_line_and_code_2(arguments, named, fails):
+def test_invalid_arguments_give_one_line_and_exit_code_2(arguments, named, fails):
     fails(cli_parity.main, arguments, *named)
 
 
-def test_another_machines_record_is_compared_and_other_work_is_refused(tmp_path, fails, capsys):
+def test_a_saved_record_is_compared_and_one_of_another_setup_is_rejected(tmp_path, fails, capsys):
     saved = tmp_path / "a" / "cpu.safetensors"
     command = [*COMMAND, "--steps", 2]
     assert parity(*command, "--dtype", "float64", "--save", saved) == 0
@@ -284,23 +284,23 @@ def test_another_machines_record_is_compared_and_other_work_is_refused(tmp_path,
     fails(cli_parity.main, [*command, "--against", tmp_path / "other"], "other", "--save", "torch or jax")
 
 
-def test_predictions_are_compared_by_class_and_by_divergence():
+def test_predictions_are_compared_by_class_and_kl_divergence():
     ours, theirs = np.log([[0.5, 0.5], [0.9, 0.1]]), np.log([[0.25, 0.75], [0.8, 0.2]])
-    found = compare_predictions(ours, theirs + 3.0)  # a constant changes no softmax
+    found = compare_predictions(ours, theirs + 3.0)  # the softmax is invariant to a constant
     each = [0.25 * np.log(0.5) + 0.75 * np.log(1.5), 0.8 * np.log(8 / 9) + 0.2 * np.log(2)]
     assert found.agreement == 0.5
     assert (found.kl_mean, found.kl_max) == pytest.approx((np.mean(each), max(each)))
 
 
-def test_folder_that_cannot_be_written_is_reported_before_anything_is_computed(tmp_path, fails, monkeypatch):
-    monkeypatch.setattr(cli_parity, "against_torch", lambda *_: pytest.fail("it was computed"))
+def test_an_unwritable_folder_is_reported_before_computing(tmp_path, fails, monkeypatch):
+    monkeypatch.setattr(cli_parity, "against_torch", lambda *_: pytest.fail("the comparison was run"))
     (tmp_path / "file").write_text("")
     out = ["--out", tmp_path / "file/out"]
     fails(cli_parity.main, [*COMMAND, *out], "name a folder that can be written to")
 
 
 @pytest.mark.slow
-def test_example_of_the_docs_runs():
+def test_the_example_in_the_docs_runs():
     (example,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs/numerics.md").read_text(), re.DOTALL)
     names = {}
     exec(compile(example, "docs/numerics.md", "exec"), names)

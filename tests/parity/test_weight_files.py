@@ -1,4 +1,4 @@
-"""Files of weights: those that are read in spite of what lies around the tensors, and every way in which one is bad."""
+"""Weight files: wrappers around state dicts, unsupported tensors, and bad files of every kind."""
 
 import argparse
 import collections
@@ -28,7 +28,7 @@ LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2146\nsize 12
 
 
 def refusal(source):
-    """Return the one line with which a source is refused."""
+    """Return the one-line error for a source."""
     with pytest.raises(InputError) as caught:
         weights.inspect(source)
     message = str(caught.value)
@@ -106,11 +106,11 @@ OTHER = r"holds something other than tensors \(%s\); if you trust it, load it wi
         ("w.pth", saved({"state_dict": STATE, "x": datetime.datetime(2020, 1, 1)}), OTHER % "datetime.datetime"),
         ("w.pth", saved({"state_dict": STATE, "x": np.array(["cat"])}), "holds something other than tensors"),
         ("w.pth", b"\x80\x02cos\na\x1b[2J\n.", r"holds something other than tensors \('os.a\\x1b\[2J'\)"),
-        # Torch goes by the first bytes: a pickle, and behind it an archive with nothing bad in it.
+        # Torch goes by the first bytes, which are a pickle, whatever follows.
         ("w.pth", pickle.dumps(CODE, 2) + LFS, OTHER % "posix.system"),
     ],
 )  # fmt: skip
-def test_a_bad_file_is_one_line_that_names_it(tmp_path, name, content, message):
+def test_a_bad_weight_file_gives_one_line_that_names_it(tmp_path, name, content, message):
     path = tmp_path / name
     if isinstance(content, bytes):
         path.write_bytes(content)
@@ -120,7 +120,7 @@ def test_a_bad_file_is_one_line_that_names_it(tmp_path, name, content, message):
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
-def test_a_torchscript_archive_is_told(tmp_path):
+def test_a_torchscript_archive_is_recognised(tmp_path):
     torch.jit.script(torch.nn.Linear(2, 2)).save(tmp_path / "w.pt")
     assert "a TorchScript archive; if you trust it, load it with torch.jit.load" in refusal(tmp_path / "w.pt")
 
@@ -140,7 +140,7 @@ def test_without_torch_the_message_says_what_to_install(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("length", [15392, 640, 0x4B50])
-def test_a_header_length_that_looks_like_another_file_is_read(tmp_path, length):
+def test_a_header_length_that_looks_like_another_format_is_read(tmp_path, length):
     # 15392 is " <" in bytes, 640 the start of a pickle of protocol 2, 0x4B50 "PK".
     header = b'{"features.0.weight":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}'
     path = tmp_path / "w.safetensors"
@@ -157,7 +157,7 @@ def test_a_header_length_that_looks_like_another_file_is_read(tmp_path, length):
         (torch.zeros(2, device="meta"), "a meta tensor of float32"),
     ],
 )
-def test_a_tensor_that_numpy_cannot_hold_is_refused_by_name(tmp_path, tensor, kind):
+def test_a_tensor_that_numpy_cannot_hold_is_rejected_by_name(tmp_path, tensor, kind):
     torch.save({"a.weight": tensor}, tmp_path / "w.pth")
     for source, origin in ((tmp_path / "w.pth", str(tmp_path / "w.pth")), ({"a.weight": tensor}, "the dict")):
         tensors = weights.open_source(source)
@@ -166,7 +166,7 @@ def test_a_tensor_that_numpy_cannot_hold_is_refused_by_name(tmp_path, tensor, ki
         assert str(caught.value).startswith(f"{origin}: a.weight is {kind}, which NumPy cannot hold")
 
 
-def test_a_float8_tensor_of_a_safetensors_file_is_refused_by_name(tmp_path):
+def test_a_float8_tensor_of_a_safetensors_file_is_rejected_by_name(tmp_path):
     path = tmp_path / "w.safetensors"
     safetensors.torch.save_file({"module.a": torch.zeros(2).to(torch.float8_e4m3fn), "module.b": torch.ones(2)}, path)
     tensors = weights.open_source(path)
@@ -176,12 +176,12 @@ def test_a_float8_tensor_of_a_safetensors_file_is_refused_by_name(tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
-def test_a_nested_tensor_is_refused_by_name():
+def test_a_nested_tensor_is_rejected_by_name():
     source = {"a": torch.nested.nested_tensor([torch.zeros(2), torch.zeros(3)])}
     assert "got a nested tensor under 'a'" in refusal(source)
 
 
-def test_tensors_kept_as_negated_or_conjugated_views_are_read():
+def test_negated_and_conjugated_views_are_read():
     turned = torch.tensor([1 + 2j, 3 - 1j]).conj()
     assert turned.imag.is_neg() and turned.is_conj()
     tensors = weights.open_source({"imag": turned.imag, "whole": turned})
@@ -189,14 +189,14 @@ def test_tensors_kept_as_negated_or_conjugated_views_are_read():
     np.testing.assert_array_equal(tensors.read("whole"), [1 - 2j, 3 + 1j])
 
 
-def test_a_dict_that_contains_itself_is_refused(tmp_path):
+def test_a_dict_that_contains_itself_is_rejected(tmp_path):
     whole = {"state_dict": {}}
     whole["state_dict"]["model"] = whole
     torch.save(whole, tmp_path / "w.pth")
     assert "contains itself under" in refusal(tmp_path / "w.pth")
 
 
-def test_numpy_values_beside_the_weights_do_not_matter(tmp_path):
+def test_numpy_values_beside_the_weights_are_ignored(tmp_path):
     arrays = [np.arange(3.0), np.array([[1, 2]], np.uint8), np.array([True]), np.array([1j], np.complex64)]
     scalars = [np.datetime64("2020-01-01"), np.float16(0.5), np.uint8(3), np.True_]
     checkpoint = {"state_dict": STATE, "x": [*arrays, *scalars, np.random.RandomState(0).get_state()]}
@@ -213,7 +213,7 @@ def test_numpy_values_beside_the_weights_do_not_matter(tmp_path):
     [("state_dict", ("module.",)), ("model_state_dict", ("_orig_mod.",)), ("model", ("module.", "_orig_mod."))]
     + [("state_dict", ("_orig_mod.", "module.")), ("state_dict", ("module.", "module."))],
 )
-def test_what_is_wrapped_around_a_state_dict_is_taken_off_and_told(tmp_path, wrapper, prefixes):
+def test_wrappers_and_prefixes_of_a_state_dict_are_removed_and_reported(tmp_path, wrapper, prefixes):
     state = {"".join(prefixes) + name: value for name, value in STATE.items()}
     writers = {"w.pth": saved({"epoch": 3, wrapper: state}), "old.pt": old({wrapper: state})}
     writers["w.safetensors"] = lambda path: safetensors.torch.save_file(state, path)
@@ -231,24 +231,24 @@ def test_what_is_wrapped_around_a_state_dict_is_taken_off_and_told(tmp_path, wra
     [(None, "got NoneType$"), (b"w.pth", "got bytes$"), (3, "got int$")]
     + [(torch.nn.Linear(2, 2), r"got Linear; give module.state_dict\(\)$")],
 )
-def test_a_source_of_another_type_is_refused(source, message):
+def test_a_source_of_another_type_is_rejected(source, message):
     with pytest.raises(InputError, match=f"^expected a path, .* or a dict of arrays, {message}"):
         weights.load(source, None, {})
 
 
-def test_a_path_that_equals_the_name_of_a_pretrained_encoder_is_that_encoder(tmp_path, monkeypatch):
+def test_the_name_of_a_pretrained_encoder_is_a_valid_source(tmp_path, monkeypatch):
     torch.save(STATE, tmp_path / "fetched.pth")
     monkeypatch.setattr("fcn_jax.weights.sources.fetch", {"vgg16-imagenet": tmp_path / "fetched.pth"}.__getitem__)
     for source in ("vgg16-imagenet", pathlib.Path("vgg16-imagenet")):
         assert list(weights.inspect(source).tensors) == list(STATE)
 
 
-def test_a_name_that_is_neither_a_file_nor_a_pretrained_encoder_says_both(tmp_path):
+def test_an_unknown_source_error_lists_pretrained_encoders(tmp_path):
     message = refusal(tmp_path / "runs" / "best")
     assert "no such file, and" in message and "published weights" in message and "vgg16-imagenet" in message
 
 
-def test_a_path_that_the_system_refuses_is_one_line():
+def test_a_path_too_long_for_the_system_is_reported():
     assert "cannot be read: File name too long" in refusal("x" * 300 + ".pth")
 
 
@@ -269,7 +269,7 @@ def _model(**network):
         (_model() | {"preprocessing": ""}, "says preprocessing '', expected imagenet or caffe"),
     ],
 )
-def test_metadata_that_save_does_not_write_is_refused(tmp_path, metadata, message):
+def test_invalid_metadata_is_rejected(tmp_path, metadata, message):
     arrays = {"vgg.conv1_1.weight": torch.zeros(1, 3, 3, 3)}
     safetensors.torch.save_file(arrays, tmp_path / "w.safetensors", {"layout": "fcn_jax", **_model()})
     assert weights.inspect(tmp_path / "w.safetensors").fit.models == ("fcn32s",)

@@ -1,10 +1,11 @@
-"""Train for hours under random kills and faults, and compare the end with that of an undisturbed run: `make soak`.
+"""Train for hours under random kills and faults, and compare with an undisturbed run: `make soak`.
 
-Every disturbed run is a short one of its own. It is started, killed at a moment drawn uniformly over the length of the
-undisturbed run (imports and compilation included), hurt in other ways in turn, and started again with the same command
-until it is done. Its last state, its rows but for times, and its checkpoints then have to be those of the undisturbed
-run. A longer run is watched from outside for memory and open files that grow. With --gcs the disturbed runs lie on an
-emulated object store.
+Each disturbed run is short. It is killed at a moment drawn uniformly over the length of the undisturbed run, including
+imports and compilation. Runs take turns at the faults of FAULTS. The same command resumes a run until it is done. Its
+final state, its rows except for times, and its checkpoints must equal those of the undisturbed run.
+
+A longer run is watched from outside for growing memory and open files. With --gcs the disturbed runs lie on an emulated
+object store.
 """
 
 import argparse
@@ -44,7 +45,7 @@ def start(arguments, log):
 
 
 def end(run):
-    """Return what a run came to: rows without times, and the kept steps with their scores and checksums, as saved."""
+    """Return the result of a run: rows without times, and saved steps with their scores and checksums."""
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     rows = [{key: value for key, value in row.items() if key not in TIMING} for row in rows]
     steps = sorted(int(path.name) for path in (run / "checkpoints").iterdir() if path.name.isdigit())
@@ -56,12 +57,12 @@ def end(run):
 
 
 def files_in(folder):
-    """Return the files in a folder and those in it, on a disk or an object store."""
+    """Return all files in a folder and its subfolders, on a disk or an object store."""
     return [file for path in folder.iterdir() for file in (files_in(path) if path.is_dir() else [path])]
 
 
 def tear(run):
-    """Cut the largest file of the newest checkpoint short, if there is one and an older one to fall back to."""
+    """Truncate the largest file of the newest checkpoint, if there is an older one to fall back to."""
     steps = sorted((path for path in (run / "checkpoints").glob("*") if path.name.isdigit()), key=lambda p: int(p.name))
     if len(steps) > 1:
         contents = {path: path.read_bytes() for path in files_in(steps[-1])}
@@ -70,7 +71,7 @@ def tear(run):
 
 
 def disturb(run, fault, seconds, draw, log):
-    """Run to the end through a kill and what the fault adds; returns how often it was started, and the exit code."""
+    """Run to completion through a kill and the fault; return the number of starts and the exit code."""
     workers = 2 if fault == "workers" else 0
     arguments = command(run, 30, 5, workers)
     signals = {"two kills": [signal.SIGKILL] * 2, "signal first": [signal.SIGTERM, signal.SIGKILL]}
@@ -90,10 +91,10 @@ def disturb(run, fault, seconds, draw, log):
 
 
 def kills(count, folder, seed, logs):
-    """Disturb so many runs; returns whether all came to the same end."""
+    """Disturb `count` runs; return whether all gave the expected result."""
     draw = random.Random(seed)
     with open(logs / "kills.log", "w") as log:
-        for _ in range(2):  # the first compiles; the second is as long as those that follow
+        for _ in range(2):  # the first compiles; the second takes as long as the runs that follow
             if (folder / "undisturbed").exists():
                 (folder / "undisturbed").rmtree()
             began = time.monotonic()
@@ -123,7 +124,7 @@ def size(pid):
 
 
 def growth(steps, validations, folder):
-    """Watch a longer run; returns whether memory and open files stay level over its last three quarters."""
+    """Watch a longer run; return whether memory and open files stay level over its last three quarters."""
     run, seen = folder / "long", []
     with open(folder / "long.log", "w") as log:
         process = start(command(run, steps, steps // validations), log)
@@ -131,18 +132,18 @@ def growth(steps, validations, folder):
             time.sleep(0.2)
             rows = run / "metrics.jsonl"
             done = rows.read_text().count('"kind": "val"') if rows.exists() else 0
-            with contextlib.suppress(OSError):  # it has just ended
+            with contextlib.suppress(OSError):  # the process has just exited
                 seen.append((done, *size(process.pid)))
 
     def least(first, last):
-        """Return the least megabytes and files between two validations: a save has some open for a while."""
+        """Return the minimum megabytes and open files between two validations; saves open some for a while."""
         between = [(megabytes, files) for done, megabytes, files in seen if first <= done < last]
         return [min(values) for values in zip(*between, strict=True)]
 
     quarter = validations // 4
     early, late = least(quarter, 2 * quarter), least(3 * quarter, validations)
     if process.returncode or not early or not late:
-        print(f"the longer run did not come to its end, see {log.name}")
+        print(f"the longer run did not finish, see {log.name}")
         return False
     level = late[0] < 1.05 * early[0] and late[1] <= early[1] + 2
     print(
@@ -154,21 +155,21 @@ def growth(steps, validations, folder):
 
 
 def main():
-    """Run all parts; the exit code is 1 where one fails."""
+    """Run all parts; the exit code is 1 if one fails."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--kills", type=int, default=300)
-    parser.add_argument("--steps", type=int, default=2000, help="of the run that is watched; 0: leave it out")
+    parser.add_argument("--steps", type=int, default=2000, help="steps of the watched run; 0 skips it")
     parser.add_argument("--validations", type=int, default=20)
-    parser.add_argument("--cases", type=int, default=100_000, help="of damaged input; 0: leave them out")
+    parser.add_argument("--cases", type=int, default=100_000, help="number of damaged inputs; 0 skips them")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--gcs", action="store_true", help="kill runs on an emulated object store, and no more")
+    parser.add_argument("--gcs", action="store_true", help="only kill runs, on an emulated object store")
     given = parser.parse_args()
     folder = Path(tempfile.mkdtemp(prefix="fcn_jax_soak_"))
     if given.gcs:
         import fsspec
         import gcs
 
-        fsspec.config.conf["gcs"] = {"use_listings_cache": False}  # others write what is looked at here
+        fsspec.config.conf["gcs"] = {"use_listings_cache": False}  # other processes write these objects
         store, environment = gcs.start()
         os.environ.update(environment)
         try:

@@ -1,4 +1,4 @@
-"""The input pipeline with several processes: damaged copies, errors in workers, two that prepare at once."""
+"""The input pipeline with several processes: damaged copies, errors in workers, concurrent preparation."""
 
 import multiprocessing
 import os
@@ -25,14 +25,14 @@ def config(tmp_path):
 
 
 @pytest.mark.parametrize("damage", [_truncate, shutil.rmtree])
-def test_a_prepared_copy_that_breaks_under_workers_is_named(config, damage, tmp_path):
+def test_a_prepared_copy_damaged_while_workers_read_it_is_named(config, damage, tmp_path):
     iterator = make_train_iterator(datasets.load("folder/train", config), config, 2, 0)
     next(iterator)
     (copy,) = (tmp_path / "cache/folder").iterdir()
     damage(copy)
-    iterator.set_state(iterator.get_state())  # starts them again: what was open can be read to its end
+    iterator.set_state(iterator.get_state())  # restarts the workers; files already open could be read to the end
     with pytest.raises(InputError) as caught:
-        for _ in range(200):  # a few batches are read ahead
+        for _ in range(200):  # prefetched batches come before the error
             next(iterator)
     iterator.close()
     message = str(caught.value)
@@ -49,7 +49,7 @@ class Broken:
         return {"image": b"broken", "label": b"", "name": str(index)}
 
 
-def test_an_error_in_a_worker_reaches_the_caller_as_it_is():
+def test_an_error_in_a_worker_reaches_the_caller_unchanged():
     split = datasets.Split("made", "up", ("a", "b"), ((0, 0, 0), (1, 1, 1)), Broken(), (4, 6))
     iterator = make_train_iterator(split, DataConfig(workers=1), 2, 0)
     with pytest.raises(InputError, match=r"[0-3]: not a readable image"):
@@ -62,7 +62,7 @@ def _load_in_process(config, queue):
     queue.put(sum(int(datasets.decode(split.source[i])["label"].sum()) for i in range(len(split))))
 
 
-def test_two_processes_preparing_at_once_both_get_the_whole_set(config, tmp_path):
+def test_two_processes_preparing_at_once_both_get_the_whole_data_set(config, tmp_path):
     context = multiprocessing.get_context("spawn")
     queue = context.Queue()
     processes = [context.Process(target=_load_in_process, args=(config, queue)) for _ in range(2)]
@@ -72,4 +72,4 @@ def test_two_processes_preparing_at_once_both_get_the_whole_set(config, tmp_path
     for process in processes:
         process.join()
     assert sums == [sum(int(trees.mask(i, 3).sum()) for i in range(40))] * 2
-    assert len(list((tmp_path / "cache/folder").iterdir())) == 1  # nothing unfinished is left either
+    assert len(list((tmp_path / "cache/folder").iterdir())) == 1  # no unfinished copy is left

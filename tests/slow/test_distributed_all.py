@@ -1,4 +1,4 @@
-"""One run in two real processes: killed, frozen, signalled, on a mesh, and started in ways that do not agree."""
+"""One run in two processes: killed, frozen, signalled, on a mesh, and with different configs."""
 
 import os
 import shutil
@@ -7,7 +7,7 @@ import signal
 import pytest
 from launch import address, assert_equal_runs, assert_lost_another, finish, finish_after_a_kill, start, train
 
-# Asks one of the processes to stop, which all of them then do.
+# Signals one of the processes; all of them then stop.
 ASKED = """
 import signal, sys
 from fcn_jax.cli.process import guarded
@@ -24,7 +24,7 @@ sys.exit(guarded(main, sys.argv[1:]))
 """
 
 
-def test_one_process_goes_on_from_what_two_have_saved(reference, tmp_path):
+def test_one_process_resumes_a_checkpoint_of_two(reference, tmp_path):
     run = tmp_path / "run"
     finish_after_a_kill(run)
     codes, outputs = train(run, count=1)
@@ -32,7 +32,7 @@ def test_one_process_goes_on_from_what_two_have_saved(reference, tmp_path):
     assert_equal_runs(run, reference)
 
 
-def test_two_processes_on_a_mesh_go_on_from_what_one_has_saved(reference, tmp_path):
+def test_two_processes_on_a_mesh_resume_a_checkpoint_of_one(reference, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(reference, run)
     shutil.rmtree(run / "checkpoints/6")
@@ -41,7 +41,7 @@ def test_two_processes_on_a_mesh_go_on_from_what_one_has_saved(reference, tmp_pa
     assert_equal_runs(run, reference)
 
 
-def test_a_signal_to_one_process_stops_all_at_one_step(reference, tmp_path):
+def test_a_signal_to_one_process_stops_all_at_the_same_step(reference, tmp_path):
     run = tmp_path / "run"
     codes, outputs = train(run, code=ASKED)
     assert codes == [143, 143], outputs
@@ -53,7 +53,7 @@ def test_a_signal_to_one_process_stops_all_at_one_step(reference, tmp_path):
     assert not (run / "interrupted").exists()
 
 
-def test_processes_that_were_not_started_alike_stop_with_what_differs(tmp_path):
+def test_processes_with_different_configs_stop_and_name_the_difference(tmp_path):
     codes, outputs = train(tmp_path / "run", each=((), ("--optim.lr", "0.5")))
     assert codes == [2, 2]
     for printed in outputs:
@@ -85,11 +85,11 @@ with d.processes(address, 2, index):
         except InputError as error:
             assert "a multiple of 2 processes" in str(error)
         else:
-            raise AssertionError("an uneven number of devices was taken")
+            raise AssertionError("an uneven number of devices was accepted")
     stop = d.Agreement(make_mesh(pick_devices(None)))
     # asked for by process 1 at the second call, known to both at the third
     assert [stop(index == 1 and call == 1) for call in range(4)] == [False, False, True, False]
-    # as --init-from does; on a device of each process's own
+    # as --init-from does: on a local device of each process
     trained = open_run(run)
     assert len(set(d.gather(d.digest(trained.variables)).tolist())) == 1
     order = []
@@ -104,15 +104,15 @@ with d.processes(address, 2, index):
     except d.AgreedError as error:
         assert str(error) == "process 1: no images here; correct --data.dir"
     else:
-        raise AssertionError("the mistake of the other process went by")
+        raise AssertionError("the error of the other process was not raised")
     print("agreed", flush=True)
     if index == 1:
         raise InputError("a mistake of this process alone")
-    jax.block_until_ready(d.gather(0))  # in which the other never takes part
+    jax.block_until_ready(d.gather(0))  # the other process never takes part
 """
 
 
-def test_processes_agree_and_end_together(reference):
+def test_processes_agree_and_exit_together(reference):
     where = address()
     started = [start([where, index, reference], 2, AGREEING) for index in range(2)]
     codes, outputs = finish(started)
@@ -132,7 +132,7 @@ with d.processes(sys.argv[1], 2, int(sys.argv[2])):
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
 @pytest.mark.parametrize("index", [0, 1])
-def test_a_process_that_is_killed_or_frozen_ends_the_other_within_a_minute(index, number):
+def test_the_other_process_exits_within_a_minute_of_a_kill_or_freeze(index, number):
     where = address()
     started = [start([where, each, ""], 1, WAITING) for each in range(2)]
     other = started[1 - index]

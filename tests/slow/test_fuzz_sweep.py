@@ -1,4 +1,4 @@
-"""2,000 damaged files for the readers, in processes of their own; tests/integration/test_fuzz.py has a few of them."""
+"""2,000 damaged files for the readers, in separate processes. tests/integration/test_fuzz.py has a few of them."""
 
 import subprocess
 import sys
@@ -11,4 +11,5 @@ def test_two_thousand_damaged_files_give_a_result_or_a_named_error():
     command = [sys.executable, str(ROOT / "tests/fuzzing.py"), "--cases", "2000", "--seed", "20"]
     done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, timeout=1200)
     assert done.returncode == 0, done.stdout
-    assert done.stdout.count("refused") == done.stdout.count("result") == 10  # each reader both refuses and reads
+    # Each reader rejects some files and reads others.
+    assert done.stdout.count("refused") == done.stdout.count("result") == 10

@@ -32,11 +32,11 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_equals_torch(case):
+def test_a_network_equals_its_torch_twin(case):
     check_case(*CASES[case], ("float64", "float32"))
 
 
-# In float32 fifty batch norms, one after the other, amplify rounding to 1e-4 of the logits, on both sides.
+# Only in float64: in float32, fifty batch norms in sequence amplify rounding to 1e-4 of the logits on both sides.
 @pytest.mark.parametrize("frozen", [0, 4])
-def test_dilated_equals_torch(frozen):
+def test_a_dilated_network_equals_its_torch_twin(frozen):
     check_case("fcn_resnet50", {"aux_head": True, "freeze_stages": frozen}, (40, 56), ("float64",))

@@ -1,4 +1,4 @@
-"""The parity instrument on other families, in every dtype and way to compute; the benchmark's slower measurements."""
+"""The parity comparison of other families, dtypes and implementations; slower measurements of the benchmark."""
 
 import json
 
@@ -11,16 +11,16 @@ from fcn_jax.compare.report import summary_table
 
 
 @pytest.mark.parametrize(("name", "options"), [("fcn8s_ladder", {}), ("fcn8s_resize", {"aux_head": True})])
-def test_float64_agrees_with_torch_in_every_part_and_along_sgd(name, options):
+def test_float64_agrees_with_torch_in_every_part_and_over_sgd_steps(name, options):
     case = Case(*build(name, **options), "float64", steps=4, optim=OPTIM)
     check_agreement(against_torch(case), case.model)
 
 
-def test_bfloat16_report_tells_which_side_is_off(tmp_path):
+def test_bfloat16_report_shows_the_error_of_each_side(tmp_path):
     check_low_precision("bfloat16", tmp_path)
 
 
-def test_every_way_to_compute_it_is_compared():
+def test_every_pair_of_jax_implementations_is_compared():
     case = Case(*build("fcn32s", **SMALL_HEAD), "float64", steps=2)
     reports = {f"{report.ours} | {report.theirs}": report for report in against_jax(case)}
     assert list(reports) == [
@@ -28,16 +28,17 @@ def test_every_way_to_compute_it_is_compared():
         "polyphase | dilated", "remat | kept",
     ]  # fmt: skip
     for name, report in reports.items():
+        # Rounding of float32, or float64 sums in another order.
         limit = 1e-3 if name == "float32 | float64" else 1e-10
         for part in ("layers", "loss", "gradients", "steps"):
             assert report.worst(part)[1] <= limit, (name, part, report.worst(part))
-    # they were computed otherwise
+    # Different implementations differ in the last bits.
     assert reports["float32 | float64"].worst("layers")[1] > 1e-8
     assert reports["polyphase | dilated"].worst("layers")[1] > 0
     assert summary_table(list(reports.values())).row_count == 7
 
 
-def test_command_against_jax_writes_every_pair(tmp_path):
+def test_parity_command_against_jax_writes_every_pair(tmp_path):
     arguments = ["--against", "jax", "--steps", 1, "--max-error", 1e-2, "--max-error-of", "layers", "--out", tmp_path]
     assert parity(*COMMAND, *arguments) == 0
     reports = json.loads((tmp_path / "parity.json").read_text())["reports"]

@@ -1,4 +1,4 @@
-"""Bugs planted one at a time in a copy of the package: a test of the quick tier has to find each."""
+"""Bugs planted one at a time in a copy of the package: a quick test must find each."""
 
 import os
 import shutil
@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[2]
 
 
 DEVICES = "integration/test_devices.py", "pmap-2-1"
-# file of the package, a line of it, what it becomes, and the test (file, -k expression) that has to fail
+# Bug: file of the package, its code, the replacement, and the test (file, -k expression) that must fail.
 BUGS = {
     "loss denominator": (
         "step.py", "sums, grads = jax.lax.psum((sums, grads), axis_name)", "grads = jax.lax.psum(grads, axis_name)",
@@ -21,7 +21,7 @@ BUGS = {
     "dropout ids": ("step.py", "jax.lax.axis_index(axis_name) * count", "0 * count", *DEVICES),
     "parts of an accumulated batch": (
         "step.py", "jnp.moveaxis(x.reshape(-1, accumulate, *x.shape[1:]), 1, 0)",
-        "x.reshape(accumulate, -1, *x.shape[1:])", "integration/test_devices.py", "every_parts_th",
+        "x.reshape(accumulate, -1, *x.shape[1:])", "integration/test_devices.py", "interleaved_examples",
     ),
     "ignored label": ("losses.py", "valid = labels != IGNORE", "valid = labels >= 0", "unit/test_losses.py", ""),
     "class weights": (
@@ -39,11 +39,11 @@ BUGS = {
     ),
     "log truncation": (
         "training/run.py", 'return row["step"] < step or', "return True or",
-        "integration/test_checkpoint.py", "forgotten",
+        "integration/test_checkpoint.py", "rows_after_a_step",
     ),
     "checkpoint checksum": (
         "training/checkpoint.py", "wrong = [name for name in items if checksums",
-        "wrong = [name for name in () if checksums", "integration/test_damage.py", "bit_of_an_array",
+        "wrong = [name for name in () if checksums", "integration/test_damage.py", "flipped_bit",
     ),
     "device sharding": (
         "devices.py", "np.reshape(x, (local, -1, *x.shape[1:]))",
@@ -86,7 +86,7 @@ BUGS = {
     "palette indices": (
         "data/io.py", "label = np.asarray(image)", 'label = np.asarray(image.convert("L"))', "unit/test_data_io.py", "",
     ),
-    "exit code": ("cli/process.py", '{error}", 2', '{error}", 1', "integration/test_cli.py", "cannot_run"),
+    "exit code": ("cli/process.py", '{error}", 2', '{error}", 1', "integration/test_cli.py", "invalid_training"),
 }  # fmt: skip
 
 

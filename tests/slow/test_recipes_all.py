@@ -1,4 +1,4 @@
-"""Every recipe through a kill and a resume; modes, stages and bits of shrunk recipes."""
+"""Every recipe through a kill and a resume; parallel modes, stages and bit-identical results of shrunk recipes."""
 
 import json
 
@@ -17,11 +17,11 @@ from fcn_jax.training.run import RunFolder, open_run
 
 @pytest.mark.usefixtures("easy")
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_recipe_trains_stops_resumes_evaluates_and_draws(recipe, tmp_path, monkeypatch, capsys):
+def test_a_recipe_trains_resumes_evaluates_and_draws_figures(recipe, tmp_path, monkeypatch, capsys):
     run_through(recipe, tmp_path, monkeypatch, capsys)
 
 
-def test_a_stopped_run_ends_with_the_bits_of_one_that_was_not(tmp_path, monkeypatch):
+def test_a_resumed_run_is_bit_identical_to_an_uninterrupted_one(tmp_path, monkeypatch):
     common = shrink("shapes", tmp_path, devices=2)
     assert train_command([*common, "--run", str(tmp_path / "whole")]) == 0
     train_until_killed([*common, "--run", str(tmp_path / "stopped")], monkeypatch)
@@ -39,13 +39,13 @@ def test_pmap_and_mesh_train_the_same_network(tmp_path):
     for mode in ("pmap", "mesh"):
         assert train_command([*common, "--run", str(tmp_path / mode), "--parallel", mode]) == 0
     first, second = (list(RunFolder(tmp_path / mode).rows()) for mode in ("pmap", "mesh"))
-    # float32 over a dozen steps: the order of sums differs
+    # A dozen steps in float32, with sums in another order.
     losses = [[row["loss"] for row in rows if row["kind"] == "train"] for rows in (first, second)]
     np.testing.assert_allclose(*losses, rtol=1e-4)
 
 
 @pytest.mark.usefixtures("easy")
-def test_a_longer_stride_starts_a_shorter_one_by_name(tmp_path, capsys):
+def test_a_16s_network_is_initialised_from_a_32s_run(tmp_path, capsys):
     common = f"{SMALL} {SCORE_NET} --train.steps 1 --optim.lr 1e-5 --devices 1".split()
     common += ["--data.cache-dir", str(tmp_path / "cache"), *tree("voc-paper-32s", tmp_path / "data")]
     assert train_command(["voc-paper-32s", *common, "--init", "None", "--run", str(tmp_path / "32s")]) == 0

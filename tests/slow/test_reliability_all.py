@@ -1,4 +1,4 @@
-"""Kills at every moment of a run, signals to it, and outputs that nobody reads."""
+"""Kills at various moments of a run, signals to it, and output that cannot be written."""
 
 import os
 import signal
@@ -19,12 +19,12 @@ from fcn_jax.training.run import RunFolder
 MOMENTS = {
     "in a step": (0, 4), "in a row": (0, 4), "in a validation": (2, 4), "after the last save": (0, 13),
     "before the commit of the first": (0, 0), "in the removal of an old one": (0, None),
-    "in a save": (2, None),  # the write was in the background: it may or may not have come to its end
+    "in a save": (2, None),  # the background write may or may not have finished
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("moment", MOMENTS)
-def test_a_killed_run_comes_to_the_same_end(moment, undisturbed, tmp_path):
+def test_a_killed_run_resumes_to_the_same_result(moment, undisturbed, tmp_path):
     workers, saved = MOMENTS[moment]
     config = in_folder(tmp_path, workers=workers)
     killed = in_process(KILL, config, moment)
@@ -36,9 +36,9 @@ def test_a_killed_run_comes_to_the_same_end(moment, undisturbed, tmp_path):
     assert_same(config, undisturbed)
 
 
-def test_worker_processes_end_with_the_run_that_is_killed(tmp_path):
+def test_worker_processes_exit_when_their_run_is_killed(tmp_path):
     killed = in_process(KILL, in_folder(tmp_path, workers=2), "in a step", start_new_session=True)
-    killed.communicate(timeout=120)  # returns when all who hold its output have ended
+    killed.communicate(timeout=120)  # returns when all processes that share its output have exited
     assert killed.returncode == -signal.SIGKILL
     with pytest.raises(ProcessLookupError):
         for _ in range(50):
@@ -48,16 +48,18 @@ def test_worker_processes_end_with_the_run_that_is_killed(tmp_path):
 
 @pytest.mark.parametrize(("number", "moment", "saved"), [(signal.SIGHUP, "start", 0), (signal.SIGTERM, "save", 8)])
 @pytest.mark.usefixtures("heard")
-def test_a_signal_at_the_start_or_in_a_save_stops_the_run(number, moment, saved, undisturbed, tmp_path, monkeypatch):
+def test_a_signal_at_the_start_or_during_a_save_stops_the_run(
+    number, moment, saved, undisturbed, tmp_path, monkeypatch
+):
     check_stop(number, moment, saved, undisturbed, tmp_path, monkeypatch)
 
 
 @pytest.mark.usefixtures("heard")
-def test_stopped_twice_at_the_same_step_and_with_other_devices(undisturbed, tmp_path, monkeypatch):
+def test_a_run_stopped_twice_at_one_step_resumes_on_other_devices(undisturbed, tmp_path, monkeypatch):
     config = in_folder(tmp_path)
     for number in (signal.SIGTERM, signal.SIGINT):
         with monkeypatch.context() as patched, pytest.raises(Stopped, match="at step 7"):
-            # the second time before the first step is taken
+            # The second signal comes before the first step.
             owner, name = (loop.Logger, "step") if number == signal.SIGTERM else (loop, "progress_bar")
             signalling(patched, owner, name, number, lambda _, step, *rest: step in (7, 13))
             train(config)
@@ -67,11 +69,11 @@ def test_stopped_twice_at_the_same_step_and_with_other_devices(undisturbed, tmp_
     assert steps == undisturbed["steps"]
     for ours, theirs in zip(rows, undisturbed["rows"], strict=True):
         assert (ours["kind"], ours["step"]) == (theirs["kind"], theirs["step"])
-        if ours["kind"] == "train":  # other sums, in float32
+        if ours["kind"] == "train":  # float32 sums in another order
             np.testing.assert_allclose(ours["loss"], theirs["loss"], rtol=1e-4)
 
 
-def test_a_second_signal_ends_the_process_at_once(undisturbed, tmp_path):
+def test_a_second_signal_ends_the_process_immediately(undisturbed, tmp_path):
     code = "loop.evaluate = lambda *args: (print('validating', flush=True), time.sleep(100)); run()"
     process = in_process(code, in_folder(tmp_path))
     for line in process.stdout:
@@ -89,7 +91,7 @@ def test_a_second_signal_ends_the_process_at_once(undisturbed, tmp_path):
 
 
 @pytest.mark.parametrize("where", ["/dev/full", "a closed pipe"])
-def test_a_run_goes_on_where_nobody_can_read_what_it_says(where, tmp_path):
+def test_a_run_continues_when_its_output_cannot_be_written(where, tmp_path):
     config = in_folder(tmp_path)
     command = [sys.executable, "train.py", "shapes", "--run", config.run, "--data.cache-dir", config.data.cache_dir]
     sizes = "--data.shapes-size 32 32 --data.shapes-count 16 --model.width 0.03 --model.encoder vgg11 --devices 1"
@@ -104,7 +106,7 @@ def test_a_run_goes_on_where_nobody_can_read_what_it_says(where, tmp_path):
     assert [row["step"] for row in RunFolder(config.run).rows() if row["kind"] == "val"] == [4, 6]
 
 
-def test_signals_to_all_processes_of_a_job_stop_the_run_alone(undisturbed, tmp_path):
+def test_a_signal_to_the_process_group_stops_the_run_cleanly(undisturbed, tmp_path):
     config = in_folder(tmp_path, workers=2)
     code = (
         "from fcn_jax.data import pipeline\n"
@@ -119,7 +121,7 @@ def test_signals_to_all_processes_of_a_job_stop_the_run_alone(undisturbed, tmp_p
     for line in process.stdout:
         if b"starting workers" in line:
             break
-    time.sleep(1)  # they import what they need
+    time.sleep(1)  # time for the workers' imports
     os.killpg(process.pid, signal.SIGTERM)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 143 and b"stopped by SIGTERM at step" in errors, errors.decode()

@@ -1,4 +1,4 @@
-"""torchvision's classifiers and FCNs at full width against ours: the same logits, and the same bits on the way back."""
+"""torchvision's classifiers and FCNs at full width: equal logits and bit-identical round trips."""
 
 import copy
 
@@ -15,19 +15,19 @@ import fcn_jax
 from fcn_jax import weights
 from fcn_jax.models.vgg import VGGClassifier
 
-# Sums in another order, 19 layers deep: tens of roundings in float64; in float32 more, by torch's fast convolutions.
+# Sums in another order through 19 layers: tens of roundings. In float32, torch's fast convolutions add more.
 LIMITS = {"float32": 1e-5, "float64": 1e-11}
 
 
 def on_meta(name):
-    """Build torchvision's module without numbers: its own initialisation of 140 million takes seconds."""
+    """Build torchvision's module without values: initialising 140 million parameters takes seconds."""
     with torch.device("meta"):
         return torchvision.models.get_model(name)
 
 
 @pytest.fixture(scope="module", params=[f"vgg{depth}{norm}" for depth in (11, 13, 16, 19) for norm in ("", "_bn")])
 def ported(request):
-    """Port one of torchvision's modules; return it, our network of its kind and the network's variables."""
+    """Return a torchvision module, the network it is ported to, and the network's variables."""
     module = randomise(on_meta(request.param).to_empty(device="cpu")).float()
     encoder, _, norm = request.param.partition("_")
     model = VGGClassifier(encoder=encoder, encoder_norm="batch" if norm else None)
@@ -39,13 +39,13 @@ def test_a_ported_classifier_computes_torchvisions_logits(ported, dtype):
     module, model, variables = ported
     x = np.random.default_rng(1).standard_normal((1, 224, 224, 3), np.float32).astype(dtype)
     theirs = forward(copy.deepcopy(module).double() if dtype == "float64" else module, x)
-    cast = jax.tree.map(lambda value: value.astype(dtype), variables)  # every dtype holds the numbers exactly
+    cast = jax.tree.map(lambda value: value.astype(dtype), variables)  # float32 values are exact in both dtypes
     ours = np.asarray(jax.jit(model.clone(dtype=dtype, param_dtype=dtype).apply)(cast, x))
     assert ours.dtype == theirs.dtype == dtype
     assert error(ours, theirs) <= LIMITS[dtype]
 
 
-def test_a_ported_classifier_goes_back_bit_for_bit(ported):
+def test_a_ported_classifier_round_trips_bit_for_bit(ported):
     module, model, variables = ported
     back = weights.to_torch(model, variables, "torchvision-vgg")
     filled = on_meta(f"{model.encoder}{'_bn' if model.encoder_norm else ''}")
@@ -54,19 +54,20 @@ def test_a_ported_classifier_goes_back_bit_for_bit(ported):
     assert list(back) == list(module.state_dict())
     for name, value in module.state_dict().items():
         if name.endswith("num_batches_tracked"):
-            assert filled.state_dict()[name] == 0  # a count that no network of ours keeps
+            assert filled.state_dict()[name] == 0  # our networks have no such counter
         else:
             assert torch.equal(filled.state_dict()[name].view(torch.int32), value.view(torch.int32)), name
 
 
 @pytest.mark.parametrize(("name", "aux"), [("fcn_resnet50", True), ("fcn_resnet101", False)])
-def test_a_ported_fcn_computes_torchvisions_logits_and_goes_back_bit_for_bit(name, aux):
+def test_a_ported_fcn_equals_torchvision_and_round_trips_bit_for_bit(name, aux):
     module = randomise(
         getattr(torchvision.models.segmentation, name)(weights=None, weights_backbone=None, aux_loss=aux)
     )
     state = {key: value.numpy().copy() for key, value in module.state_dict().items()}
     info = weights.inspect(state)
     assert (info.layout, info.variant, info.fit.models) == ("torchvision-fcn", name.removeprefix("fcn_"), (name,))
+    # Sums in another order, as for LIMITS, through up to 101 layers.
     for dtype, limit in {"float64": 1e-11, "float32": 2e-5}.items():
         model = fcn_jax.create_model(name, 21, aux_head=aux, dtype=dtype, param_dtype=dtype)
         variables, report = weights.load_with_report(state, model, shapes(model))

@@ -1,4 +1,4 @@
-"""Imports go one way, and packages import nothing heavy that they do not need."""
+"""Import order of the packages, and no heavy imports where they are not needed."""
 
 import ast
 import graphlib
@@ -40,7 +40,7 @@ MODULES = {name_of(path): path for path in PACKAGE.rglob("*.py")}
 
 
 def imports(path):
-    """Return the modules of ours that a file imports, inside of functions too."""
+    """Return the fcn_jax modules that a file imports, including imports inside functions."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "fcn_jax":
@@ -51,13 +51,13 @@ def imports(path):
     return found
 
 
-def test_packages_import_only_those_before_them():
+def test_packages_import_only_earlier_packages():
     pairs = {(name, other) for name in MODULES for other in imports(MODULES[name])}
     pairs = {tuple(module.split(".")[1] for module in pair) for pair in pairs if "fcn_jax" not in pair}
     assert not [pair for pair in pairs if ORDER.index(pair[0]) < ORDER.index(pair[1])]
 
 
-def test_no_modules_import_each_other():
+def test_there_are_no_circular_imports():
     graph = {name: imports(path) - {name} for name, path in MODULES.items()}
     assert list(graphlib.TopologicalSorter(graph).static_order())  # raises CycleError with the modules
 
@@ -72,7 +72,7 @@ def test_no_modules_import_each_other():
         ("fcn_jax.cli.train, fcn_jax.cli.eval", "torch tensorflow"),
     ],
 )
-def test_importing_does_not_pull_in(modules, absent):
+def test_importing_a_module_loads_no_heavy_dependency(modules, absent):
     code = f"import sys, {modules}; print([name for name in {absent.split()} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

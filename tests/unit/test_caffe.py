@@ -1,4 +1,4 @@
-"""Files of Caffe: the FCN authors' networks and VGG, read without torch and given back bit for bit."""
+"""Caffe files of the FCN authors' networks and of VGG: read without torch, written back bit for bit."""
 
 import sys
 
@@ -35,7 +35,7 @@ def tensors_of(name):
 
 
 @pytest.mark.parametrize("name", NETWORKS)
-def test_an_fcn_file_is_recognised_loaded_and_given_back(name, tmp_path):
+def test_an_fcn_caffemodel_is_recognised_and_round_trips(name, tmp_path):
     model, variables, arrays = tensors_of(name)
     layers = {tensor.rpartition(".")[0] for tensor in arrays}
     assert layers == {*CONVOLUTIONS, "fc6", "fc7", "score_fr", *FINER[name]}
@@ -50,7 +50,7 @@ def test_an_fcn_file_is_recognised_loaded_and_given_back(name, tmp_path):
 
 
 @pytest.mark.parametrize("legacy", [True, False])
-def test_a_vgg_file_fills_the_encoder(legacy, tmp_path):
+def test_a_vgg_caffemodel_fills_the_encoder(legacy, tmp_path):
     model, variables = build("fcn8s", **OPTIONS)
     own = weights.to_torch(model, variables)
     renamed = {name.removeprefix("vgg.").removeprefix("head."): value for name, value in own.items()}
@@ -72,14 +72,14 @@ def test_a_vgg_file_fills_the_encoder(legacy, tmp_path):
     assert all(np.array_equal(back[name], arrays[name]) for name in back) and "fc6.weight" in back
 
 
-def test_other_scales_are_refused(tmp_path):
+def test_other_skip_scales_are_rejected(tmp_path):
     model, _, arrays = tensors_of("fcn8s_pad100_atonce")
     path = write_caffe(tmp_path / "fcn.caffemodel", {**arrays, "scale_pool3.weight": np.float32([0.001])})
     with pytest.raises(InputError, match="scale_pool3.weight is 0.001, the model has 0.0001"):
         weights.load(path, model, zeros(model))
 
 
-def test_files_that_are_not_whole_or_not_these_are_one_line(tmp_path):
+def test_damaged_and_unsuitable_caffe_files_are_rejected(tmp_path):
     model, _, arrays = tensors_of("fcn32s_pad100")
     path = write_caffe(tmp_path / "fcn.caffemodel", arrays)
     content = path.read_bytes()

@@ -4,7 +4,7 @@ import pytest
 
 from fcn_jax.chips import peak_of
 
-# As libtpu 0.0.52 and CUDA name them.
+# Device kinds as libtpu 0.0.52 and CUDA report them; peaks in TFLOP/s.
 KINDS = {
     "TPU v4": 275,
     "TPU v5 lite": 197,
@@ -20,5 +20,5 @@ KINDS = {
 
 
 @pytest.mark.parametrize(("kind", "peak"), KINDS.items())
-def test_a_device_has_the_peak_of_its_chip(kind, peak):
+def test_peak_flops_by_device_kind(kind, peak):
     assert peak_of(SimpleNamespace(device_kind=kind)) == (peak and pytest.approx(peak * 1e12))

@@ -36,7 +36,7 @@ def _labels(split):
     return [datasets.decode(split.source[i])["label"] for i in range(len(split))]
 
 
-def test_a_prepared_copy_is_used_again_until_its_source_changes(root, config, copies):
+def test_a_prepared_copy_is_reused_until_its_source_changes(root, config, copies):
     datasets.load("folder/train", config)
     (first,) = copies()
     before = (first / "summary.json").stat().st_mtime_ns
@@ -52,11 +52,11 @@ def test_a_prepared_copy_is_used_again_until_its_source_changes(root, config, co
     assert len(datasets.load("folder/train", config)) == 3
     (root / "classes.txt").write_text("background\ncat\nhorse\n")
     assert datasets.load("folder/train", config).class_names[2] == "horse"
-    (last,) = copies()  # those of earlier states are removed
+    (last,) = copies()  # copies of earlier states are removed
     assert last != first
 
 
-def test_copies_of_other_sources_splits_and_options_stay(root, config, copies, tmp_path):
+def test_copies_of_other_sources_splits_and_options_are_not_removed(root, config, copies, tmp_path):
     trees.folder(root, {"train": 2, "val": 1})
     other = trees.folder(tmp_path / "other", {"train": 2})
     changed = [dataclasses.replace(config, **change) for change in ({"dir": str(other)}, {"unreadable": "skip"})]
@@ -64,7 +64,7 @@ def test_copies_of_other_sources_splits_and_options_stay(root, config, copies, t
     for spec, given in loads:
         datasets.load(spec, given)
     before = copies()
-    old = before[0] / "summary.json"  # as one that an earlier version wrote, without its source
+    old = before[0] / "summary.json"  # as an earlier version wrote it: without its source
     old.write_text(json.dumps({"examples": 2, "image_size": [12, 16]}))
     assert len(before) == 4
     for spec, given in loads:
@@ -76,7 +76,7 @@ def test_copies_of_other_sources_splits_and_options_stay(root, config, copies, t
     assert len(list((tmp_path / "cache/shapes").iterdir())) == 2
 
 
-def test_an_interrupted_preparation_is_not_taken_for_a_finished_one(root, config, copies):
+def test_an_interrupted_preparation_is_not_used(root, config, copies):
     datasets.load("folder/train", config)
     (copy,) = copies()
     shutil.move(copy, copy.with_name(".unfinished-abc"))
@@ -88,12 +88,12 @@ def test_an_interrupted_preparation_is_not_taken_for_a_finished_one(root, config
     }  # fmt: skip
 
 
-def test_losing_the_race_to_another_process_uses_its_copy(config, copies, tmp_path, monkeypatch):
+def test_a_copy_finished_first_by_another_process_is_used(config, copies, tmp_path, monkeypatch):
     replace = os.replace
 
     def slower(source, target):
         if str(target).startswith(str(tmp_path / "cache/folder/train-")) and not os.path.exists(target):
-            shutil.copytree(source, target)  # the other process has just put its own there
+            shutil.copytree(source, target)  # the other process finished first
         replace(source, target)
 
     monkeypatch.setattr(os, "replace", slower)
@@ -101,14 +101,14 @@ def test_losing_the_race_to_another_process_uses_its_copy(config, copies, tmp_pa
     assert len(copies()) == 1
 
 
-def test_a_cache_that_cannot_be_written_names_the_flag(config, tmp_path):
+def test_an_unwritable_cache_error_names_the_flag(config, tmp_path):
     (tmp_path / "file").write_text("")
     for place, message in ((tmp_path / "file", "cannot be written to"), ("s3://a/b", "s3:// is not supported")):
         with pytest.raises(InputError, match=rf"--data\.cache-dir .*{message}"):
             datasets.load("folder/train", dataclasses.replace(config, cache_dir=str(place)))
 
 
-def test_a_source_is_pickled_as_its_folder(config):
+def test_a_source_is_pickled_as_its_path(config):
     source = datasets.load("folder/train", config).source
     data = pickle.dumps(source)
     assert len(data) < 1000 and pickle.loads(data)[1] == source[1]
@@ -122,7 +122,7 @@ def test_the_cache_is_listed_and_emptied(config, copies, tmp_path, capsys):
         (compiled / name).write_bytes(bytes(1000))
     (place / "folder/.unfinished-abc").mkdir()
     (place / "folder/notes.txt").write_text("of somebody else")
-    (place / "folder" / f"val-{'0' * 16}").mkdir()  # damaged: without a summary
+    (place / "folder" / f"val-{'0' * 16}").mkdir()  # damaged: no summary
     rows = {row.name: row for row in cache.cached(str(place))}
     assert list(rows) == ["folder/train", "folder/val", "folder, unfinished", "compiled programs"]
     assert (rows["folder/train"].count, rows["folder/val"].count) == (2, 0)

@@ -22,7 +22,7 @@ def _md5(path):
 
 @pytest.fixture
 def packed(tmp_path):
-    """VOC2012 and SBD trees in tar files of the originals' names, as archives with file:// addresses."""
+    """VOC2012 and SBD in tar files with the original names, as archives with file:// URLs."""
     trees.voc(tmp_path / "made", "2012", {"train": ["2007_001"], "val": ["2007_002"]})
     trees.voc(tmp_path / "made/TrainVal", "2011", {"val": ["2007_002", "2007_003"]})
     trees.sbd(tmp_path / "made", {"train": ["2008_001", "2007_003"]})
@@ -39,7 +39,7 @@ def packed(tmp_path):
 
 @pytest.fixture
 def served(packed, tmp_path):
-    """The same over HTTP."""
+    """The archives of `packed` over HTTP."""
 
     class Quiet(http.server.SimpleHTTPRequestHandler):
         def log_message(self, *args):
@@ -56,14 +56,14 @@ def _config(tmp_path, download=True):
     return DataConfig(dir=str(tmp_path / "data"), cache_dir=str(tmp_path / "cache"), download=download)
 
 
-def test_an_archive_is_fetched_checked_and_unpacked(served, tmp_path):
+def test_an_archive_is_downloaded_checked_and_unpacked(served, tmp_path):
     place = download.fetch(served["voc2012"], tmp_path / "data", True)
     assert place == tmp_path / "data/VOCdevkit/VOC2012"
     assert (place / "JPEGImages/2007_001.jpg").is_file()
     assert not [p for p in (tmp_path / "data").iterdir() if "part" in p.name or "unfinished" in p.name]
 
 
-def test_voc_and_sbd_are_downloaded_into_one_folder_and_found_there(packed, tmp_path, monkeypatch):
+def test_voc_and_sbd_are_downloaded_into_one_folder_and_loaded(packed, tmp_path, monkeypatch):
     monkeypatch.setattr(download, "ARCHIVES", packed)
     for module in (voc, sbd):
         monkeypatch.setattr(module, "ARCHIVES", packed)
@@ -72,24 +72,24 @@ def test_voc_and_sbd_are_downloaded_into_one_folder_and_found_there(packed, tmp_
     assert np.array_equal(datasets.decode(datasets.load("voc/train", config).source[0])["label"], trees.mask(1, 21))
     seg11valid = datasets.load("voc/seg11valid", config)
     assert [seg11valid.source[i]["name"] for i in range(len(seg11valid))] == ["2007_002"]
-    without = dataclasses.replace(config, download=False)  # what lies there now is used as it is
+    without = dataclasses.replace(config, download=False)  # the downloaded files are used
     assert len(datasets.load("voc/val", without)) == 1
 
 
-def test_a_tree_that_lies_there_is_not_fetched_again(packed, tmp_path):
+def test_an_unpacked_data_set_is_not_downloaded_again(packed, tmp_path):
     (tmp_path / "data/benchmark_RELEASE").mkdir(parents=True)
     unreachable = dataclasses.replace(packed["sbd"], url="http://127.0.0.1:9/benchmark.tgz")
     assert download.fetch(unreachable, tmp_path / "data", True) == tmp_path / "data/benchmark_RELEASE"
 
 
-def test_an_archive_put_there_by_hand_needs_no_network(packed, tmp_path):
+def test_a_manually_placed_archive_is_used_without_network(packed, tmp_path):
     (tmp_path / "data").mkdir()
     archive = packed["sbd"]
     (tmp_path / "server" / archive.name).rename(tmp_path / "data" / archive.name)
     assert (download.fetch(archive, tmp_path / "data", True) / "dataset/train.txt").is_file()
 
 
-def test_a_wrong_checksum_is_refused_and_nothing_is_left(served, tmp_path):
+def test_a_wrong_checksum_is_rejected_and_leaves_no_file(served, tmp_path):
     wrong = dataclasses.replace(served["sbd"], md5="0" * 32)
     with pytest.raises(InputError, match=r"benchmark\.tgz: its md5 is [0-9a-f]{32}, expected 0{32}"):
         download.fetch(wrong, tmp_path / "data", True)
@@ -100,7 +100,7 @@ def test_a_wrong_checksum_is_refused_and_nothing_is_left(served, tmp_path):
 
 
 @pytest.mark.parametrize("url", ["http://127.0.0.1:9/benchmark.tgz", "http://nowhere.invalid/benchmark.tgz"])
-def test_without_network_one_line_says_what_to_put_where(packed, tmp_path, url):
+def test_without_network_the_error_says_which_file_to_place_where(packed, tmp_path, url):
     archive = dataclasses.replace(packed["sbd"], url=url)
     with pytest.raises(InputError) as caught:
         download.fetch(archive, tmp_path / "data", True)
@@ -109,7 +109,7 @@ def test_without_network_one_line_says_what_to_put_where(packed, tmp_path, url):
     assert "\n" not in str(caught.value)
 
 
-def test_a_fetch_that_was_cut_goes_on_where_it_stopped(tmp_path):
+def test_an_interrupted_download_is_resumed(tmp_path):
     content, asked = bytes(range(256)) * 40, []
 
     class Cutting(http.server.BaseHTTPRequestHandler):
@@ -137,13 +137,13 @@ def test_a_fetch_that_was_cut_goes_on_where_it_stopped(tmp_path):
     server.server_close()
 
 
-def test_a_file_missing_on_the_server_is_one_line_too(served, tmp_path):
+def test_a_file_missing_on_the_server_is_reported(served, tmp_path):
     archive = dataclasses.replace(served["sbd"], url=served["sbd"].url.replace("benchmark", "other"))
     with pytest.raises(InputError, match=r"other\.tgz cannot be fetched \(.*\); fetch other\.tgz"):
         download.fetch(archive, tmp_path / "data", True)
 
 
-def test_members_that_lead_outside_are_not_unpacked(tmp_path):
+def test_archive_members_outside_the_folder_are_not_unpacked(tmp_path):
     path = tmp_path / "server.tar"
     with tarfile.open(path, "w") as tar:
         tar.addfile(tarfile.TarInfo("../../escaped.txt"))
@@ -153,7 +153,7 @@ def test_members_that_lead_outside_are_not_unpacked(tmp_path):
     assert not list(tmp_path.rglob("escaped.txt"))
 
 
-def test_an_archive_that_would_grow_is_not_unpacked(tmp_path):
+def test_a_decompression_bomb_is_not_unpacked(tmp_path):
     with tarfile.open(tmp_path / "a.tgz", "w:gz") as tar:
         member = tarfile.TarInfo("top/large")
         member.size = 2**24
@@ -164,7 +164,7 @@ def test_an_archive_that_would_grow_is_not_unpacked(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["a.tgz"]
 
 
-def test_without_the_flag_nothing_is_fetched(tmp_path):
+def test_nothing_is_downloaded_without_the_flag(tmp_path):
     (tmp_path / "data").mkdir()
     for spec, name in (("voc/train", "VOCtrainval_11-May-2012.tar"), ("sbd/train", "benchmark.tgz")):
         with pytest.raises(InputError, match=rf"unpack {name} there or give --data\.download"):

@@ -1,4 +1,4 @@
-"""Files that vanish or break: a named error, or left out and counted, and what was prepared before stays good."""
+"""Missing and damaged files: reported by name, or skipped and counted. Earlier prepared copies stay valid."""
 
 import dataclasses
 import json
@@ -48,7 +48,7 @@ def _cut(path):
 
 
 @pytest.mark.parametrize(("file", "kind"), [("images/003.jpg", "image"), ("masks/003.png", "mask")])
-def test_an_unreadable_file_is_an_error_or_left_out_and_counted(config, skipping, file, kind, caplog):
+def test_an_unreadable_file_is_an_error_or_skipped_and_counted(config, skipping, file, kind, caplog):
     _cut(Path(config.dir) / "train" / file)
     said = f"{file}: not a readable {kind}"
     with pytest.raises(UnreadableError, match=said):
@@ -61,7 +61,7 @@ def test_an_unreadable_file_is_an_error_or_left_out_and_counted(config, skipping
     assert note.startswith(f"note: folder/train: 1 of {COUNT} images are left out: ") and said in note
 
 
-def test_a_second_run_says_the_same_of_what_is_left_out(skipping, caplog):
+def test_a_second_run_logs_the_same_skipped_files(skipping, caplog):
     for name in ("001", "004", "005", "007", "009"):
         _cut(_images(skipping) / f"{name}.jpg")
     notes = []
@@ -74,16 +74,16 @@ def test_a_second_run_says_the_same_of_what_is_left_out(skipping, caplog):
     assert len(_copies(skipping)) == 1
 
 
-def test_a_copy_with_entries_left_out_is_not_used_where_that_is_an_error(config, skipping):
+def test_a_copy_with_skipped_files_is_not_used_when_they_are_errors(config, skipping):
     _cut(_images(config) / "003.jpg")
     assert len(datasets.load("folder/train", skipping)) == COUNT - 1
     with pytest.raises(UnreadableError, match="003.jpg"):
         datasets.load("folder/train", config)
-    trees.write_image(_images(config) / "003.jpg", trees.picture(3))  # mended, it is in again
+    trees.write_image(_images(config) / "003.jpg", trees.picture(3))  # repaired, so it is included again
     assert len(datasets.load("folder/train", skipping)) == len(datasets.load("folder/train", config)) == COUNT
 
 
-def test_a_position_among_other_examples_is_not_taken_up(config, skipping):
+def test_an_iterator_state_of_other_examples_is_rejected(config, skipping):
     state = make_train_iterator(datasets.load("folder/train", skipping), skipping, 2, 0).get_state()
     _cut(_images(config) / "003.jpg")
     iterator = make_train_iterator(datasets.load("folder/train", skipping), skipping, 2, 0)
@@ -91,7 +91,7 @@ def test_a_position_among_other_examples_is_not_taken_up(config, skipping):
         iterator.set_state(state)
 
 
-def test_a_set_of_which_nothing_can_be_read_is_an_error(skipping):
+def test_a_data_set_without_readable_images_is_an_error(skipping):
     for path in _images(skipping).iterdir():
         _cut(path)
     with pytest.raises(InputError, match=f"none of its {COUNT} images can be read together with its mask, as in .*000"):
@@ -99,7 +99,7 @@ def test_a_set_of_which_nothing_can_be_read_is_an_error(skipping):
     assert not _copies(skipping)
 
 
-def test_a_file_that_vanished_is_an_error_or_left_out(tmp_path):
+def test_a_missing_file_is_an_error_or_skipped(tmp_path):
     config = DataConfig(dir=str(tmp_path), cache_dir=str(tmp_path / "cache"))
     names = [f"2007_{i:03d}" for i in range(4)]
     tree = trees.voc(tmp_path, "2012", {"train": names})
@@ -110,7 +110,7 @@ def test_a_file_that_vanished_is_an_error_or_left_out(tmp_path):
     assert _names(split) == ["2007_000", "2007_001", "2007_003"] and "2007_002.jpg: cannot be read" in split.skipped[0]
 
 
-def test_a_file_that_vanishes_while_the_set_is_prepared_is_named(config, monkeypatch):
+def test_a_file_deleted_during_preparation_is_named(config, monkeypatch):
     seen = prepared.fingerprint
 
     def then_remove(listing):
@@ -142,14 +142,14 @@ def _flip(records):
 
 def _take_all(iterator):
     try:
-        for _ in range(200):  # a few batches were read ahead
+        for _ in range(200):  # prefetched batches come before the error
             next(iterator)
     finally:
         iterator.close()
 
 
-@pytest.mark.parametrize("damage", [_truncate, _flip])  # tests/slow/test_data_processes.py has it with worker processes
-def test_a_prepared_copy_that_breaks_in_the_middle_of_an_epoch_is_named(config, damage):
+@pytest.mark.parametrize("damage", [_truncate, _flip])  # tests/slow/test_data_processes.py repeats this with workers
+def test_a_prepared_copy_damaged_during_an_epoch_is_named(config, damage):
     split = datasets.load("folder/train", config)
     (copy,) = _copies(config)
     iterator = make_train_iterator(split, config, 2, 0)
@@ -161,7 +161,7 @@ def test_a_prepared_copy_that_breaks_in_the_middle_of_an_epoch_is_named(config, 
     assert "\n" not in str(caught.value)
 
 
-def test_a_prepared_copy_that_is_deleted_while_it_is_read_serves_to_the_end(config):
+def test_a_prepared_copy_deleted_while_in_use_can_still_be_read(config):
     iterator = make_train_iterator(datasets.load("folder/train", config), config, 2, 0)
     next(iterator)
     shutil.rmtree(_copies(config)[0])
@@ -169,7 +169,7 @@ def test_a_prepared_copy_that_is_deleted_while_it_is_read_serves_to_the_end(conf
 
 
 @pytest.mark.parametrize("damage", [_truncate, _flip, Path.unlink])
-def test_what_the_error_says_to_do_helps(config, damage):
+def test_the_remedy_in_the_error_message_works(config, damage):
     split = datasets.load("folder/train", config)
     before = [split.source[index] for index in range(len(split))]
     (copy,) = _copies(config)
@@ -181,7 +181,7 @@ def test_what_the_error_says_to_do_helps(config, damage):
     assert [again.source[index] for index in range(len(again))] == before
 
 
-def test_a_wrong_mask_is_an_error_even_where_unreadable_files_are_left_out(skipping):
+def test_a_wrong_mask_is_an_error_even_when_unreadable_files_are_skipped(skipping):
     path = Path(skipping.dir) / "train/masks/003.png"
     trees.write_image(path, trees.picture(0))
     with pytest.raises(InputError, match="003.png: a mask with colour channels"):
@@ -191,7 +191,7 @@ def test_a_wrong_mask_is_an_error_even_where_unreadable_files_are_left_out(skipp
         datasets.load("folder/train", skipping)
 
 
-def test_a_prepared_copy_with_a_damaged_description_is_named(config):
+def test_a_prepared_copy_with_damaged_metadata_is_named(config):
     datasets.load("folder/train", config)
     (copy,) = _copies(config)
     for name in ("summary.json", "features.json", "dataset_info.json"):
@@ -202,7 +202,7 @@ def test_a_prepared_copy_with_a_damaged_description_is_named(config):
                 datasets.load("folder/train", config).source[0]
         (copy / name).write_bytes(whole)
     (copy / "summary.json").write_text(json.dumps({"examples": COUNT, "image_size": [12, 16]}))
-    split = datasets.load("folder/train", config)  # a summary as earlier versions wrote it is read
+    split = datasets.load("folder/train", config)  # a summary from an earlier version can still be read
     assert split.skipped == () and split.image_size == (12, 16)
     (copy / "summary.json").unlink()
     with pytest.raises(InputError, match="this prepared copy of a data set is damaged or gone .*not empty"):

@@ -61,7 +61,7 @@ def test_batches_have_the_documented_shapes_and_types():
     assert batch["label"].shape == (4, 5, 5) and batch["label"].dtype == np.uint8
 
 
-def test_every_epoch_has_each_example_once_in_another_order_and_batches_run_across():
+def test_every_epoch_shuffles_all_examples_and_batches_span_epochs():
     numbers = _numbers(_take(make_train_iterator(_split(10), CONFIG, 4, 0), 10))  # 40 rows, four epochs
     epochs = [numbers[i : i + 10] for i in range(0, 40, 10)]
     assert all(sorted(epoch) == list(range(10)) for epoch in epochs)
@@ -69,22 +69,22 @@ def test_every_epoch_has_each_example_once_in_another_order_and_batches_run_acro
     split = _split(1)
     split.source.records[0]["image"] = encode_label(trees.picture(0, (4, 6)))
     batches = _take(make_train_iterator(split, RANDOM, 1, 0), 8)
-    assert len({batch["image"].tobytes() for batch in batches}) == 8  # augmented anew in each
+    assert len({batch["image"].tobytes() for batch in batches}) == 8  # each epoch has its own augmentation
 
 
-def test_a_batch_may_be_larger_than_the_set_and_a_set_may_be_one_image():
+def test_a_batch_may_be_larger_than_the_data_set():
     assert sorted(_numbers([next(make_train_iterator(_split(2), CONFIG, 6, 0))])) == [0, 0, 0, 1, 1, 1]
     assert _numbers(_take(make_train_iterator(_split(1), CONFIG, 2, 0), 3)) == [0] * 6
 
 
-def test_the_seed_decides_order_and_augmentation():
+def test_the_seed_determines_order_and_augmentation():
     first, again, other = (_take(make_train_iterator(_split(), RANDOM, 4, seed), 5) for seed in (0, 0, 1))
     _same(first, again)
     assert any(not np.array_equal(a["image"], b["image"]) for a, b in zip(first, other, strict=True))
 
 
 @pytest.mark.parametrize("count", [2, 4])
-def test_the_rows_of_all_processes_are_the_rows_of_one(count):
+def test_processes_together_read_the_batches_of_a_single_process(count):
     split = _split(10)
     whole = _take(make_train_iterator(split, RANDOM, 8, 3), 6)
 
@@ -99,7 +99,7 @@ def test_the_rows_of_all_processes_are_the_rows_of_one(count):
     assert len(mine[0]) == 10 and sorted(mine[0] + mine[1]) == sorted([*range(10)] * 2)
 
 
-def test_a_batch_size_that_processes_cannot_share_is_refused():
+def test_a_batch_size_not_divisible_by_the_processes_is_rejected():
     with pytest.raises(InputError, match=r"--train\.batch-size 3: expected a positive multiple of the 2 processes"):
         make_train_iterator(_split(), CONFIG, 3, 0, process_count=2)
     with pytest.raises(InputError, match=r"--train\.batch-size 0"):
@@ -107,7 +107,7 @@ def test_a_batch_size_that_processes_cannot_share_is_refused():
 
 
 @pytest.mark.parametrize("taken", [0, 1, 7])
-def test_a_saved_position_is_taken_up_bit_for_bit(taken):
+def test_a_saved_iterator_state_is_restored_bit_for_bit(taken):
     iterator = make_train_iterator(_split(), RANDOM, 4, 0)
     _take(iterator, taken)
     state = iterator.get_state()
@@ -120,14 +120,14 @@ def test_a_saved_position_is_taken_up_bit_for_bit(taken):
     _same(rest, _take(make_train_iterator(_split(), RANDOM, 4, 0, start_step=taken), 6))
 
 
-def test_a_position_in_other_data_is_refused():
+def test_an_iterator_state_of_another_setup_is_rejected():
     state = make_train_iterator(_split(10), CONFIG, 4, 0).get_state()
     for count, batch_size, seed, what in ((11, 4, 0, "examples 10"), (10, 2, 0, "batch_size 4"), (10, 4, 1, "seed 0")):
         with pytest.raises(InputError, match=f"saved with {what}, this one has"):
             make_train_iterator(_split(count), CONFIG, batch_size, seed).set_state(state)
 
 
-def test_different_sizes_without_a_crop_are_refused_before_the_first_batch():
+def test_different_sizes_without_a_crop_are_rejected_before_the_first_batch():
     mixed = _split(sizes=[(4, 6), (6, 4)])
     message = r"set --data\.crop-size HEIGHT WIDTH .* or --train\.batch-size 1"
     with pytest.raises(InputError, match=message):
@@ -140,7 +140,7 @@ def test_different_sizes_without_a_crop_are_refused_before_the_first_batch():
         assert {b["image"].shape for b in _take(make_train_iterator(mixed, config, 2, 0), 4)} == {(2, 5, 5, 3)}
 
 
-def test_worker_processes_change_nothing_and_one_that_is_killed_is_named(tmp_path):
+def test_worker_processes_give_the_same_batches_and_a_killed_one_is_reported(tmp_path):
     config = dataclasses.replace(RANDOM, cache_dir=str(tmp_path / "cache"), dir=str(tmp_path / "data"))
     trees.folder(tmp_path / "data", {"train": 7})
     split = datasets.load("folder/train", config)
@@ -150,21 +150,21 @@ def test_worker_processes_change_nothing_and_one_that_is_killed_is_named(tmp_pat
     for process in multiprocessing.active_children():
         process.kill()
     with pytest.raises(InputError, match="a data worker ended .* the same command goes on"):
-        _take(iterator, 1000)  # those that were read ahead come first
+        _take(iterator, 1000)  # prefetched batches come first
     iterator.set_state(state)
-    batches += _take(iterator, 3)  # they are started again
+    batches += _take(iterator, 3)  # the workers are restarted
     iterator.close()
     _same(batches, _take(make_train_iterator(split, config, 3, 5), 7))
 
 
-def test_an_error_while_reading_reaches_the_caller_as_it_is():
+def test_a_read_error_reaches_the_caller_unchanged():
     split = _split(4)
     split.source.records[2]["image"] = b"broken"
     with pytest.raises(InputError, match=r"2: not a readable image"):
         _take(make_train_iterator(split, DataConfig(), 2, 0), 2)
 
 
-def test_evaluation_yields_each_example_once_in_order_and_fills_the_last_batch():
+def test_evaluation_yields_each_example_once_in_order_and_pads_the_last_batch():
     batches = list(make_eval_batches(_split(7), CONFIG, 3))
     assert [b["name"][: b["valid"].sum()] for b in batches] == [("0", "1", "2"), ("3", "4", "5"), ("6",)]
     assert [b["image"].shape for b in batches] == [(3, 4, 6, 3)] * 3
@@ -173,7 +173,7 @@ def test_evaluation_yields_each_example_once_in_order_and_fills_the_last_batch()
     assert (last["image"] == 6).all() and (last["label"][0] == 0).all() and (last["label"][1:] == 255).all()
 
 
-def test_evaluation_groups_images_of_one_size():
+def test_evaluation_groups_images_of_equal_size():
     sizes = [(4, 6), (6, 4), (4, 6), (6, 4), (5, 5)]
     batches = list(make_eval_batches(_split(sizes=sizes), EXACT, 2))
     assert [b["name"] for b in batches] == [("0", "2"), ("1", "3"), ("4", "4")]
@@ -181,7 +181,7 @@ def test_evaluation_groups_images_of_one_size():
     assert [b["valid"].tolist() for b in batches] == [[True, True], [True, True], [True, False]]
 
 
-def test_evaluation_holds_back_a_bounded_number_of_images():
+def test_evaluation_buffers_a_bounded_number_of_images():
     sizes = [(4, 4 + i) for i in range(30)]
     taken = []
 
@@ -192,7 +192,7 @@ def test_evaluation_holds_back_a_bounded_number_of_images():
 
     split = dataclasses.replace(_split(sizes=sizes), source=Watched(sizes))
     next(batches := make_eval_batches(split, EXACT, 2))
-    assert len(taken) < 9 + 4 + 4 + 2  # nine waiting, what is read ahead, and what the two threads hold
+    assert len(taken) < 9 + 4 + 4 + 2  # nine waiting, the prefetched ones, and those in the two threads
     assert sorted(int(b["name"][0]) for b in batches) == list(range(1, 30))
 
 
@@ -202,7 +202,7 @@ def test_evaluation_resizes_images_but_not_labels():
     assert [b["label"].shape for b in batches] == [(2, 4, 6)] * 2
 
 
-def test_class_frequencies_are_counted_by_hand():
+def test_class_frequencies_by_hand():
     first = np.array([[0, 0, 1], [255, 1, 1]], np.uint8)
     second = np.array([[0, 0, 0], [0, 255, 255]], np.uint8)
     frequencies = class_frequencies(_split(sizes=[(2, 3)] * 2, labels=[first, second]))
@@ -210,7 +210,7 @@ def test_class_frequencies_are_counted_by_hand():
     assert frequencies.tolist() == [[6, 3, 0], [5 + 4, 5, 0]]
 
 
-def test_padding_to_a_multiple_leaves_few_sizes_and_every_pixel_counted():
+def test_padding_to_a_multiple_gives_few_sizes_and_preserves_every_pixel():
     sizes = [(20, 33), (31, 48), (16, 40), (32, 34)]
     exact = list(make_eval_batches(_split(sizes=sizes), EXACT, 2))
     padded = list(make_eval_batches(_split(sizes=sizes), dataclasses.replace(CONFIG, eval_multiple=16), 2))

@@ -30,7 +30,7 @@ def _decoded(split):
 
 
 @pytest.mark.parametrize("suffix", [".png", ".jpg"])
-def test_camvid_is_read_with_its_void_as_ignore(root, config, suffix):
+def test_camvid_is_read_with_void_as_ignore(root, config, suffix):
     trees.camvid(root, {"train": 3, "val": 2, "test": 1}, suffix)
     split = datasets.load("camvid/train", config)
     assert split.class_names == camvid.CLASSES and split.num_classes == len(split.palette) == 11
@@ -45,14 +45,14 @@ def test_camvid_is_read_with_its_void_as_ignore(root, config, suffix):
     ]  # fmt: skip
 
 
-def test_images_are_stored_as_the_bytes_they_are(root, config):
+def test_images_are_stored_without_reencoding(root, config):
     trees.camvid(root, {"train": 1}, ".jpg")
     record = datasets.load("camvid/train", config).source[0]
     assert record["image"] == (root / "train/train_000.jpg").read_bytes()
 
 
 @pytest.mark.parametrize("inside", [".", "VOCdevkit", "VOCdevkit/VOC2012"])
-def test_voc_is_found_at_each_level_and_read_in_the_order_of_its_list(root, config, inside):
+def test_voc_is_found_at_each_folder_level_and_read_in_list_order(root, config, inside):
     trees.voc(root, "2012", {"train": ["2007_002", "2007_001"], "val": ["2008_003"]})
     split = datasets.load("voc/train", dataclasses.replace(config, dir=str(root / inside)))
     assert split.class_names == voc.CLASSES
@@ -71,7 +71,7 @@ def test_sbd_masks_are_read_from_mat_files(root, config, inside):
     assert len(datasets.load("sbd/trainval", config)) == 3
 
 
-def test_seg11valid_is_made_of_voc2011_less_the_training_images_of_sbd(root, config):
+def test_seg11valid_is_voc2011_val_without_sbd_training_images(root, config):
     trees.voc(root, "2011", {"val": ["2008_001", "2008_002", "2008_003"]})
     trees.sbd(root, {"train": ["2008_002", "2008_009"], "val": ["2008_003"]})
     for inside in (".", "VOCdevkit", "VOCdevkit/VOC2011"):
@@ -79,12 +79,12 @@ def test_seg11valid_is_made_of_voc2011_less_the_training_images_of_sbd(root, con
         assert [e["name"] for e in _decoded(split)] == ["2008_001", "2008_003"]
 
 
-def test_a_seg11valid_list_in_the_tree_of_2012_is_taken_as_it_is(root, config):
+def test_a_seg11valid_list_in_the_voc2012_folder_is_used_unchanged(root, config):
     trees.voc(root, "2012", {"train": ["2008_001"], "seg11valid": ["2008_005", "2008_004"]})
     assert [e["name"] for e in _decoded(datasets.load("voc/seg11valid", config))] == ["2008_005", "2008_004"]
 
 
-def test_without_list_or_sbd_seg11valid_says_what_is_missing(root, config):
+def test_seg11valid_without_list_or_sbd_names_what_is_missing(root, config):
     trees.voc(root, "2011", {"val": ["2008_001"]})
     message = r"seg11valid needs .*seg11valid\.txt .* or VOCdevkit/VOC2011 and benchmark_RELEASE"
     with pytest.raises(InputError, match=message):
@@ -101,12 +101,12 @@ def test_a_folder_is_read_in_both_layouts(root, config, flat):
     assert np.array_equal(datasets.decode(datasets.load("folder/val", config).source[0])["label"], trees.mask(100, 3))
 
 
-def test_a_folder_without_splits_is_folder_all(root, config):
+def test_a_folder_without_splits_is_loaded_as_folder_all(root, config):
     trees.folder(root, {".": 2})
     assert len(datasets.load("folder/all", config)) == 2
 
 
-def test_a_list_of_classes_may_lie_elsewhere(root, config, tmp_path):
+def test_the_class_list_may_be_in_another_folder(root, config, tmp_path):
     trees.folder(root, {"train": 1})
     (root / "classes.txt").rename(tmp_path / "names.txt")
     with pytest.raises(InputError, match=r"classes\.txt: not there; .* --data\.classes"):
@@ -121,14 +121,14 @@ def test_a_list_of_classes_may_lie_elsewhere(root, config, tmp_path):
     + [(b"a #000000\nb #000000\n", "lists '#000000' twice"), (b"a #12345\nb\n", "'a #12345' is no class")]
     + [(b"\xff\xfe\x00", "UTF-8")],
 )
-def test_a_bad_list_of_classes_is_named(root, config, text, message):
+def test_an_invalid_class_list_is_rejected(root, config, text, message):
     trees.folder(root, {"train": 1})
     (root / "classes.txt").write_bytes(text)
     with pytest.raises(InputError, match=rf"classes\.txt: .*{message}"):
         datasets.load("folder/train", config)
 
 
-def test_masks_of_0_and_255_are_mapped_by_their_values(root, config):
+def test_mask_values_map_0_and_255_to_class_ids(root, config):
     trees.folder(root, {"train": 2}, ("background", "object"))
     for path in (root / "train/masks").iterdir():
         trees.write_mask(path, np.where(trees.mask(int(path.stem), 2, ignore=0) == 1, 255, 0).astype(np.uint8))
@@ -143,7 +143,7 @@ def test_masks_of_0_and_255_are_mapped_by_their_values(root, config):
         datasets.load("folder/train", dataclasses.replace(config, mask_values=(0, 1, 2)))
 
 
-def test_masks_of_colours_are_mapped_by_those_of_the_class_list(root, config):
+def test_colour_masks_are_mapped_by_the_colours_in_the_class_list(root, config):
     trees.folder(root, {"train": 1}, ("sky", "road", "tree house"))
     colors = np.array([[0, 128, 255], [128, 64, 128], [1, 2, 3], [224, 224, 192]], np.uint8)
     label = trees.mask(0, 3)
@@ -160,18 +160,18 @@ def test_masks_of_colours_are_mapped_by_those_of_the_class_list(root, config):
         map(tuple, colors[:3].tolist())
     )
     np.testing.assert_array_equal(_decoded(split)[0]["label"], label)
-    trees.write_mask(root / "train/masks/000.png", label)  # class ids go on being read as such
+    trees.write_mask(root / "train/masks/000.png", label)  # masks of class ids still work
     np.testing.assert_array_equal(_decoded(datasets.load("folder/train", config))[0]["label"], label)
 
 
-def test_a_palette_mask_is_read_by_its_colours_where_they_are_of_other_classes(root, config):
+def test_palette_colours_take_precedence_over_indices_if_they_are_class_colours(root, config):
     trees.folder(root, {"train": 1}, ("background #000000", "road #804080"))
     indices = trees.mask(0, 2, ignore=0)
     path = root / "train/masks/000.png"
     for colors, expected in (
         (((0, 0, 0), (128, 64, 128)), indices),
-        (((128, 64, 128), (0, 0, 0)), 1 - indices),  # as a tool sorts them that chooses the palette itself
-        (((9, 9, 9), (8, 8, 8)), indices),  # which say nothing
+        (((128, 64, 128), (0, 0, 0)), 1 - indices),  # as from a tool that orders the palette itself
+        (((9, 9, 9), (8, 8, 8)), indices),  # colours of no class: the indices count
     ):
         picture = Image.fromarray(indices)
         picture.putpalette([value for color in colors for value in color])
@@ -187,7 +187,7 @@ def test_a_palette_mask_is_read_by_its_colours_where_they_are_of_other_classes(r
     np.testing.assert_array_equal(_decoded(datasets.load("folder/train", grey))[0]["label"], indices)
 
 
-def test_copies_of_other_options_of_one_folder_stay(root, config):
+def test_prepared_copies_with_other_options_are_not_removed(root, config):
     trees.folder(root, {".": 8})
     drawn = dataclasses.replace(config, val_fraction=0.25)
     first = datasets.load("folder/train", drawn)
@@ -217,13 +217,13 @@ def test_train_and_val_are_drawn_by_fraction_and_seed(root, config):
         datasets.load("folder/train", config)
 
 
-def test_a_data_set_that_tfds_prepared_is_read_by_its_folder(root, config, tmp_path):
+def test_a_data_set_prepared_by_tfds_is_read_from_its_folder(root, config, tmp_path):
     trees.folder(root, {"train": 3})
     copy = prepare(folder.listing("train", config), str(tmp_path / "prepared"))
     given = dataclasses.replace(config, dir=str(copy), classes=str(root / "classes.txt"))
     with pytest.raises(InputError, match="split train cannot be opened with TFDS"):
         datasets.load("tfds/train", given)
-    # what prepares a copy calls its split otherwise
+    # Our prepared copies name their split "examples".
     for path in copy.iterdir():
         path.rename(path.with_name(path.name.replace("examples", "train")))
     info = copy / "dataset_info.json"
@@ -236,7 +236,7 @@ def test_a_data_set_that_tfds_prepared_is_read_by_its_folder(root, config, tmp_p
         datasets.load("tfds/train", dataclasses.replace(given, classes=None))
 
 
-def test_unknown_names_list_the_known_ones(config):
+def test_unknown_data_sets_and_splits_list_the_known_ones(config):
     for spec, message in (
         ("coco/train", "unknown data set 'coco'; choose one of: shapes, camvid, voc, sbd, folder, tfds"),
         ("voc/tset", "unknown split of voc 'tset'; choose one of: train, val, trainval, seg11valid"),
@@ -247,14 +247,14 @@ def test_unknown_names_list_the_known_ones(config):
 
 
 @pytest.mark.parametrize("name", ["camvid", "voc", "sbd", "folder"])
-def test_a_missing_folder_names_the_flag(name, config):
+def test_a_missing_folder_error_names_the_flag(name, config):
     with pytest.raises(InputError, match=rf"{name} needs the folder .* --data\.dir"):
         datasets.load(f"{name}/train", dataclasses.replace(config, dir=None))
     with pytest.raises(InputError, match=r"--data\.dir .*no such folder"):
         datasets.load(f"{name}/train", config)
 
 
-def test_object_stores_are_one_line_for_every_path(root, config):
+def test_s3_urls_are_rejected_for_every_path_option(root, config):
     trees.folder(root, {"train": 1})
     for field, flag in (("dir", "dir"), ("classes", "classes"), ("cache_dir", "cache-dir")):
         with pytest.raises(InputError, match=f"--data.{flag} s3://bucket/x: s3:// is not supported"):
@@ -262,7 +262,7 @@ def test_object_stores_are_one_line_for_every_path(root, config):
 
 
 @pytest.mark.parametrize("name", ["camvid", "voc", "sbd", "folder"])
-def test_an_empty_folder_is_refused(name, root, config):
+def test_an_empty_folder_is_rejected(name, root, config):
     root.mkdir()
     (root / "classes.txt").write_text("a\nb\n")
     with pytest.raises(InputError, match=str(root)):
@@ -308,7 +308,7 @@ BLACK_AND_WHITE = np.triu(ALL_IGNORED)
         (lambda root: _masks(root, ALL_IGNORED), r"folder/train: the masks hold only 255, and 255 means ignore"),
     ],
 )
-def test_bad_files_are_refused_by_name_and_nothing_is_left(root, config, damage, message, tmp_path):
+def test_invalid_files_are_rejected_by_name_and_leave_no_copy(root, config, damage, message, tmp_path):
     trees.folder(root, {"train": 3})
     damage(root)
     with pytest.raises(InputError, match=message) as caught:
@@ -317,7 +317,7 @@ def test_bad_files_are_refused_by_name_and_nothing_is_left(root, config, damage,
     assert list((tmp_path / "cache").glob("folder/*")) == []
 
 
-def test_missing_or_empty_lists_are_named(root, config):
+def test_missing_or_empty_split_lists_are_named(root, config):
     tree = trees.voc(root, "2012", {"train": ["2007_001"]})
     with pytest.raises(InputError, match=r"Segmentation/val\.txt: cannot be read"):
         datasets.load("voc/val", config)
@@ -360,7 +360,7 @@ def test_sbd_masks_of_any_number_type_are_read(tmp_path, kind, packed):
 
 
 @pytest.mark.parametrize("value", [[[300.0]], [[np.nan]], [[-1]], [["a"]], [[]], None])
-def test_an_sbd_mask_of_other_than_class_ids_is_refused_not_wrapped(tmp_path, value):
+def test_an_sbd_mask_with_invalid_class_ids_is_rejected(tmp_path, value):
     _mat(tmp_path / "a.mat", np.eye(4) if value is None else {"Segmentation": np.array(value)})
     with pytest.raises(UnreadableError, match=r"a\.mat: not an SBD mask, a \.mat file with GTcls\.Segmentation"):
         sbd.read_segmentation(tmp_path / "a.mat")

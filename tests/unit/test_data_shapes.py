@@ -21,7 +21,7 @@ def val():
     return [shapes.generate("val", i, SIZE) for i in range(120)]
 
 
-def test_a_picture_depends_on_split_and_index_alone_and_splits_share_none(train, val):
+def test_images_depend_only_on_split_and_index_and_splits_share_none(train, val):
     for i in (4, 0):
         assert all(np.array_equal(a, b) for a, b in zip(shapes.generate("train", i, SIZE), train[i], strict=True))
     test = [shapes.generate("test", i, SIZE) for i in range(50)]
@@ -29,7 +29,7 @@ def test_a_picture_depends_on_split_and_index_alone_and_splits_share_none(train,
     assert len(digests) == 200
 
 
-def test_pictures_have_the_size_asked_for_and_declared_ids(val):
+def test_images_have_the_requested_size_and_declared_ids(val):
     image, label = shapes.generate("val", 0, (64, 80))
     assert image.shape == (64, 80, 3) and image.dtype == np.uint8
     assert label.shape == (64, 80) and label.dtype == np.uint8
@@ -37,7 +37,7 @@ def test_pictures_have_the_size_asked_for_and_declared_ids(val):
     assert seen == {0, 1, 2, 3, 4, 5, 255}
 
 
-def test_a_void_border_parts_every_two_classes(train):
+def test_a_void_border_separates_all_classes(train):
     for _, label in train[:50]:
         label = label.astype(int)
         for a, b in ((label[1:], label[:-1]), (label[:, 1:], label[:, :-1])):
@@ -45,14 +45,14 @@ def test_a_void_border_parts_every_two_classes(train):
         assert 0.005 < (label == 255).mean() < 0.15
 
 
-def test_every_object_class_covers_some_of_the_pictures(train):
+def test_every_object_class_covers_some_of_the_pixels(train):
     labels = np.stack([label for _, label in train[:200]])
     shares = np.bincount(labels.ravel(), minlength=256) / labels.size
     assert (shares[1:6] > 0.025).all() and 0.5 < shares[0] < 0.8
 
 
-def test_colour_tells_nothing(train, val):
-    """A classifier of single pixels by colour scores at most 0.25 mean IU on pictures that it has not seen."""
+def test_colour_does_not_predict_the_class(train, val):
+    """A per-pixel colour classifier scores at most 0.25 mean IU on unseen images."""
 
     def codes(image):
         red, green, blue = np.moveaxis(image.astype(int) // 16, -1, 0)
@@ -66,7 +66,10 @@ def test_colour_tells_nothing(train, val):
     for code, label in counts(train):
         np.add.at(histogram, (code, label), 1)
     priors = histogram.sum(0)
-    for table in (histogram.argmax(1), (histogram / priors).argmax(1)):  # most frequent, and most likely by class
+    for table in (
+        histogram.argmax(1),
+        (histogram / priors).argmax(1),
+    ):  # most frequent class, and class of highest likelihood
         confusion = np.zeros((6, 6), np.int64)
         for code, label in counts(val):
             np.add.at(confusion, (label, table[code]), 1)
@@ -74,8 +77,8 @@ def test_colour_tells_nothing(train, val):
         assert iu.mean() <= 0.25
 
 
-def test_objects_and_background_have_one_mean_colour(train):
-    """Means over pictures of the colour of each class, in units of their standard error."""
+def test_objects_and_background_have_the_same_mean_colour(train):
+    """The mean colours of the classes differ by few standard errors."""
     means = {k: [] for k in range(6)}
     for image, label in train:
         for k in range(6):
@@ -84,18 +87,18 @@ def test_objects_and_background_have_one_mean_colour(train):
     overall = np.concatenate([np.array(m) for m in means.values()]).mean(0)
     for rows in map(np.array, means.values()):
         error = rows.std(0) / np.sqrt(len(rows))
-        assert (np.abs(rows.mean(0) - overall) < 4 * error).all()  # 18 comparisons: 4 standard errors
+        assert (np.abs(rows.mean(0) - overall) < 4 * error).all()  # 4 standard errors, as there are 18 comparisons
 
 
 def test_the_first_colour_is_distributed_like_the_others():
-    """Colours chosen to be far apart lie nearer to the corners than the one chosen first, were they not shuffled."""
+    """Each colour is chosen far from the earlier ones. Without shuffling, later colours lie nearer to the corners."""
     drawn = np.stack([shapes._colours(np.random.default_rng(i), 5) for i in range(3000)])
-    distance = np.linalg.norm(drawn - 127.5, axis=2)  # (picture, place)
+    distance = np.linalg.norm(drawn - 127.5, axis=2)  # (image, position)
     error = distance.std() / np.sqrt(len(distance))
     assert (np.abs(distance.mean(0) - distance.mean()) < 4 * error).all()
 
 
-def test_objects_stand_out_from_what_surrounds_them(train):
+def test_objects_differ_in_colour_from_the_background(train):
     for image, label in train[:50]:
         background = image[label == 0].mean(0)
         for k in set(np.unique(label)) - {0, 255}:
@@ -107,7 +110,7 @@ def config(tmp_path):
     return DataConfig(cache_dir=str(tmp_path), shapes_size=(32, 48), shapes_count=5)
 
 
-def test_the_set_has_the_counts_of_the_config_and_256_held_out(config):
+def test_the_data_set_has_the_configured_count_and_256_validation_images(config):
     train, val = datasets.load("shapes/train", config), datasets.load("shapes/val", config)
     assert (len(train), len(val)) == (5, 256) and train.image_size == (32, 48)
     assert train.class_names == shapes.CLASSES and train.num_classes == 6
@@ -116,12 +119,12 @@ def test_the_set_has_the_counts_of_the_config_and_256_held_out(config):
     assert np.array_equal(example["image"], image) and np.array_equal(example["label"], label)
 
 
-def test_another_size_or_count_is_prepared_anew(config):
+def test_another_size_or_count_is_prepared_separately(config):
     assert datasets.load("shapes/train", config).image_size == (32, 48)
     assert datasets.load("shapes/train", dataclasses.replace(config, shapes_size=(40, 40))).image_size == (40, 40)
     assert len(datasets.load("shapes/train", dataclasses.replace(config, shapes_count=7))) == 7
 
 
-def test_sizes_too_small_for_objects_are_refused(config):
+def test_sizes_too_small_for_objects_are_rejected(config):
     with pytest.raises(InputError, match=r"--data\.shapes-size of at least 32 32"):
         datasets.load("shapes/train", dataclasses.replace(config, shapes_size=(16, 96)))

@@ -19,7 +19,7 @@ def _rng(seed=0):
 PLAIN = DataConfig(flip=False)
 
 
-def test_with_everything_off_an_example_passes_unchanged():
+def test_without_augmentation_an_example_is_unchanged():
     example = _example()
     out = transforms.augment(example, _rng(), PLAIN)
     assert np.array_equal(out["image"], example["image"]) and np.array_equal(out["label"], example["label"])
@@ -37,7 +37,7 @@ def test_flip_mirrors_image_and_label_together_half_of_the_time():
     assert 70 < flipped < 130  # 100 +- 4 standard deviations of 7.1
 
 
-def test_a_crop_is_a_window_of_both_and_reaches_every_place():
+def test_a_crop_is_one_window_of_image_and_label_at_any_position():
     label = np.arange(6 * 7, dtype=np.uint8).reshape(6, 7)
     example = {"image": np.repeat(label[..., None], 3, axis=2), "label": label}
     corners = set()
@@ -68,11 +68,11 @@ def test_an_image_small_in_one_direction_is_cropped_in_the_other():
     assert out["label"].shape == (20, 8) and (out["label"][12:] == 255).all() and (out["label"][1:12] != 255).all()
 
 
-def test_resizing_a_label_takes_the_nearest_pixel_and_makes_no_new_ids():
+def test_labels_are_resized_by_nearest_neighbour():
     label = np.array([[0, 7], [3, 255]], np.uint8)
     assert transforms.resize_label(label, (4, 4)).tolist() == [[0, 0, 7, 7]] * 2 + [[3, 3, 255, 255]] * 2
     row = np.arange(9, dtype=np.uint8)[None]
-    # the centres, where INTER_NEAREST gives 0, 3, 6
+    # Pixel centres; INTER_NEAREST would give 0, 3, 6.
     assert transforms.resize_label(row, (1, 3)).tolist() == [[1, 4, 7]]
 
 
@@ -81,14 +81,14 @@ def test_shrinking_an_image_averages_areas():
     assert transforms.resize_image(image, (1, 1)).tolist() == [[[40, 40, 40]]]
 
 
-def test_input_size_comes_first_and_keeps_the_size_under_scaling():
+def test_input_size_is_the_output_size_with_and_without_scaling():
     config = dataclasses.replace(PLAIN, input_size=(6, 8))
     assert transforms.augment(_example(), _rng(), config)["image"].shape == (6, 8, 3)
     scaled = dataclasses.replace(config, scale=(0.5, 2.0))
     assert {transforms.augment(_example(), _rng(s), scaled)["label"].shape for s in range(20)} == {(6, 8)}
 
 
-def test_scale_stays_within_its_bounds_and_keeps_the_ratio():
+def test_scale_stays_within_its_bounds_and_preserves_the_aspect_ratio():
     heights = set()
     for seed in range(200):
         out = transforms.scale(_example(size=(100, 200)), _rng(seed), (0.5, 2.0))
@@ -99,7 +99,7 @@ def test_scale_stays_within_its_bounds_and_keeps_the_ratio():
     assert min(heights) < 60 and max(heights) > 185
 
 
-def test_a_base_size_is_what_the_shorter_side_is_scaled_from():
+def test_base_size_sets_the_shorter_side_before_scaling():
     config = dataclasses.replace(PLAIN, base_size=24)
     assert transforms.augment(_example(), _rng(), config)["image"].shape == (24, 32, 3)
     shorter = {transforms.scale(_example(size=(40, 30)), _rng(s), (0.5, 2.0), 24)["label"].shape[1] for s in range(100)}
@@ -118,7 +118,7 @@ def test_jitter_scales_brightness_by_the_drawn_factor():
     rng.draws = (0.5, 0, 0)
     assert transforms.jitter(image, rng, 0.4)[0, 0].tolist() == [72, 96, 144]  # x 1.2
     rng.draws = (0, 0, -1)
-    grey = transforms.jitter(image, rng, 1.0)  # saturation 0: every pixel its own grey, 0.299 R + 0.587 G + 0.114 B
+    grey = transforms.jitter(image, rng, 1.0)  # saturation 0: grey, 0.299 R + 0.587 G + 0.114 B
     assert grey[0, 0].tolist() == [79, 79, 79]  # 17.94 + 46.96 + 13.68 = 78.58
     rng.draws = (0, -1, 0)
     flat = transforms.jitter(image, rng, 1.0)  # contrast 0: the mean grey, (78.58 + 100) / 2
@@ -127,21 +127,21 @@ def test_jitter_scales_brightness_by_the_drawn_factor():
     assert transforms.jitter(np.full((1, 1, 3), 200, np.uint8), rng, 1.0).max() == 255  # clipped, not wrapped
 
 
-def test_jitter_leaves_labels_alone_and_zero_strength_leaves_images_alone():
+def test_jitter_changes_no_labels_and_at_zero_strength_no_images():
     example = _example()
     out = transforms.augment(example, _rng(), dataclasses.replace(PLAIN, jitter=0.5))
     assert np.array_equal(out["label"], example["label"]) and not np.array_equal(out["image"], example["image"])
     assert np.array_equal(transforms.jitter(example["image"], _rng(), 0.0), example["image"])
 
 
-def test_the_generator_alone_decides():
+def test_augmentation_is_determined_by_the_random_generator():
     config = DataConfig(scale=(0.5, 2.0), crop_size=(10, 10), jitter=0.3)
     first, second = (transforms.augment(_example(), _rng(3), config) for _ in range(2))
     other = transforms.augment(_example(), _rng(4), config)
     assert np.array_equal(first["image"], second["image"]) and not np.array_equal(first["image"], other["image"])
 
 
-def test_augment_does_not_write_to_its_input():
+def test_augment_does_not_modify_its_input():
     example = _example()
     before = {k: v.copy() for k, v in example.items()}
     for seed in range(5):

@@ -1,4 +1,4 @@
-"""The CPU's kernels compute what plain JAX does, and without their context there is plain JAX alone."""
+"""The CPU kernels equal plain JAX. Outside their context only plain JAX is used."""
 
 import functools
 
@@ -13,7 +13,7 @@ from fcn_jax.models import kernels
 from fcn_jax.models.kernels import conv2d, cpu_kernels
 from fcn_jax.models.upsample import transposed_conv
 
-# (b, h, w, c_in), (k or k and k', c_out), padding: what the networks have, at odd sizes.
+# (b, h, w, c_in), (k or k and k', c_out), padding: as in the networks, at odd sizes.
 CASES = {
     "copies of x": ((2, 9, 7, 3), (3, 8), "SAME"), "copies of dy": ((2, 9, 7, 8), (3, 8), "SAME"),
     "margin": ((1, 5, 4, 3), (3, 4), ((100, 100), (100, 100))), "one pixel": ((1, 1, 1, 4), (3, 3), "SAME"),
@@ -92,7 +92,7 @@ def products(case):
 
 
 @pytest.mark.parametrize("case", PRODUCTS)
-def test_products_keep_bfloat16_and_are_rounded_once_and_precision_reaches_all(case):
+def test_bfloat16_products_are_rounded_once_and_use_the_given_precision(case):
     operation, x, w, dy = products(case)
 
     @functools.partial(jax.jit, static_argnums=3)
@@ -102,7 +102,7 @@ def test_products_keep_bfloat16_and_are_rounded_once_and_precision_reaches_all(c
 
     for ours, exact in zip(run(*(a.astype(jnp.bfloat16) for a in (x, w, dy))), run(x, w, dy), strict=True):
         assert ours.dtype == jnp.bfloat16
-        # Rounded once from 8 bits per operand; a carry in bfloat16 would stray farther with every block.
+        # Operands have 8 bits and the result is rounded once. Sums in bfloat16 would lose more with every block.
         assert np.linalg.norm(np.asarray(ours, np.float64) - exact) <= 2.0**-7 * np.linalg.norm(exact)
     text = str(jax.make_jaxpr(lambda x, w, dy: run(x, w, dy, "highest"))(x, w, dy))
     assert "HIGHEST" in text and "precision=None" not in text
@@ -122,7 +122,7 @@ def test_products_work_under_remat_scan_and_pmap(case):
     over_devices = jax.pmap(
         lambda w, x, dy: jax.lax.psum(jax.grad(loss)(w, x, dy), "batch"), "batch", in_axes=(None, 0, 0)
     )
-    # Another order of two terms.
+    # Two terms are added in another order.
     assert_equal([jax.jit(jax.grad(loss))(w, x, dy)], [expected], 1e-14)
     assert_equal([over_devices(w, x[:, None], dy[:, None])[0]], [expected], 1e-14)
 
@@ -148,7 +148,7 @@ def test_strides_dilations_and_groups_are_left_to_lax(case):
         plain = jax.jvp(lambda x: layer.apply({"params": {"kernel": kernel}}, x), (x,), (x,))[1]
     theirs = layer.clone(conv_general_dilated=None).apply({"params": {"kernel": kernel}}, x)
     np.testing.assert_array_equal(ours, theirs)
-    np.testing.assert_array_equal(plain, theirs)  # forward mode, and linear
+    np.testing.assert_array_equal(plain, theirs)  # forward mode: along x, a linear function is its own derivative
 
 
 def test_large_maps_are_never_unrolled_into_patches():
@@ -173,10 +173,11 @@ def test_a_transposed_convolution_by_rows_equals_the_plain_one(k, s, p):
     assert "stablehlo.while" not in jax.jit(run).lower(x, w).as_text()
     whole = (2 * s - 2 * p + k) % s == 0
     assert ("stablehlo.while" in jax.jit(by_rows).lower(x, w).as_text()) is whole
+    # float64 sums in another order.
     assert_equal(jax.tree.leaves(jax.jit(by_rows)(x, w)), jax.tree.leaves(jax.jit(run)(x, w)), 1e-14)
 
 
-def test_a_function_jitted_within_the_context_is_traced_anew_outside_of_it():
+def test_a_function_jitted_in_the_context_is_retraced_outside():
     model, variables = make_network("fcn8s")
     images = jnp.asarray(np.random.default_rng(0).normal(size=(1, 9, 9, 3)))
     forward = jax.jit(lambda images: model.apply(variables, images))

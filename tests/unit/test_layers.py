@@ -46,7 +46,7 @@ def test_pooling_and_its_gradient_equal_torch_with_many_ties(mode, size):
 
 
 @pytest.mark.usefixtures("kernels")
-def test_of_equal_maxima_the_first_takes_the_whole_gradient():
+def test_the_first_of_equal_maxima_gets_the_whole_gradient():
     gradient = jax.grad(lambda x: max_pool(x, "floor").sum())
     np.testing.assert_array_equal(gradient(image([[5, 5], [5, 5]]))[0, :, :, 0], [[1, 0], [0, 0]])
     np.testing.assert_array_equal(gradient(image([[1, 5], [5, 2]]))[0, :, :, 0], [[0, 1], [0, 0]])
@@ -54,14 +54,14 @@ def test_of_equal_maxima_the_first_takes_the_whole_gradient():
 
 @pytest.mark.usefixtures("kernels")
 @pytest.mark.parametrize("size", [(1, 1), (1, 4), (3, 5)])
-def test_a_window_of_minus_infinities_gives_its_gradient_to_the_first_and_none_to_the_margin(size):
+def test_pooling_gradient_of_minus_infinity_goes_to_the_first_pixel_not_the_padding(size):
     gradient = jax.grad(lambda x: max_pool(x, "ceil").sum())(jnp.full((1, *size, 2), -jnp.inf))
     expected = np.zeros((1, *size, 2))
     expected[:, ::2, ::2] = 1
     np.testing.assert_array_equal(gradient, expected)
 
 
-def test_pooling_works_in_bfloat16_recomputed_in_a_loop_and_over_devices():
+def test_pooling_works_in_bfloat16_under_remat_scan_and_pmap():
     x = jnp.asarray(np.random.default_rng(3).integers(0, 3, size=(2, 3, 5, 4)), jnp.bfloat16)
     expected = jax.grad(lambda x: (max_pool(x, "ceil") ** 2).sum())(x)
 
@@ -74,14 +74,14 @@ def test_pooling_works_in_bfloat16_recomputed_in_a_loop_and_over_devices():
     np.testing.assert_array_equal(jax.pmap(gradient)(x[:, None])[:, 0], expected)
 
 
-def test_pooling_passes_nan_on_from_any_corner():
+def test_pooling_propagates_nan_from_any_corner():
     for corner in range(4):
         x = np.zeros(4)
         x[corner] = np.nan
         assert np.isnan(max_pool(image(x.reshape(2, 2)), "ceil")).all()
 
 
-def test_batch_norm_equals_torch_and_keeps_the_unbiased_variance():
+def test_batch_norm_equals_torch_and_tracks_the_unbiased_variance():
     rng = np.random.default_rng(1)
     x, scale, bias, mean = rng.normal(size=(2, 3, 2, 4)) + 3, *rng.normal(size=(3, 4))
     var = rng.uniform(0.5, 2, size=4)
@@ -121,7 +121,7 @@ def test_gradients_of_batch_norm_equal_those_of_torch(offset):
         return jnp.vdot(y, cotangent)
 
     params, dx = jax.grad(loss, (0, 1))({"scale": jnp.asarray(scale), "bias": jnp.asarray(bias)}, jnp.asarray(x))
-    # Deviations from a mean of 100 are known to 1e-14.
+    # At a mean of 100, deviations have an absolute error of 1e-14.
     np.testing.assert_allclose(dx, tx.grad.permute(0, 2, 3, 1), rtol=1e-11, atol=1e-12)
     np.testing.assert_allclose(params["scale"], parameters[0].grad, rtol=1e-11)
     np.testing.assert_allclose(params["bias"], parameters[1].grad, rtol=1e-12)
@@ -135,7 +135,7 @@ def test_batch_norm_over_devices_equals_the_whole_batch():
     split = BatchNorm(Compute(jnp.float64, jnp.float64, axis_name="devices"))
     run = jax.vmap(lambda x: split.apply(variables, x, True, mutable=["batch_stats"]), axis_name="devices")
     parts, updates = run(x)
-    np.testing.assert_allclose(parts.reshape(y.shape), y, rtol=1e-10, atol=1e-12)  # a mean of means
+    np.testing.assert_allclose(parts.reshape(y.shape), y, rtol=1e-10, atol=1e-12)  # the statistics are means of means
     for name in ("mean", "var"):
         for device in range(4):
             ours = updates["batch_stats"][name][device]
@@ -146,24 +146,24 @@ def drop(rate, unit, x, ids, key=0, train=True):
     return np.asarray(Dropout(rate, unit).apply({}, x, train, jnp.asarray(ids), rngs={"dropout": jax.random.key(key)}))
 
 
-def test_dropout_of_elements_has_its_rate_and_keeps_the_mean():
+def test_element_dropout_has_the_given_rate_and_preserves_the_mean():
     y = drop(0.3, "element", jnp.ones((4, 32, 32, 16)), np.arange(4))
     assert set(np.unique(y)) == {0.0, 1 / 0.7}
-    # 65536 draws: the standard deviation of the share is 0.0018; five of them.
+    # The bound is five standard deviations: 0.0018 each for a share of 65,536 draws.
     assert abs((y == 0).mean() - 0.3) < 0.009
 
 
-def test_dropout_of_channels_drops_whole_channels_of_single_examples():
+def test_channel_dropout_drops_whole_channels_per_example():
     y = drop(0.5, "channel", jnp.ones((8, 3, 5, 64)), np.arange(8))
     assert (y == y[:, :1, :1]).all()
     dropped = y[:, 0, 0] == 0
-    # 512 draws: the standard deviation of the share is 0.022; five of them.
+    # The bound is five standard deviations: 0.022 each for a share of 512 draws.
     assert abs(dropped.mean() - 0.5) < 0.11
     assert len({row.tobytes() for row in dropped}) == 8
 
 
 @pytest.mark.parametrize("unit", ["element", "channel"])
-def test_a_dropout_mask_depends_on_the_example_id_alone(unit):
+def test_a_dropout_mask_depends_only_on_the_example_id(unit):
     x = jnp.ones((4, 3, 3, 16))
     whole = drop(0.5, unit, x, [4, 5, 6, 7])
     parts = [drop(0.5, unit, x[:2], ids) for ids in ([4, 5], [6, 7])]
@@ -179,12 +179,12 @@ def test_dropout_does_nothing_in_evaluation_or_at_rate_zero_and_keeps_the_dtype(
     assert drop(0.5, "element", x.astype(jnp.bfloat16), [0, 1]).dtype == jnp.bfloat16
 
 
-def test_a_convolution_starts_with_the_spread_of_he_and_no_bias():
+def test_convolutions_have_he_initialisation_and_zero_bias():
     params = conv(512, 3, FLOAT64).init(jax.random.key(0), jnp.zeros((1, 4, 4, 64)))["params"]
-    # 295k draws of standard deviation sqrt(2 / (9 x 64)), known to 0.13 %.
+    # The standard deviation of 295k draws has an error of 0.13 %.
     assert np.std(params["kernel"]) == pytest.approx(np.sqrt(2 / (9 * 64)), rel=0.01)
     assert not params["bias"].any()
 
 
-def test_channel_counts_follow_the_width_and_never_vanish():
+def test_channel_counts_scale_with_width_and_are_at_least_one():
     assert [scaled(512, width) for width in (1.0, 0.25, 0.05, 0.0001)] == [512, 128, 26, 1]

@@ -1,4 +1,4 @@
-"""Building networks: names and options, the sizes they serve, initial values, freezing, the layer table."""
+"""Construction of networks: names, options, supported sizes, initial values, frozen stages, layer table."""
 
 import functools
 
@@ -64,7 +64,7 @@ def test_an_unknown_name_lists_the_known_ones():
         ("fcn8s_pad100", {"crop": (5, 9, -40)}, "crop"),
     ],
 )  # fmt: skip
-def test_an_option_that_makes_no_network_is_named(name, options, message):
+def test_an_invalid_model_option_is_named(name, options, message):
     with pytest.raises(InputError, match=message):
         fcn_jax.create_model(name, **{"num_classes": 21, **options})
 
@@ -86,22 +86,22 @@ def test_a_single_pixel_gives_finite_logits(name):
 
 
 @pytest.mark.parametrize("name", ["fcn32s_pad100", "fcn16s_pad100", "fcn8s_pad100", "fcn8s_pad100_atonce"])
-def test_pad100_serves_every_side_with_ceil_pooling(name):
+def test_pad100_with_ceil_pooling_supports_every_side(name):
     model = tiny(name)
     assert [n for n in range(1, 1300) if not serves(model, n)] == []
     assert not serves(model, 0)
 
 
-def test_pad100_with_floor_pooling_falls_short_where_the_arithmetic_says():
-    # FCN-32s at crop 19: 434 of the sides 32 ... 1199 fall short, among them those of the VOC images.
+def test_pad100_with_floor_pooling_supports_only_some_sides():
+    # FCN-32s with crop 19: the output is too small for 434 of the sides 32 ... 1199, VOC sides among them.
     model = tiny("fcn32s_pad100", pool="floor")
     short = [n for n in range(32, 1200) if not serves(model, n)]
     assert len(short) == 434 and {375, 500} <= set(short)
-    # Fanrencli's crop at 6 is right at 500: 698 -> 349, 174, 87, 43, 21, fc6 15, and (15 + 1) 32 = 512 >= 6 + 500.
+    # Fanrencli's crop of 6 fits side 500: 698 -> 349, 174, 87, 43, 21, fc6 15, and (15 + 1) 32 = 512 >= 6 + 500.
     assert serves(tiny("fcn32s_pad100", pool="floor", crop=(5, 9, 6)), 500)
 
 
-def test_a_size_that_is_not_served_names_those_that_are():
+def test_an_unsupported_size_error_lists_supported_sizes():
     model = tiny("fcn32s_pad100", pool="floor")
     with pytest.raises(InputError, match=r"height 500 is not served .* near 500: \[") as caught:
         jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 500, 501, 3)))
@@ -109,7 +109,7 @@ def test_a_size_that_is_not_served_names_those_that_are():
     assert near and all(serves(model, n) for n in near)
 
 
-def test_same_with_floor_pooling_serves_multiples_of_32():
+def test_same_padding_with_floor_pooling_supports_multiples_of_32():
     model = tiny("fcn8s", pool="floor")
     shape = jax.eval_shape(model.init_with_output, jax.random.key(0), jnp.zeros((1, 64, 96, 3)))[0].shape
     assert shape == (1, 64, 96, 3)
@@ -117,7 +117,7 @@ def test_same_with_floor_pooling_serves_multiples_of_32():
         jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 64, 97, 3)))
 
 
-def test_score_layers_start_at_zero_and_upsampling_bilinear():
+def test_score_layers_start_at_zero_and_upsampling_as_bilinear():
     params = fcn_jax.init_variables(tiny("fcn8s"), jax.random.key(0))["params"]
     for name in ("score_fr", "score_pool4", "score_pool3"):
         assert not params[name]["kernel"].any() and not params[name]["bias"].any()
@@ -137,7 +137,7 @@ def test_the_same_key_gives_the_same_variables_at_any_image_size():
 def test_frozen_stages_get_no_gradient_and_keep_their_statistics(images, stages):
     model = tiny("fcn8s_ladder", encoder_norm="batch", freeze_stages=stages)
     variables = fcn_jax.init_variables(model, jax.random.key(0))
-    params = jax.tree.map(lambda x: x + 0.1, variables["params"])  # score layers at zero would stop every gradient
+    params = jax.tree.map(lambda x: x + 0.1, variables["params"])  # zero score layers would block all gradients
 
     def loss(params):
         out, new = train(model, {**variables, "params": params}, images)
@@ -154,11 +154,11 @@ def test_frozen_stages_get_no_gradient_and_keep_their_statistics(images, stages)
         if (new["mean"] != before[name]["mean"]).any()
     }
     assert moved == set(range(stages + 1, 6))
-    # The rungs still normalise by the batch.
+    # The decoder's batch norms still use batch statistics.
     assert (statistics["bn1"]["mean"] != variables["batch_stats"]["bn1"]["mean"]).any()
 
 
-def test_recomputing_the_encoder_changes_no_name_and_no_number(images):
+def test_remat_of_the_encoder_changes_neither_names_nor_values(images):
     def run(remat):
         options = {"encoder_norm": "batch", "dtype": jnp.float64, "param_dtype": jnp.float64, "width": 0.05}
         model = tiny("fcn32s_resize", remat=remat, **options)
@@ -170,7 +170,7 @@ def test_recomputing_the_encoder_changes_no_name_and_no_number(images):
 
         return jax.jit(jax.value_and_grad(loss, has_aux=True))(variables["params"])
 
-    # The compiler may fuse, and so round, differently.
+    # The compiler may fuse operations differently, which changes the rounding.
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-8, atol=1e-10), run(True), run(False))
 
 

@@ -19,6 +19,7 @@ PARAMS = jax.tree.map(jnp.array, PARAMS, is_leaf=lambda leaf: isinstance(leaf, l
 GRADS = jax.tree.map(lambda x: 0.1 * x + 0.2, PARAMS)
 
 
+# optax evaluates schedules in float32, so values are equal to 1e-6.
 def _run(config, steps=4, freeze=False):
     optimizer = make_optimizer(PARAMS, config, steps, 5 if freeze else 0)
     state, params = optimizer.init(PARAMS), PARAMS
@@ -37,7 +38,7 @@ def test_momentum_decay_and_schedule_follow_torch_sgd():
         sgd.param_groups[0]["lr"] = 0.1 * (1 - step / 4) ** 0.9
         weight.grad = torch.tensor([0.3, 0.0], dtype=torch.float64)
         sgd.step()
-    # optax evaluates schedules in float32
+    # optax evaluates schedules in float32.
     np.testing.assert_allclose(ours, weight.detach().numpy(), rtol=1e-7)
 
 
@@ -49,10 +50,10 @@ def test_adamw_follows_torch():
     for _ in range(4):
         weight.grad = torch.tensor([0.3, 0.0], dtype=torch.float64)
         adamw.step()
-    np.testing.assert_allclose(ours, weight.detach().numpy(), rtol=1e-6)
+    np.testing.assert_allclose(ours, weight.detach().numpy(), rtol=1e-6)  # the schedule is evaluated in float32
 
 
-def test_biases_learn_twice_as_fast_and_do_not_decay_as_in_the_paper():
+def test_biases_have_twice_the_learning_rate_and_no_weight_decay():
     config = OptimConfig(lr=0.1, momentum=0.0, weight_decay=0.5, bias_lr=2.0, bias_decay=False)
     params = _run(config, steps=1)
     assert float(params["score_fr"]["bias"][0]) == pytest.approx(-0.1 - 2 * 0.1 * 0.19, rel=1e-6)
@@ -60,7 +61,7 @@ def test_biases_learn_twice_as_fast_and_do_not_decay_as_in_the_paper():
     assert float(params["vgg"]["bn1_1"]["scale"][0]) == pytest.approx(1.5 - 0.1 * 0.35, rel=1e-6)
 
 
-def test_the_head_learns_ten_times_as_fast_as_the_encoder():
+def test_head_lr_multiplies_the_learning_rate_of_the_head():
     params = _run(OptimConfig(lr=0.1, momentum=0.0, weight_decay=0.0, head_lr=10.0), steps=1)
     assert float(params["score_fr"]["kernel"][0]) == pytest.approx(0.3 - 10 * 0.1 * 0.23, rel=1e-6)
     assert float(params["vgg"]["conv1_1"]["kernel"][0]) == pytest.approx(1.0 - 0.1 * 0.3, rel=1e-6)
@@ -72,7 +73,7 @@ def test_frozen_parameters_have_no_momentum():
     assert shapes == [(), (1,), (1,)]  # the schedule's counter, and score_fr
 
 
-def test_frozen_parts_stay_to_the_bit_and_the_rest_moves():
+def test_frozen_parameters_are_unchanged_and_the_others_move():
     params = _run(OptimConfig(lr=0.1, freeze_upsampling=True), freeze=True)
     for name in ("vgg", "upscore8"):
         jax.tree.map(np.testing.assert_array_equal, params[name], PARAMS[name])
@@ -80,7 +81,7 @@ def test_frozen_parts_stay_to_the_bit_and_the_rest_moves():
 
 
 @pytest.mark.parametrize("freeze", [False, True])
-def test_clipping_is_by_the_global_norm_of_what_is_not_frozen(freeze):
+def test_clipping_uses_the_global_norm_of_trainable_parameters(freeze):
     config = OptimConfig(lr=1.0, momentum=0.0, weight_decay=0.0, clip_norm=0.01, freeze_upsampling=freeze)
     moved = jax.tree.map(lambda a, b: a - b, _run(config, steps=1, freeze=freeze), PARAMS)
     assert float(optax.tree.norm(moved)) == pytest.approx(0.01, rel=1e-6)

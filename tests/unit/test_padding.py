@@ -1,4 +1,4 @@
-"""Images in larger arrays keep the logits that they have alone; all networks and options are in tests/slow."""
+"""Padding an image does not change its logits. tests/slow covers all networks and options."""
 
 import dataclasses
 
@@ -25,11 +25,11 @@ from fcn_jax.models.fcn import map_sides, serves
     [(name, {"encoder_norm": "batch"}, ((33, 70), (1, 95))) for name in ("fcn8s", "fcn8s_ladder")]
     + [(name, {}, ((33, 70), (50, 3))) for name in ("fcn8s_pad100", "fcn8s_resize", "fcn_resnet50")],
 )
-def test_logits_in_a_larger_array_are_those_of_the_image_alone(name, options, sizes):
+def test_padding_does_not_change_the_logits_of_an_image(name, options, sizes):
     check_padding(name, sizes, **options)
 
 
-def test_floor_pooling_with_a_margin_keeps_the_logits():
+def test_padding_does_not_change_the_logits_with_floor_pooling():
     model = fcn_jax.create_model("fcn8s_pad100", 3, encoder="vgg11", pool="floor")
     served = [n for n in range(60, 129) if serves(model, n)]
     side, whole = served[0], next(n for n in served if n % 32 == 0)
@@ -37,7 +37,7 @@ def test_floor_pooling_with_a_margin_keeps_the_logits():
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_sides_of_an_array_tell_its_maps_apart(name):
+def test_feature_maps_of_a_network_have_distinct_sides(name):
     model = create(name, 3, width=0.03)
     for n in range(32, 1100, 32):
         for sides, of_arrays in zip(map_sides(model, n), map_sides(model, np.array([n])), strict=True):
@@ -45,7 +45,7 @@ def test_sides_of_an_array_tell_its_maps_apart(name):
             assert [int(side[0]) for side in of_arrays] == sides
 
 
-def test_scores_of_a_set_of_many_sizes_are_the_same_with_and_without_padding(tmp_path):
+def test_scores_of_images_of_many_sizes_do_not_depend_on_padding(tmp_path):
     rng = np.random.default_rng(0)
     for index in range(4):
         size = tuple(int(n) for n in rng.integers(20, 90, 2))
@@ -64,6 +64,6 @@ def test_scores_of_a_set_of_many_sizes_are_the_same_with_and_without_padding(tmp
         found.append(evaluate(predict, variables, batches, 3, range(4)))
     assert len(shapes[0]) == 4 and len(shapes[1]) < 4
     assert found[0].confusion.sum() == found[1].confusion.sum()
-    # float32: a pixel whose two best classes are level may change sides
+    # Rounding in float32 may change the class of a pixel whose two best classes are almost equal.
     assert np.abs(found[0].confusion - found[1].confusion).sum() <= 1e-3 * found[0].confusion.sum()
     assert {sample.image.shape for sample in found[0].samples} == {sample.image.shape for sample in found[1].samples}

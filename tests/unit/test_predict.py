@@ -18,7 +18,7 @@ from fcn_jax.preprocessing import MEAN_COLOURS, normalize
 
 @pytest.fixture
 def traced(monkeypatch):
-    """The shapes for which a network was traced, and so compiled, and the sizes of merged maps."""
+    """Shapes for which a network was traced and compiled, and shapes of merged maps."""
     shapes = []
 
     def recording_normalize(images, *arguments):
@@ -38,12 +38,12 @@ def traced(monkeypatch):
 
 
 @pytest.mark.parametrize(("name", "width"), [("fcn8s_pad100", 70), ("fcn8s_resize", 20)])
-def test_tiles_give_the_classes_of_the_whole_image(name, width):
+def test_tiled_prediction_equals_that_of_the_whole_image(name, width):
     check_tiles(name, width)
 
 
 @pytest.mark.slow
-def test_the_context_of_tiles_is_needed(monkeypatch):
+def test_tiles_without_context_give_other_classes(monkeypatch):
     model, variables = make_network("fcn8s", biases=False)
     image = color_blocks(600, 70)
     whole = make_image_predictor(model, "imagenet")(variables, image)
@@ -52,7 +52,7 @@ def test_the_context_of_tiles_is_needed(monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["fcn8s", "fcn8s_resize"])
-def test_images_of_many_sizes_compile_few_programs_and_keep_their_classes(name, traced):
+def test_images_of_many_sizes_compile_few_programs_with_the_same_classes(name, traced):
     model, variables = make_network(name, biases=False)
     predict = make_image_predictor(model, "imagenet")
     apply = jax.jit(model.apply)
@@ -63,7 +63,7 @@ def test_images_of_many_sizes_compile_few_programs_and_keep_their_classes(name, 
     assert traced == [(1, 64, 64, 3), (1, 128, 64, 3)]
 
 
-def test_tiles_of_many_images_compile_one_program_and_merging_another(traced):
+def test_tiles_of_many_images_share_one_compiled_program(traced):
     model, variables = make_network("fcn32s_resize", biases=False)
     predict = make_image_predictor(model, "imagenet", whole_pixels=0, tile=32)
     side = 2 * context(model) + 32
@@ -73,11 +73,11 @@ def test_tiles_of_many_images_compile_one_program_and_merging_another(traced):
     assert traced == [(1, side, 64, 3), *(("merge", 1, height, 2, 3) for height in sorted(heights))]
 
 
-def test_a_size_that_is_not_served_is_an_error_and_unusual_crops_are_not_padded(traced):
+def test_an_unsupported_size_is_an_error_and_unusual_crops_are_not_padded(traced):
     model, variables = make_network("fcn8s", pool="floor")
     with pytest.raises(InputError, match="multiples of 32 with pool='floor', got 33x64"):
         make_image_predictor(model, "imagenet")(variables, np.zeros((33, 64, 3), np.uint8))
-    # 32s with floor pooling: 26 pixels come back as 64, enough for a crop at 35; 64 pixels come back as 96, too few.
+    # FCN-32s with floor pooling turns 26 pixels into 64, enough for a crop at 35. It turns 64 into 96, too few.
     options = {"encoder": "vgg11", "width": 0.05, "pool": "floor", "crop": (5, 9, 35)}
     model = fcn_jax.create_model("fcn32s_pad100", 3, **options)
     variables = fcn_jax.init_variables(model, jax.random.key(0), (26, 26))
@@ -85,7 +85,7 @@ def test_a_size_that_is_not_served_is_an_error_and_unusual_crops_are_not_padded(
     assert traced == [(1, 26, 26, 3)]
 
 
-def test_scores_are_counted_at_the_labels_size_and_padding_rows_do_not_count():
+def test_scores_are_computed_at_label_size_without_padding_rows():
     calls = []
 
     def predict(variables, images, size):
@@ -100,7 +100,7 @@ def test_scores_are_counted_at_the_labels_size_and_padding_rows_do_not_count():
     assert [sample.name for sample in result.samples] == ["a"]
 
 
-def test_a_batch_over_devices_predicts_what_one_device_does():
+def test_prediction_of_a_batch_is_the_same_on_one_and_many_devices():
     from fcn_jax.devices import make_mesh
 
     model, variables = make_network("fcn8s", biases=False)
@@ -112,7 +112,7 @@ def test_a_batch_over_devices_predicts_what_one_device_does():
 
 
 @pytest.mark.parametrize("name", ["fcn8s", "fcn8s_resize"])
-def test_rows_of_an_image_over_devices_predict_what_one_device_does(name):
+def test_prediction_of_an_image_split_over_devices_equals_one_device(name):
     from fcn_jax.devices import make_mesh
 
     model, variables = make_network(name, biases=False)
@@ -123,11 +123,11 @@ def test_rows_of_an_image_over_devices_predict_what_one_device_does(name):
         variables, image
     )
     assert four.shape == (150, 40, model.num_classes)
-    np.testing.assert_allclose(four, one, rtol=1e-10)
+    np.testing.assert_allclose(four, one, rtol=1e-10)  # sums in another order
 
 
 @pytest.mark.parametrize("name", ["fcn8s", "fcn8s_resize"])
-def test_views_of_an_image_are_those_of_evaluation_and_of_its_tiles_nearly_so(name):
+def test_averaged_views_of_a_single_image_equal_those_of_evaluation(name):
     model, variables = make_network(name, biases=False)
     image = np.random.default_rng(0).integers(0, 256, (400, 50, 3), np.uint8)
     views = Views((0.75, 1.0), flip=True)
@@ -141,17 +141,18 @@ def test_views_of_an_image_are_those_of_evaluation_and_of_its_tiles_nearly_so(na
     np.testing.assert_allclose(flipped(variables, image), flipped(variables, image[:, ::-1])[:, ::-1], rtol=1e-6)
 
 
-def test_tiles_of_views_fit_together():
+def test_tiles_with_flipped_views_equal_the_whole_image():
     model, variables = make_network("fcn32s", biases=False)
     image = np.random.default_rng(0).integers(0, 256, (900, 40, 3), np.uint8)
     options = {"output": "probabilities", "views": Views((1.0,), flip=True)}
     whole = make_image_predictor(model, "imagenet", **options)(variables, image)
     tiled = make_image_predictor(model, "imagenet", **options, whole_pixels=1000, tile=64)(variables, image)
-    np.testing.assert_allclose(tiled, whole, rtol=1e-6)  # tiles are of rows alone, so that mirror images are, too
+    np.testing.assert_allclose(tiled, whole, rtol=1e-6)  # tiles split rows only, as do those of mirror images
 
 
 def test_preprocessing_by_hand():
     red = np.array([[[[255, 0, 0]]]], np.uint8)
+    # normalize returns float32.
     np.testing.assert_allclose(
         normalize(red, "imagenet")[0, 0, 0], [(1 - 0.485) / 0.229, -0.456 / 0.224, -0.406 / 0.225], rtol=1e-6
     )

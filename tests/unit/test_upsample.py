@@ -12,8 +12,8 @@ from fcn_jax.models.kernels import conv2d, cpu_kernels
 from fcn_jax.models.layers import Compute
 from fcn_jax.models.upsample import TransposedConv, bilinear_kernel, resize_bilinear, transposed_conv
 
-# (kernel, stride, padding, output_padding): the families' own (k = 2s; 3, 2, 1, 1), and others that torch has; where
-# output padding reaches past the last input pixel's kernel, zeros follow.
+# (kernel, stride, padding, output_padding) of the networks (k = 2s; 3, 2, 1, 1), and others that torch supports. In
+# some, output padding reaches past the kernel of the last input pixel, where the result is zero.
 GEOMETRIES = (
     (4, 2, 0, 0), (4, 2, 1, 0), (16, 8, 0, 0), (16, 8, 4, 0), (32, 16, 8, 0), (64, 32, 16, 0), (3, 2, 1, 1),
     (3, 2, 0, 0), (3, 2, 1, 0), (5, 2, 2, 0), (5, 3, 1, 2), (7, 2, 3, 1), (3, 1, 1, 0), (1, 1, 0, 0), (2, 2, 0, 1),
@@ -51,7 +51,7 @@ def test_transposed_conv_and_its_gradients_equal_torch(k, s, p, op, kernels):
         return results
 
     for ours, (dy, *theirs) in zip(run(w, inputs, [e[0] for e in expected]), expected, strict=True):
-        # The same few hundred products in another order, at 2e-16 each.
+        # A few hundred products, each with an error of 2e-16, are summed in another order.
         assert ours[0].shape == dy.shape
         assert max(map(relative, ours, theirs)) <= 1e-12
 
@@ -78,13 +78,13 @@ def test_bilinear_kernel_by_hand():
 
 
 @pytest.mark.parametrize("k", [4, 16, 32, 64])
-def test_bilinear_weights_that_meet_in_a_pixel_sum_to_one(k):
+def test_bilinear_weights_of_an_output_pixel_sum_to_one(k):
     s = k // 2
     phases = bilinear_kernel(k).reshape(2, s, 2, s).sum(axis=(0, 2))
-    np.testing.assert_allclose(phases, 1, rtol=1e-15)  # a sum of four products
+    np.testing.assert_allclose(phases, 1, rtol=1e-15)  # rounding of a sum of four products
 
 
-def test_a_new_upsampling_layer_interpolates_each_channel_on_its_own():
+def test_a_new_upsampling_layer_interpolates_each_channel_separately():
     layer = TransposedConv(2, 4, 2, Compute(jnp.float64, jnp.float64), padding=1)
     x = jnp.stack(jnp.meshgrid(jnp.arange(5.0), jnp.arange(6.0), indexing="ij"), -1)[None]
     y, variables = layer.init_with_output(jax.random.key(0), x)
@@ -92,6 +92,7 @@ def test_a_new_upsampling_layer_interpolates_each_channel_on_its_own():
     # Output pixel o lies at input (o + 0.5) / 2 - 0.5; a linear ramp stays one away from the border.
     rows = (np.arange(10) + 0.5) / 2 - 0.5
     columns = (np.arange(12) + 0.5) / 2 - 0.5
+    # 1e-14: rounding of float64.
     np.testing.assert_allclose(y[0, 1:-1, 1:-1, 0], np.broadcast_to(rows[1:-1, None], (8, 10)), atol=1e-14)
     np.testing.assert_allclose(y[0, 1:-1, 1:-1, 1], np.broadcast_to(columns[None, 1:-1], (8, 10)), atol=1e-14)
 
@@ -110,11 +111,11 @@ def test_resize_equals_torch_interpolate(old, align_corners):
     for index, (y, ty, dy) in enumerate(zip(values, expected, cotangents, strict=True)):
         (gradient,) = torch.autograd.grad(ty, tx, torch.from_numpy(dy).permute(0, 3, 1, 2))
         (dx,) = pullback([jnp.asarray(c * (i == index)) for i, c in enumerate(cotangents)])
-        # Weights are differences of positions up to 50: 1e-14 each.
+        # Weights are differences of positions up to 50, with an error of 1e-14 each.
         assert relative(y, ty.detach().permute(0, 2, 3, 1).numpy()) <= 1e-12
         assert relative(dx, gradient.permute(0, 2, 3, 1).numpy()) <= 1e-12
 
 
-def test_resize_keeps_corners_and_is_linear_between():
+def test_resize_preserves_corners_and_is_linear_between():
     x = jnp.asarray([[0.0, 3.0], [6.0, 9.0]])[None, :, :, None]
     np.testing.assert_allclose(resize_bilinear(x, (3, 4))[0, :, :, 0], [[0, 1, 2, 3], [3, 4, 5, 6], [6, 7, 8, 9]])

@@ -1,4 +1,4 @@
-"""Averages over an image's mirror image and scales, by hand, and the names of their files."""
+"""Averages over mirror images and scales against a computation by hand, and the names of their files."""
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +23,7 @@ def _images():
     return np.stack([trees.picture(i, (5, 6)) for i in range(2)]).repeat(12, 1).repeat(12, 2)  # 60 x 72
 
 
-def test_the_class_is_that_of_the_mean_softmax(network):
+def test_the_class_is_the_argmax_of_the_mean_softmax(network):
     model, variables = network
     images = np.asarray(normalize(_images(), "imagenet", jnp.float64))
     apply = jax.jit(model.apply)
@@ -47,7 +47,7 @@ def test_the_class_is_that_of_the_mean_softmax(network):
     assert len({x.tobytes() for x in found.values()}) == 4  # otherwise nothing was averaged
 
 
-def test_with_flip_an_image_and_its_mirror_image_are_segmented_alike(network):
+def test_with_flip_an_image_and_its_mirror_image_get_the_same_classes(network):
     model, variables = network
     images = _images()
     for flip in (True, False):
@@ -57,7 +57,7 @@ def test_with_flip_an_image_and_its_mirror_image_are_segmented_alike(network):
         assert np.array_equal(there, back) == flip
 
 
-def test_classes_have_the_size_of_the_labels(network):
+def test_predictions_have_the_size_of_the_labels(network):
     model, variables = network
     predict = make_predictor(model, "imagenet", views=Views(scales=(0.5, 1.0), flip=True))
     assert predict(variables, _images(), (50, 91)).shape == (2, 50, 91)
@@ -69,7 +69,7 @@ def test_scales_out_of_range_are_rejected(scales):
         Views(scales=scales)
 
 
-def test_each_way_of_averaging_and_each_split_has_its_own_name():
+def test_evaluations_are_named_by_split_and_views():
     every = Views(scales=(0.75, 1.0, 1.25), flip=True)
     assert str(PLAIN) == "plain" and str(Views(flip=True)) == "2 views: flip"
     assert str(Views(scales=(0.5,))) == "1 view: scales 0.5"

@@ -1,4 +1,4 @@
-"""Weights in and out: round trips, an encoder's weights, and tensors that are not those of the network."""
+"""Loading and saving weights: round trips, encoder-only files, tensors that do not match the model."""
 
 import os
 
@@ -29,7 +29,7 @@ def only(state, prefix):
     [("fcn8s", {"encoder_norm": "batch"}), ("fcn16s_pad100", {}), ("fcns_ladder", {})]
     + [("fcn8s_resize", {"aux_head": True})],
 )
-def test_to_torch_and_back_is_exact_and_the_twin_takes_it(name, options):
+def test_to_torch_and_back_is_exact_and_loads_into_the_twin(name, options):
     model, variables = build(name, **options)
     arrays = weights.to_torch(model, variables)
     twin = make_twin(model)
@@ -64,11 +64,11 @@ def test_loading_changes_neither_the_given_variables_nor_their_dtypes(dtype):
     assert_same(before, zeros(model))
     assert_same(loaded, variables)
     for value in source.values():
-        value[...] = 7  # nor does the result change with the source
+        value[...] = 7  # the result shares no memory with the source
     assert_same(loaded, variables)
 
 
-def test_an_opened_source_is_read_without_opening_it_again(tmp_path):
+def test_an_open_source_is_read_without_reopening_its_file(tmp_path):
     model, variables = build()
     weights.save(tmp_path / "w.safetensors", model, variables, "caffe")
     source = weights.open_source(tmp_path / "w.safetensors")
@@ -78,7 +78,7 @@ def test_an_opened_source_is_read_without_opening_it_again(tmp_path):
 
 
 @pytest.mark.parametrize("options", [{"fc_features": 16}, {"fc6_kernel": 1}])
-def test_fc_layers_of_another_shape_are_left_and_the_report_says_so(options):
+def test_fc_layers_of_another_shape_are_skipped_and_reported(options):
     model, variables = build("fcn8s", **options)
     loaded, report = weights.load_with_report(torchvision_state(), model, variables)
     assert_same(loaded["params"]["head"]["fc6"], variables["params"]["head"]["fc6"])
@@ -86,7 +86,7 @@ def test_fc_layers_of_another_shape_are_left_and_the_report_says_so(options):
     assert "vgg.conv5_2.weight" in report.filled
 
 
-def test_the_bias_of_a_layer_whose_weight_does_not_fit_is_left_too():
+def test_a_bias_is_skipped_together_with_a_weight_of_another_shape():
     model, variables = build()
     arrays = weights.to_torch(model, variables, "torchvision-vgg")
     arrays["classifier.0.weight"] = arrays["classifier.0.weight"][:, : 32 * 9]  # of a 3x3 fc6
@@ -98,7 +98,7 @@ def test_the_bias_of_a_layer_whose_weight_does_not_fit_is_left_too():
 
 @pytest.mark.parametrize("layout", ["torchvision-vgg", "fcn_jax"])
 @pytest.mark.parametrize("norm", [None, "batch"])
-def test_a_file_with_an_encoder_alone_fills_the_encoder_and_says_what_stays(layout, norm):
+def test_an_encoder_only_file_fills_the_encoder_and_reports_the_rest(layout, norm):
     model, variables = build("fcn8s", encoder_norm=norm)
     state = torchvision_state(norm)
     whole = weights.load(state, model, variables)
@@ -113,7 +113,7 @@ def test_a_file_with_an_encoder_alone_fills_the_encoder_and_says_what_stays(layo
     }
 
 
-def test_a_file_that_lacks_some_of_what_is_beyond_the_encoder_is_an_error():
+def test_a_file_with_only_a_part_of_the_head_is_an_error():
     state = torchvision_state()
     model, variables = build("fcn8s")
     without_fc6 = {name: value for name, value in state.items() if not name.startswith("classifier.0")}
@@ -126,19 +126,19 @@ def test_a_file_that_lacks_some_of_what_is_beyond_the_encoder_is_an_error():
         weights.load(encoder, model, variables)
 
 
-def test_an_encoder_alone_is_no_whole_classifier():
+def test_a_classifier_cannot_be_loaded_from_an_encoder_only_file():
     model = VGGClassifier(encoder="vgg11", width=WIDTH, fc_features=round(4096 * WIDTH))
     with pytest.raises(InputError, match="head.fc6.weight"):
         weights.load(only(torchvision_state(), "features"), model, zeros(model))
 
 
 @pytest.mark.parametrize("options", [{"encoder": "vgg16"}, {"encoder_norm": "batch"}])
-def test_another_encoders_weights_are_refused_with_the_options_that_fit(options):
+def test_weights_of_another_encoder_are_rejected_with_matching_options(options):
     with pytest.raises(InputError, match="holds vgg11, .*encoder='vgg11', encoder_norm=None"):
         weights.load(torchvision_state(), build(**options)[0], {})
 
 
-def test_another_width_is_refused_with_both_shapes():
+def test_weights_of_another_width_are_rejected_with_both_shapes():
     model, variables = build(width=0.125)
     with pytest.raises(InputError, match=r"features.0.weight is 4x3x3x3, vgg.conv1_1.weight needs 8x3x3x3"):
         weights.load(torchvision_state(), model, variables)
@@ -162,7 +162,7 @@ def test_missing_and_unexpected_tensors_are_named_unless_allowed():
     assert report.ignored == {"extra.weight": "unexpected, allowed"}
 
 
-def test_a_wrong_shape_is_passed_over_only_where_both_sides_allow_it():
+def test_a_wrong_shape_is_skipped_only_if_allowed_on_both_sides():
     model, variables = build(num_classes=5)
     other, theirs = build(num_classes=3)
     source = weights.to_torch(other, theirs)
@@ -176,25 +176,25 @@ def test_a_wrong_shape_is_passed_over_only_where_both_sides_allow_it():
     assert_same(loaded["params"]["head"], theirs["params"]["head"])
 
 
-def test_a_renamed_tensor_is_told_from_a_missing_one():
+def test_a_renamed_tensor_is_distinguished_from_a_missing_one():
     model, variables = build()
     source = weights.to_torch(model, variables)
     source["vgg.convolution5_1.weight"] = source.pop("vgg.conv5_1.weight")
     with pytest.raises(InputError, match=r"missing: vgg.conv5_1.weight; .*rename vgg.convolution5_1.weight to vgg.co"):
         weights.load(source, model, variables)
-    # Another shape is no renaming.
+    # A tensor of another shape is not a renamed one.
     source["vgg.convolution5_1.weight"] = np.zeros(3)
     with pytest.raises(InputError, match=r"missing: vgg.conv5_1.weight; where that is meant"):
         weights.load(source, model, variables)
 
 
-def test_a_transposed_tensor_is_told_from_one_of_another_network():
+def test_a_transposed_tensor_is_recognised_as_such():
     model, variables = build("fcn32s_pad100")
     source = weights.to_torch(model, variables)
     source["score_fr.weight"] = source["score_fr.weight"].swapaxes(0, 1)
     with pytest.raises(InputError, match=r"score_fr.weight is 256x3x1x1, .* needs 3x256x1x1 \(transposed\?\)"):
         weights.load(source, model, variables)
-    # fc6 of another size is passed over in an encoder's file; transposed it is not.
+    # In a classifier's file, fc6 of another size is skipped. A transposed fc6 is an error.
     state = torchvision_state()
     state["classifier.0.weight"] = state["classifier.0.weight"].T
     with pytest.raises(InputError, match=r"classifier.0.weight is 1568x256, .* needs 256x32x7x7 \(transposed\?\)"):
@@ -211,7 +211,7 @@ def test_a_transposed_tensor_is_told_from_one_of_another_network():
         ("vgg.bn2_1.running_var", "float32", -1e-3, "holds negative variances"),
     ],
 )
-def test_numbers_that_no_training_leaves_behind_are_refused_by_name(tensor, dtype, value, message):
+def test_invalid_values_and_dtypes_are_rejected_by_tensor_name(tensor, dtype, value, message):
     model, variables = build(encoder_norm="batch")
     source = weights.to_torch(model, variables)
     source[tensor] = source[tensor].astype(dtype)
@@ -220,7 +220,7 @@ def test_numbers_that_no_training_leaves_behind_are_refused_by_name(tensor, dtyp
         weights.load(source, model, variables)
 
 
-def test_an_unknown_layout_is_named_by_its_tensors():
+def test_an_unknown_layout_error_names_its_tensors():
     model, variables = build()
     source = {"backbone.stem.weight": np.zeros((3, 3))}
     message = "no known layout has names like backbone.stem.weight; known: fcn_jax, torchvision-fcn"
@@ -231,7 +231,7 @@ def test_an_unknown_layout_is_named_by_its_tensors():
         weights.to_torch(model, variables, "caffe")
 
 
-def test_saving_refuses_what_cannot_be_read_back(tmp_path):
+def test_saving_rejects_unknown_suffixes_and_preprocessing(tmp_path):
     model, variables = build()
     with pytest.raises(InputError, match="ends in .safetensors, .pth or .pt"):
         weights.save(tmp_path / "w.npz", model, variables, "caffe")
@@ -241,7 +241,7 @@ def test_saving_refuses_what_cannot_be_read_back(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["nodir/x.safetensors", "file/x.safetensors", f"{300 * 'x'}.safetensors"])
-def test_a_file_that_cannot_be_written_is_one_line(tmp_path, name):
+def test_an_unwritable_weight_file_is_an_error(tmp_path, name):
     (tmp_path / "file").write_bytes(b"")
     with pytest.raises(InputError, match="cannot be written"):
         weights.save(tmp_path / name, *build("fcn32s_ladder"), None)
