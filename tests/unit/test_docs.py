@@ -1,4 +1,4 @@
-"""The options of all commands in README.md and docs/ exist. Those in fences without a language are run by slow tests."""
+"""The options of all commands in README.md and docs/ exist. Slow tests run those in fences without a language."""
 
 import importlib
 import re
