@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -91,6 +92,7 @@ def to_onnx(program: Program) -> tuple[bytes, Run]:
     Raises:
         InputError: without a size, or where jax2onnx or onnxruntime is not installed.
     """
+    logging.getLogger("onnx_ir").setLevel(logging.ERROR)  # it warns of values whose type the program does not need
     try:
         import jax2onnx
         import onnxruntime
