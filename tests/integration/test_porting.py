@@ -67,7 +67,7 @@ def test_an_encoder_by_name_is_fetched_once_checked_and_loaded(hub, encoder):
 def test_a_download_that_is_not_the_published_file_is_refused(hub):
     served, cached = hub
     served.write_bytes(b"<html>moved</html>")
-    with pytest.raises(InputError, match="tiny: file:.*: its sha256 is .* not what was published there"):
+    with pytest.raises(InputError, match="tiny: file:.*: its sha256 is .* not the published file"):
         weights.fetch("tiny")
     assert not cached.exists()
 

@@ -87,7 +87,7 @@ def test_a_caffe_file_of_21_classes_is_vocs_and_needs_no_torch(tmp_path, monkeyp
 def test_a_torch_file_of_ours_needs_its_name_alone(tmp_path):
     model, variables = build("fcn8s", 5, fc_features=6, fc6_kernel=3, encoder_norm="batch")
     weights.save(tmp_path / "own.pth", model, variables, "caffe")
-    with pytest.raises(InputError, match="own.pth does not say its network; give --model"):
+    with pytest.raises(InputError, match="own.pth does not state its network; give --model"):
         fcn_jax.from_pretrained(tmp_path / "own.pth")
     found, values, info = fcn_jax.from_pretrained(tmp_path / "own.pth", model="fcn8s")
     assert found == model and not info.named and not info.preprocessing_known and len(info.notes) == 2
@@ -144,7 +144,7 @@ def test_what_is_no_whole_network_is_one_line(tmp_path, exported):
     model, variables = build("fcn32s", encoder="vgg16")
     weights.save(file, model, variables, "imagenet", "torchvision-vgg")
     for source, named in {
-        file: "an encoder alone", "vgg16-imagenet": "--init vgg16-imagenet", "nothing": "fcn8s-voc", tmp_path: "run",
+        file: "only an encoder", "vgg16-imagenet": "--init vgg16-imagenet", "nothing": "fcn8s-voc", tmp_path: "run",
     }.items():  # fmt: skip
         with pytest.raises(InputError, match=named):
             fcn_jax.from_pretrained(source)
