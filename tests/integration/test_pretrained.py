@@ -114,15 +114,15 @@ def test_what_is_assumed_is_not_written_as_known(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"input_size": [0, -5]}, "no size"),
-        ({"input_size": "64"}, "no size"),
+        ({"input_size": [0, -5]}, "not an input size"),
+        ({"input_size": "64"}, "not an input size"),
         ({"class_names": ["a"], "palette": [[0, 0, 0]]}, "1 names for 3 classes"),
     ],
 )
 def test_damaged_classes_are_one_line(change, message, tmp_path):
     model, variables = build("fcn32s", fc_features=8, fc6_kernel=1)
     weights.save(tmp_path / "w.safetensors", model, variables, None, classes=CLASSES | change)
-    with pytest.raises(InputError, match=f"w.safetensors: its metadata describes no classes .*{message}"):
+    with pytest.raises(InputError, match=f"w.safetensors: its metadata has no valid classes .*{message}"):
         fcn_jax.from_pretrained(tmp_path / "w.safetensors")
 
 

@@ -109,7 +109,7 @@ def test_a_file_with_an_encoder_alone_fills_the_encoder_and_says_what_stays(layo
     assert_same(loaded["params"]["vgg"], whole["params"]["vgg"])
     assert_same(loaded["params"]["head"], variables["params"]["head"])
     assert {report.left[name] for name in ("head.fc6.weight", "head.fc7.bias", "score_fr.weight")} == {
-        "the source holds an encoder alone"
+        "the source holds only an encoder"
     }
 
 
@@ -184,7 +184,7 @@ def test_a_renamed_tensor_is_told_from_a_missing_one():
         weights.load(source, model, variables)
     # Another shape is no renaming.
     source["vgg.convolution5_1.weight"] = np.zeros(3)
-    with pytest.raises(InputError, match=r"missing: vgg.conv5_1.weight; where that is meant"):
+    with pytest.raises(InputError, match=r"missing: vgg.conv5_1.weight; if that is intended"):
         weights.load(source, model, variables)
 
 
