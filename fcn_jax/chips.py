@@ -1,4 +1,4 @@
-"""What vendors say of the chips that networks are trained on."""
+"""Memory and peak throughput of TPUs and GPUs, from the vendors' documentation."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ _GIB = 2**30
 
 @dataclass(frozen=True)
 class Chip:
-    """A chip's memory and its speed."""
+    """Memory and peak throughput of one chip."""
 
     memory: int
-    """Bytes."""
+    """Bytes of device memory; 0 for a CPU."""
     peak: float = 0
-    """FLOP/s of the matrix units in bfloat16, dense. 0: not stated."""
+    """Peak dense bfloat16 FLOP/s; 0 if not stated."""
     kind: str = ""
     """A regular expression for ``jax.Device.device_kind``."""
     flops_per_cycle: int = 0
-    """The peak over the clock (TPUs). 0: not known."""
+    """Peak FLOP/s divided by the clock frequency (TPUs); 0 if unknown."""
     example: str = ""
-    """A target of ``fcn-jax compile``."""
+    """An example of ``--target`` for ``fcn-jax compile``."""
 
 
 # TPUs: cloud.google.com/tpu/docs (clocks: v5e 1.5 GHz, v5p and v6e 1.75 GHz). GPUs: NVIDIA's data sheets, without
-# sparsity; the H100's memory is the 84,929,347,584 bytes of XLA's description of it.
+# sparsity; the H100's memory is the value in XLA's target description.
 CHIPS = {
     "v4": Chip(32 * _GIB, 275e12, r"TPU v4$"),
     "v5e": Chip(16 * _GIB, 197e12, r"TPU v5 ?(lite|e)", 2**17, "v5e:2x2"),
@@ -40,5 +40,5 @@ CHIPS = {
 
 
 def peak_of(device: Any) -> float | None:
-    """Return the peak of a ``jax.Device`` in FLOP/s; None for a CPU and for chips that are not in the table."""
+    """Return the peak bfloat16 FLOP/s of a ``jax.Device``; None for a CPU and for chips that ``CHIPS`` lacks."""
     return next((chip.peak for chip in CHIPS.values() if chip.kind and re.match(chip.kind, device.device_kind)), None)

@@ -1,7 +1,7 @@
-"""Run the step on several devices: under ``jax.pmap``, or under ``jax.jit`` on a mesh, which may shard more.
+"""Run the training step on several devices: under ``jax.pmap``, or under ``jax.jit`` on a mesh with more axes.
 
-A mesh has three axes. ``data`` and ``fsdp`` split the batch; ``fsdp`` also splits parameters and momentum, which are
-gathered for the gradient; ``space`` splits the height of images and maps, whose borders XLA exchanges.
+A mesh has three axes. ``data`` and ``fsdp`` split the batch. ``fsdp`` also splits parameters and momentum, which are
+gathered for the gradient. ``space`` splits the height of images and feature maps; XLA exchanges the borders.
 """
 
 from __future__ import annotations
@@ -21,44 +21,44 @@ from fcn_jax.models.kernels import cpu_kernels
 from fcn_jax.step import Batch, StepSums, TrainState, TrainStep
 
 AXIS = "data"
-"""Of ``jax.pmap``."""
+"""The axis name under ``jax.pmap``."""
 BATCH = ("data", "fsdp")
 """The axes of a mesh that split the batch."""
 SMALLEST = 2**16
-"""Arrays of fewer elements are on every device whole."""
+"""Arrays with fewer elements are replicated, not split over ``fsdp``."""
 Devices = Sequence[Any]
-"""Of ``jax.Device``, which type checkers take for a variable."""
+"""Several ``jax.Device``, which type checkers take for a variable."""
 
 
 @dataclass(frozen=True)
 class Parallel:
-    """A step over several devices, and how state and batches get there."""
+    """A training step over several devices, and the functions that place its inputs there."""
 
     mesh: Mesh
     step: Callable[[TrainState, Batch], tuple[TrainState, StepSums]]
-    """Takes a placed state (which it consumes) and a placed global batch."""
+    """Takes a placed state, whose buffers it donates, and a placed global batch."""
     shardings: Callable[[Any], Any]
-    """Returns where each array of a state lies; shapes do."""
+    """Returns the sharding of each array of a state; a tree of shapes suffices."""
     place_state: Callable[[TrainState], TrainState]
     """Copies the state, which is the same in every process, to the devices."""
     place_batch: Callable[[Mapping[str, Any]], Batch]
-    """Spreads a batch (b, ...) over the devices; a process gives its own rows of it."""
+    """Splits a batch (b, ...) over the devices; each process passes its own rows."""
     local: Callable[[Any], Any]
-    """Returns a tree of what the step returns or takes as a state, as copies on the devices of this process alone."""
+    """Returns a state or the step's results as arrays on the devices of this process only."""
 
 
 def pick_devices(count: int | None) -> Devices:
-    """Return ``count`` devices, all by default: the first of each process, process by process.
+    """Return ``count`` devices, by default all: equally many of each process, in the order of processes.
 
     Raises:
-        InputError: there are fewer, or the processes cannot have equally many.
+        InputError: there are too few devices, or they cannot be divided equally among the processes.
     """
     processes = jax.process_count()
     by_process = [jax.local_devices(index) for index in range(processes)]
     if len({len(devices) for devices in by_process}) > 1:
         raise InputError(
             f"expected equally many devices in every process, got {[len(devices) for devices in by_process]}; "
-            "start them on machines that are alike"
+            "start them on machines with the same number of devices"
         )
     total = processes * len(by_process[0])
     if count is None:
@@ -70,21 +70,21 @@ def pick_devices(count: int | None) -> Devices:
 
 
 def make_mesh(devices: Devices, fsdp: int = 1, space: int = 1) -> Mesh:
-    """Arrange devices by the axes of a mesh, in their order: a process's rows of a batch lie on its own devices."""
+    """Return a mesh of devices in the given order, so that a process's rows of a batch lie on its own devices."""
     shape = (len(devices) // (fsdp * space), fsdp, space)
     return Mesh(np.asarray(devices).reshape(shape), (*BATCH, "space"), axis_types=(AxisType.Auto,) * 3)
 
 
 def pick_mesh(axes: str | None, count: int | None = None, pick: Callable[[int | None], Devices] = pick_devices) -> Mesh:
-    """Arrange the devices of a run.
+    """Make the mesh of a run.
 
     Args:
-        axes: sizes by name, as in "data=4,space=2"; an axis that is left out has size 1, ``data`` all that remain.
-        count: of devices, by default all.
-        pick: returns so many devices.
+        axes: sizes by name, as in "data=4,space=2". ``data`` defaults to all remaining devices, the other axes to 1.
+        count: number of devices, by default all.
+        pick: returns that number of devices.
 
     Raises:
-        InputError: the axes cannot be read, or there are not so many devices.
+        InputError: the axes cannot be parsed, or there are too few devices.
     """
     if axes is None:
         return make_mesh(pick(count))
@@ -94,43 +94,43 @@ def pick_mesh(axes: str | None, count: int | None = None, pick: Callable[[int | 
     fsdp, space = sizes.get("fsdp", 1), sizes.get("space", 1)
     own = sizes["data"] * fsdp * space if "data" in sizes else count
     if count not in (None, own):
-        raise InputError(f"--mesh {axes} has {own} devices, --devices {count}; leave one of them out")
+        raise InputError(f"--mesh {axes} has {own} devices, but --devices is {count}; leave one of them out")
     devices = pick(own)
     each = len(devices) // jax.process_count()
     if each % (fsdp * space):
         raise InputError(
-            f"--mesh {axes}: fsdp x space is {fsdp * space}, and a process has {each} devices, over which they have to "
-            "lie; choose divisors of that"
+            f"--mesh {axes}: fsdp x space is {fsdp * space}, which does not divide the {each} devices of a process; "
+            "choose divisors of that"
         )
     return make_mesh(devices, fsdp, space)
 
 
 def groups(mesh: Mesh) -> int:
-    """Return in how many parts a mesh splits a batch."""
+    """Return the number of parts into which a mesh splits a batch."""
     return mesh.shape["data"] * mesh.shape["fsdp"]
 
 
 def check_height(height: int | None, mesh: Mesh) -> None:
-    """Raise InputError for training images that a mesh cannot split, naming the nearest heights that it can."""
+    """Raise InputError if a mesh cannot split images of this height; the message names the nearest that it can."""
     unit = 32 * mesh.shape["space"]
     if mesh.shape["space"] == 1 or (height is not None and height % unit == 0):
         return
     below = (height or 0) // unit * unit
     nearest = " or ".join(str(each) for each in (below, below + unit) if each)
     raise InputError(
-        f"--mesh with space={mesh.shape['space']} splits heights that are multiples of {unit}, got "
-        f"{height or 'images of many heights'}; the nearest is {nearest}: set --data.crop-size"
+        f"--mesh with space={mesh.shape['space']} needs image heights that are multiples of {unit}, got "
+        f"{height or 'images of different heights'}; the nearest is {nearest}: set --data.crop-size"
     )
 
 
 def batch_sharding(x: Any, mesh: Mesh) -> NamedSharding:
-    """Return where an array (b, h, ...) of a batch lies: its examples are split, and its height where that can be."""
+    """Return the sharding of a batch's array (b, h, ...): split by example, and by height where that is possible."""
     split = x.ndim > 2 and mesh.shape["space"] > 1 and x.shape[1] % (32 * mesh.shape["space"]) == 0
     return NamedSharding(mesh, PartitionSpec(BATCH, "space") if split else PartitionSpec(BATCH))
 
 
 def kernels_for(mesh: Mesh) -> Any:
-    """Return ``cpu_kernels``, on for a mesh of CPU devices that have whole images."""
+    """Return the context ``cpu_kernels``, enabled for CPU devices if the mesh does not split the height of images."""
     return cpu_kernels(mesh.devices.flat[0].platform == "cpu" and mesh.shape["space"] == 1)
 
 
@@ -149,7 +149,7 @@ def state_shardings(state: Any, mesh: Mesh) -> Any:
 
 
 def _on(mesh: Mesh, tree: Any, times: int = 1) -> Any:
-    """See arrays as parts of arrays, ``times`` as long, over more devices, or as this process's; nothing is copied."""
+    """Rewrap arrays on another mesh without a copy: as parts of global arrays, ``times`` as long, or as local ones."""
 
     def rewrap(x: jax.Array) -> jax.Array:
         sharding = NamedSharding(mesh, getattr(x.sharding, "spec", PartitionSpec()))
@@ -172,7 +172,7 @@ MakeStep = Callable[..., TrainStep]
 def _pmap(make_step: MakeStep, mesh: Mesh) -> tuple[Any, Any]:
     """The state goes in and comes out unstacked (``in_axes=None``): one replicated copy, not one row per device."""
     if mesh.size != mesh.shape[AXIS]:
-        raise InputError("--parallel pmap has no axes fsdp and space; leave --parallel out")
+        raise InputError("--parallel pmap does not support the axes fsdp and space; leave --parallel out")
     step: Any = jax.pmap(
         make_step(axis_name=AXIS),
         axis_name=AXIS,
@@ -188,19 +188,19 @@ def _pmap(make_step: MakeStep, mesh: Mesh) -> tuple[Any, Any]:
         return _spread(parts, mesh, lambda x, mesh: NamedSharding(mesh, PartitionSpec(AXIS)))
 
     def step_together(state: TrainState, batch: Batch) -> tuple[TrainState, StepSums]:
-        # What comes out of pmap is this process's copy alone; checkpoints are made of the global form.
+        # pmap returns arrays of this process alone; checkpoints need global arrays.
         return _on(mesh, step(state, batch))
 
     return step if jax.process_count() == 1 else step_together, place_batch
 
 
 def _mesh(make_step: MakeStep, mesh: Mesh) -> tuple[Any, Any]:
-    """Each device sees its part of the batch and sums over the axes itself; XLA splits heights and the state.
+    """``shard_map`` splits the batch and sums over devices explicitly; XLA shards the height and the state.
 
-    Left to XLA the gradient of a bfloat16 network would be summed over the devices in bfloat16.
+    Left to XLA, the gradient of a bfloat16 network would be summed over the devices in bfloat16.
     """
     whole = PartitionSpec()
-    # A replicated value is one that the step makes so, by its sums; JAX need not derive it.
+    # check_vma=False: the step's own sums make its results replicated, and JAX need not verify it.
     manual = dict(in_specs=(whole, whole, PartitionSpec(BATCH), whole), out_specs=whole, axis_names=set(BATCH))
     train_step = make_step(axis_name=BATCH, shard=partial(jax.shard_map, mesh=mesh, check_vma=False, **manual))
 
@@ -219,15 +219,15 @@ PARALLEL: dict[str, Callable[[MakeStep, Mesh], tuple[Any, Any]]] = {"pmap": _pma
 
 
 def make_parallel(mode: str, make_step: MakeStep, mesh: Mesh) -> Parallel:
-    """Set a step up on the devices of a mesh.
+    """Make the training step for the devices of a mesh.
 
     Args:
         mode: "pmap" or "mesh"; both give the same numbers.
         make_step: ``partial(step.make_train_step, ...)``, to be called with ``axis_name`` and ``shard``.
-        mesh: the devices, of ``make_mesh`` or ``pick_mesh``.
+        mesh: the devices, from ``make_mesh`` or ``pick_mesh``.
 
     Raises:
-        InputError: another mode, or a mesh that pmap cannot have.
+        InputError: unknown mode, or a mesh with axes that pmap does not support.
     """
     if mode not in PARALLEL:
         raise unknown("parallel", mode, PARALLEL)
@@ -237,7 +237,7 @@ def make_parallel(mode: str, make_step: MakeStep, mesh: Mesh) -> Parallel:
         return Parallel(mesh, step, shardings, lambda s: jax.device_put(s, shardings(s)), place_batch, lambda s: s)
 
     def place(x: Any, sharding: NamedSharding) -> jax.Array:
-        # device_put would send every array between the processes, to see that they are the same.
+        # device_put would send every array between processes to check that they are equal.
         host = np.asarray(x)
         return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
 

@@ -1,4 +1,4 @@
-"""Fetching of files: whole or not at all, checked, with a progress bar, and from where an earlier try was cut."""
+"""Download files: atomic, with a digest check and a progress bar, and resuming partial downloads."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ _CHUNK = 1 << 20
 
 
 def check_digest(path: Path, digest: str, where: object, way_out: str) -> None:
-    """Raise InputError, with where the file is from and the way out, where it is another than ``digest`` says.
+    """Raise InputError, with the texts ``where`` and ``way_out``, if a file does not match ``digest``.
 
-    ``digest`` is ``ALGORITHM:HEX``; its first digits are enough.
+    ``digest`` is ``ALGORITHM:HEX``; the first digits are enough.
     """
     algorithm, _, expected = digest.partition(":")
     with path.open("rb") as file:
@@ -31,15 +31,15 @@ def check_digest(path: Path, digest: str, where: object, way_out: str) -> None:
 
 
 def download(url: str, target: Path, digest: str | None = None) -> Path:
-    """Fetch a file to ``target``, unless it is there.
+    """Download a file to ``target``, unless that exists.
 
     Args:
         url: http://, https:// or file://.
-        target: the file's path; its folder is made.
-        digest: see ``check_digest``; None where none was published, so that its length alone is checked.
+        target: the file's path; its folder is created.
+        digest: see ``check_digest``; None if none was published: then only the length is checked.
 
     Raises:
-        InputError: no network, not the file that was published, or a folder that cannot be written to.
+        InputError: the download fails, the digest does not match, or the folder cannot be written to.
     """
     if target.is_file():
         return target
@@ -53,7 +53,7 @@ def download(url: str, target: Path, digest: str | None = None) -> Path:
             _fetch(url, part)
             if digest is not None:
                 try:
-                    check_digest(part, digest, url, "it is not what was published there: fetch it elsewhere")
+                    check_digest(part, digest, url, "it is not the published file: fetch it elsewhere")
                 except InputError:
                     part.unlink()
                     raise
@@ -76,7 +76,7 @@ def _fetch(url: str, part: Path) -> None:
     except urllib.error.HTTPError as error:
         if error.code != http.client.REQUESTED_RANGE_NOT_SATISFIABLE:
             raise
-        done, response = 0, _open(url, 0)  # what is there belongs to another file
+        done, response = 0, _open(url, 0)  # the partial file is of another version
     with response:
         if getattr(response, "status", None) != http.client.PARTIAL_CONTENT:
             done = 0
@@ -88,12 +88,12 @@ def _fetch(url: str, part: Path) -> None:
                 file.write(chunk)
                 progress.advance(task, len(chunk))
     if total is not None and part.stat().st_size != total:
-        raise OSError(f"{part.stat().st_size} of {total} bytes came; the same command goes on from there")
+        raise OSError(f"{part.stat().st_size} of {total} bytes received; the same command resumes the download")
 
 
 def _open(url: str, done: int) -> Any:
     request = urllib.request.Request(url, headers={"Range": f"bytes={done}-"} if done else {})
-    return urllib.request.urlopen(request, timeout=60)  # seconds of a single wait
+    return urllib.request.urlopen(request, timeout=60)  # seconds, for each network operation
 
 
 def _progress() -> Any:

@@ -1,4 +1,4 @@
-"""The exceptions that a command line turns into a line and an exit code."""
+"""Exceptions that the command lines print as one line and turn into an exit code."""
 
 from __future__ import annotations
 
@@ -7,40 +7,40 @@ from collections.abc import Iterable
 
 
 class InputError(ValueError):
-    """What the user gave cannot be used; the message names the thing and the way out.
+    """Invalid input from the user; the message names the input and a way out.
 
-    The command lines print it as one line and exit with code 2. As a ``ValueError`` it is what library callers expect.
+    The command lines print it as one line and exit with code 2. For library callers it is a ``ValueError``.
     """
 
 
 class Stopped(Exception):
-    """A signal ended a command in good order; the message says what was kept.
+    """A signal stopped a command, which exited cleanly; the message says what was saved.
 
-    The exit code is 128 + ``number``, the signal's, as shells have it.
+    The exit code is 128 + the signal's ``number``, as in shells.
     """
 
     def __init__(self, message: str, number: int):
-        """Say what was kept, and which signal it was."""
+        """Store the message and the signal's number."""
         super().__init__(message)
         self.number = number
 
 
 class UnreadableError(InputError):
-    """A file of a data set is not there, cut short, too large or of another type; it may be left out of the set."""
+    """A data set's file is missing, truncated, too large or of the wrong type; ``data.unreadable`` may skip it."""
 
 
 def check_local(path: object, flag: str) -> None:
-    """Raise InputError for a path of an object store, ``SCHEME://...``, which would name a local folder."""
+    """Raise InputError for an object-store URL ``SCHEME://...``, which pathlib would take for a local path."""
     if scheme := re.match(r"([a-z][a-z0-9+.-]*):/", str(path), re.IGNORECASE):  # pathlib drops the second slash
-        raise InputError(f"{flag} {path}: {scheme[1]}:// is not supported here; give a path on a disk")
+        raise InputError(f"{flag} {path}: {scheme[1]}:// is not supported here; give a local path")
 
 
 def first_line(error: BaseException) -> str:
-    """Return the first line of an error of some library, shortened, to be told in ours."""
+    """Return the first line of another library's error, at most 200 characters, to quote in our own message."""
     text = (str(error).strip() or type(error).__name__).splitlines()[0]
     return text if len(text) <= 200 else text[:197] + "..."
 
 
 def unknown(kind: str, name: object, known: Iterable[str]) -> InputError:
-    """Return the error for a name that is not among the known ones."""
+    """Return the error for a name that is not in ``known``; its message lists them."""
     return InputError(f"unknown {kind} {name!r}; choose one of: {', '.join(known)}")

@@ -1,6 +1,6 @@
-"""Losses as a sum and the weight to divide it by, so that parts of a batch add up exactly.
+"""Losses, returned as a sum and the weight to divide it by, so that parts of a batch add up exactly.
 
-Losses of pixels, and losses of each image's regions (Dice, Lovasz), which count by the image's valid pixels.
+Pixel losses (softmax, sigmoid, focal), and region losses of each image (Dice, Lovasz), weighted by its valid pixels.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ import optax
 from fcn_jax.errors import InputError, unknown
 
 IGNORE = 255
-"""Label of pixels that count neither in the loss nor in the scores, as in PASCAL VOC."""
+"""Label of pixels that are excluded from the loss and the scores, as in PASCAL VOC."""
 
 
 class LossSum(NamedTuple):
-    """A loss over some pixels; the mean loss of a global batch is the sum of totals over the sum of weights."""
+    """A loss over some pixels; the mean loss of a global batch is the sum of totals divided by the sum of weights."""
 
     total: jax.Array
     weight: jax.Array
@@ -79,7 +79,7 @@ REGION_LOSSES: dict[str, RegionLoss] = {"dice": _dice, "lovasz": _lovasz}
 
 
 def _hardest(pixel_loss: jax.Array, valid: jax.Array, fraction: float) -> jax.Array:
-    """Return the mask (b, h, w) of each image's ceil(fraction x valid) hardest pixels; ties with the last are in."""
+    """Return the mask (b, h, w) of each image's ceil(fraction x valid) hardest pixels, and any ties with the last."""
     flat = jnp.where(valid, jax.lax.stop_gradient(pixel_loss), -jnp.inf).reshape(len(valid), -1)
     keep = jnp.ceil(fraction * valid.reshape(len(valid), -1).sum(1)).astype(jnp.int32)
     descending = jnp.sort(flat, axis=1, descending=True)
@@ -97,8 +97,8 @@ def sum_pixels(
     """Sum a weighted combination of losses over the valid pixels.
 
     weight = sum of w[y] over pixels whose label y is not 255. A pixel loss has total = sum of w[y] loss. A region loss
-    is the mean over the classes in an image's truth, weighted by w, and counts by the image's own share of the weight.
-    Ignored labels are replaced before the loss is computed: optax gives NaN for 255, and NaN survives a mask.
+    is the mean over the classes in an image's labels, weighted by w, times the image's share of the weight. Ignored
+    labels are replaced before the loss is computed: optax returns NaN for 255, and NaN times zero is NaN.
 
     Args:
         terms: factor of each loss, by its name in ``LOSSES`` or ``REGION_LOSSES``.
@@ -106,8 +106,8 @@ def sum_pixels(
         labels: (b, h, w) integers.
         class_weights: (num_classes,), by default 1; total / weight is then the weighted mean of torch's
             CrossEntropyLoss.
-        hard_fraction: of the single pixel loss in ``terms``, keep this fraction of each image's valid pixels, those of
-            the largest loss. It goes by image, so that the split of a batch over devices does not change what is kept.
+        hard_fraction: fraction of each image's valid pixels to keep, those with the largest loss; only for a single
+            pixel loss. Pixels are chosen per image, so that splitting a batch over devices does not change the choice.
     """
     valid = labels != IGNORE
     safe = jnp.where(valid, labels, 0).astype(jnp.int32)
@@ -140,15 +140,15 @@ def _region_loss(
 
 
 def median_frequency_weights(pixels: np.ndarray, image_pixels: np.ndarray) -> np.ndarray:
-    """Return each class's weight: the median class frequency over its own.
+    """Return the class weights (num_classes,): the median class frequency divided by each class's own.
 
-    The frequency of a class is its pixels over all pixels of the images it occurs in; a class that never occurs
-    weighs 0.
+    The frequency of a class is the number of its pixels divided by that of all valid pixels in the images where it
+    occurs. A class that never occurs has weight 0.
     Source: Eigen & Fergus 2015, section 6.3.2; Badrinarayanan et al. 2017 (SegNet).
 
     Args:
-        pixels: (num_classes,) pixels of each class.
-        image_pixels: (num_classes,) valid pixels of the images where the class occurs.
+        pixels: (num_classes,) number of pixels of each class.
+        image_pixels: (num_classes,) number of valid pixels in the images where the class occurs.
     """
     occurs = pixels > 0
     frequency = np.divide(pixels, image_pixels, out=np.zeros(len(pixels)), where=occurs)
@@ -165,13 +165,13 @@ def make_loss(
     """Make the loss of a run: (logits (b, h, w, num_classes), labels (b, h, w)) -> ``LossSum``.
 
     Args:
-        kind: a key of ``LOSSES`` or ``REGION_LOSSES``, or the factors of several, as in {"softmax": 1, "dice": 0.5}.
+        kind: a key of ``LOSSES`` or ``REGION_LOSSES``, or factors by key, as in {"softmax": 1, "dice": 0.5}.
         class_weights: see ``sum_pixels``.
         hard_fraction: see ``sum_pixels``, in (0, 1].
         aux_weight: factor on the loss of an auxiliary head's logits, where the logits are a pair.
 
     Raises:
-        InputError: an unknown kind, a fraction outside (0, 1], or one below 1 for anything but one pixel loss.
+        InputError: unknown kind, a fraction outside (0, 1], or one below 1 without exactly one pixel loss.
     """
     terms = {kind: 1.0} if isinstance(kind, str) else dict(kind)
     for name in terms:
@@ -180,7 +180,9 @@ def make_loss(
     if not 0 < hard_fraction <= 1:
         raise InputError(f"expected 0 < hard_fraction <= 1, got {hard_fraction}; 1 keeps every pixel")
     if hard_fraction < 1 and not (len(terms) == 1 and terms.keys() <= LOSSES.keys()):
-        raise InputError(f"hard_fraction {hard_fraction} picks pixels of one pixel loss, got {', '.join(terms)}; set 1")
+        raise InputError(
+            f"hard_fraction {hard_fraction} needs a single pixel loss, got {', '.join(terms)}; set it to 1"
+        )
 
     def loss(logits: Any, labels: jax.Array) -> LossSum:
         if isinstance(logits, tuple):

@@ -1,4 +1,4 @@
-"""The paper's four scores and Dice from one integer confusion matrix: counts in, merged by adding, reduced once."""
+"""The paper's four scores and Dice from an integer confusion matrix; matrices of disjoint pixels add up."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Scores:
-    """Fractions in [0, 1]; NaN where there is nothing to score.
+    """Scores in [0, 1]; NaN where they are not defined.
 
     Source: Long, Shelhamer & Darrell 2015, section 5, with n_ij pixels of class i predicted as j and t_i = sum_j n_ij.
     """
@@ -20,9 +20,9 @@ class Scores:
     pixel_accuracy: float
     """sum_i n_ii / sum_i t_i."""
     mean_accuracy: float
-    """Mean of n_ii / t_i over the classes that occur in the truth."""
+    """Mean of n_ii / t_i over the classes that occur in the labels."""
     mean_iu: float
-    """Mean of the IU over the classes that occur in the truth or are predicted."""
+    """Mean of the IU over the classes that occur in the labels or are predicted."""
     frequency_weighted_iu: float
     """sum_i t_i IU_i / sum_i t_i."""
     per_class_iu: np.ndarray
@@ -34,7 +34,7 @@ class Scores:
         return 2 * self.per_class_iu / (1 + self.per_class_iu)
 
     def to_json(self) -> dict[str, Any]:
-        """Return plain numbers, NaN as None."""
+        """Return the scores, per-class Dice and mean Dice as JSON types, with NaN as None."""
         values = {
             **vars(self),
             "mean_dice": mean_of_defined(self.per_class_dice),
@@ -44,14 +44,14 @@ class Scores:
 
 
 def plain(value: Any) -> Any:
-    """Return a number, or an array's numbers as a list, NaN as None: what JSON can hold."""
+    """Convert a number or array to JSON types: a float or a nested list, with NaN as None."""
     if isinstance(value, np.ndarray):
         return [plain(each) for each in value]
     return None if np.isnan(value) else float(value)
 
 
 def mean_of_defined(values: np.ndarray) -> float:
-    """Return the mean of what is not NaN; NaN where all is."""
+    """Return the mean of the values that are not NaN; NaN if all are."""
     defined = values[~np.isnan(values)]
     return float(defined.mean()) if defined.size else np.nan
 
@@ -66,8 +66,8 @@ def confusion_matrix(labels: Any, predictions: Any, num_classes: int, ignore: in
         ignore: label of pixels that are not counted.
 
     Returns:
-        (num_classes, num_classes) int64, rows are truth; matrices of disjoint pixels add. Under ``jax.jit`` int32,
-        which holds the counts of fewer than 2^31 pixels; what is out of range is not counted there.
+        (num_classes, num_classes) int64, rows are labels. Under ``jax.jit`` int32, which holds counts of fewer than
+        2^31 pixels; values out of range are not counted there.
 
     Raises:
         ValueError: shapes differ, or a counted pixel has a label or prediction outside the classes.
@@ -76,7 +76,9 @@ def confusion_matrix(labels: Any, predictions: Any, num_classes: int, ignore: in
         return _confusion_traced(jnp.asarray(labels), jnp.asarray(predictions), num_classes, ignore)
     labels, predictions = np.asarray(labels), np.asarray(predictions)
     if labels.shape != predictions.shape:
-        raise ValueError(f"expected labels and predictions of one shape, got {labels.shape} and {predictions.shape}")
+        raise ValueError(
+            f"expected labels and predictions of the same shape, got {labels.shape} and {predictions.shape}"
+        )
     for what, values in (("labels", labels), ("predictions", predictions)):
         if values.size and not np.issubdtype(values.dtype, np.integer):
             raise ValueError(f"expected {what} to be integers, got {values.dtype}; take the argmax over classes first")
@@ -101,7 +103,7 @@ def _confusion_traced(labels: jax.Array, predictions: jax.Array, num_classes: in
 
 
 def scores(confusion: np.ndarray) -> Scores:
-    """Reduce a confusion matrix (num_classes, num_classes), rows are truth, to the paper's scores."""
+    """Reduce a confusion matrix (num_classes, num_classes), rows are labels, to the paper's scores."""
     confusion = np.asarray(confusion)
     hit = np.diag(confusion).astype(np.float64)
     truth = confusion.sum(1).astype(np.float64)

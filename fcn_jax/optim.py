@@ -1,4 +1,4 @@
-"""SGD with momentum or AdamW, weight decay, a schedule, and factors per parameter; all of it optax."""
+"""The optimiser, built from optax: SGD or AdamW, weight decay, a schedule, and factors per parameter."""
 
 from __future__ import annotations
 
@@ -17,8 +17,9 @@ SCHEDULES = ("fixed", "poly", "step")
 def make_schedule(config: OptimConfig, steps: int) -> optax.Schedule:
     """Make the learning rate as a function of the step.
 
-    "fixed": lr; "poly": lr (1 - step / steps)^power; "step": lr / 10 after every ``step_every`` of the run. A warmup
-    multiplies the schedule by a factor that climbs from 1 / warmup_steps to 1 over the first ``warmup_steps`` steps.
+    "fixed": lr; "poly": lr (1 - step / steps)^power; "step": lr is divided by 10 after every fraction
+    ``step_every`` of the run. A warmup multiplies the schedule by a factor that rises linearly from 1 / warmup_steps
+    to 1 over the first ``warmup_steps`` steps.
 
     Raises:
         InputError: an unknown schedule.
@@ -60,15 +61,15 @@ def make_optimizer(
 ) -> optax.GradientTransformation:
     """Make the optimiser: v <- momentum v + g + decay w; w <- w - lr v, with factors on lr and decay by parameter.
 
-    This is ``torch.optim.SGD``: the decay is added to the gradient, the learning rate stands outside the momentum
-    (Caffe has it inside; they part where the rate changes). With ``config.kind`` "adamw" it is ``optax.adamw``
-    with the same factors.
+    This is ``torch.optim.SGD``: the decay is added to the gradient, and the learning rate multiplies the momentum
+    buffer. Caffe applies it to the gradient instead, which differs once the rate changes. With ``config.kind`` "adamw"
+    it is ``optax.adamw`` with the same factors.
 
     Args:
         params: the parameters, for their names.
-        config: rates and factors, in the ranges that ``training.trainer.check_config`` checks.
+        config: rates and factors, in the ranges that ``training.config_checks`` checks.
         steps: length of the run, for the schedule.
-        freeze_stages: leave so many stages of the encoder as they are.
+        freeze_stages: number of encoder stages to freeze, from the first.
 
     Raises:
         InputError: an unknown schedule.

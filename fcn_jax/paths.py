@@ -1,4 +1,4 @@
-"""Paths that a user gives: on a disk, or on Google Cloud Storage through etils.epath."""
+"""User-supplied paths: local, or on Google Cloud Storage through etils.epath."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from fcn_jax.errors import InputError, check_local, first_line
 
 
 def is_remote(path: object) -> bool:
-    """Whether a path is one of Google Cloud Storage, gs://BUCKET/..."""
+    """Whether a path is on Google Cloud Storage, ``gs://BUCKET/...``."""
     return str(path).startswith("gs://")
 
 
 def to_path(given: str | os.PathLike[str], flag: str) -> Path:
-    """Return the path that a user gave, ``~`` expanded: a pathlib one, or for gs:// the epath one of the same methods.
+    """Return a user's path with ``~`` expanded: a ``pathlib.Path``, or for gs:// an ``epath.Path`` with its methods.
 
     Raises:
-        InputError: there can be no such path, gcsfs is missing, the bucket cannot be reached, or it is on another
-            object store.
+        InputError: the path is not valid or on another object store, gcsfs is missing, or the bucket cannot be
+            reached.
     """
     if not is_remote(given):
         check_local(given, flag)
@@ -37,27 +37,27 @@ def to_path(given: str | os.PathLike[str], flag: str) -> Path:
     remote = epath.Path(given)
     try:
         remote.exists()
-    except Exception as error:  # of gcsfs, google-auth and the HTTP client
+    except Exception as error:  # gcsfs, google-auth and the HTTP client have their own types
         way_out = "check the bucket's name and your credentials (gcloud auth application-default login)"
         raise InputError(f"{flag} {given}: cannot be reached ({first_line(error)}); {way_out}") from error
     return cast(Path, remote)
 
 
 def absolute(path: Path) -> Path:
-    """Return ``path.absolute()``; what is on an object store is absolute already, and epath does not know it."""
+    """Return ``path.absolute()``, but a gs:// path as it is: epath does not take it for absolute."""
     return path if is_remote(path) else path.absolute()
 
 
 def state_of(path: Path) -> str:
-    """Return a file's size and time of change; an OSError where it is missing."""
+    """Return a file's size and modification time as one string. Raises OSError if it is missing."""
     state: Any = path.stat()
     return f"{state.length}\0{state.mtime}" if is_remote(path) else f"{state.st_size}\0{state.st_mtime_ns}"
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write a file so that whoever reads it, after whatever happens, finds the old or the new one whole."""
+    """Write a text file atomically: even after a crash it holds the old or the new text, never a part."""
     if is_remote(path):
-        path.write_text(text)  # objects are written whole or not at all
+        path.write_text(text)  # object stores write atomically
         return
     partial = path.with_suffix(".partial")
     with partial.open("w") as file:

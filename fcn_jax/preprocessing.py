@@ -1,4 +1,4 @@
-"""From images to what the encoder was trained on. It belongs to the weights and travels with them."""
+"""Normalisation of images as in the encoder's training; weights files record which one they need."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ def _caffe(images: jax.Array) -> jax.Array:
 
 @dataclass(frozen=True)
 class Standardize:
-    """Each channel minus its mean, divided by its standard deviation: of images of any number of channels and bits."""
+    """Subtract each channel's mean and divide by its standard deviation; for any number of channels and bits."""
 
     mean: tuple[float, ...]
     std: tuple[float, ...]
     bits: int = 8
-    """Of the samples that these are of."""
+    """Bits per sample of the images, 8 or 16."""
 
     def __call__(self, images: jax.Array) -> jax.Array:
         """Return the standardised images (b, h, w, channels)."""
@@ -42,42 +42,42 @@ class Standardize:
 
 
 Preprocessing = str | Standardize
-"""A key of ``PREPROCESSINGS``, or the statistics of other images."""
+"""A key of ``PREPROCESSINGS``, or the statistics of images that are not 8-bit RGB."""
 
 PREPROCESSINGS: dict[str, Callable[[jax.Array], jax.Array]] = {"imagenet": _imagenet, "caffe": _caffe}
 MEAN_COLOURS: dict[str, tuple[int, int, int]] = {
     "imagenet": tuple(round(255 * value) for value in _IMAGENET_MEAN.tolist()),
     "caffe": tuple(round(value) for value in _CAFFE_BGR_MEAN[::-1].tolist()),
 }
-"""The 8-bit RGB colour nearest to zero after preprocessing: what padding is filled with."""
+"""The 8-bit RGB colour nearest to zero after preprocessing, used for padding."""
 
 
 def preprocessing_of(config: DataConfig) -> Preprocessing:
-    """Return what a run's images are normalised with."""
+    """Return the preprocessing of a run's images."""
     if config.channels is None:
         return config.preprocessing
     return Standardize(config.mean or (), config.std or (), config.bits or 8)
 
 
 def fill_color(preprocessing: Preprocessing) -> tuple[int, ...]:
-    """Return the value nearest to zero after preprocessing, in each channel: what padding is filled with."""
+    """Return the value of each channel that is nearest to zero after preprocessing, used for padding."""
     if isinstance(preprocessing, str):
         return MEAN_COLOURS[preprocessing]
     return tuple(round(value) for value in preprocessing.mean)
 
 
 def normalize(images: jax.Array, preprocessing: Preprocessing, dtype: jnp.dtype = jnp.float32) -> jax.Array:
-    """Normalise RGB images (b, h, w, 3) of values 0 ... 255, or others by their statistics, for the encoder.
+    """Normalise RGB images (b, h, w, 3) in 0 ... 255, or other images (b, h, w, c) by their statistics.
 
     Args:
-        images: 8-bit, or other numbers in 0 ... 255, which an interpolation may overshoot; the range is not checked
-            within ``jax.jit``.
+        images: uint8, or floats in 0 ... 255, which interpolation may overshoot slightly. Under ``jax.jit`` the range
+            is not checked.
         preprocessing: "imagenet" (RGB, mean and standard deviation of [0, 1] values), "caffe" (BGR minus its mean), or
             ``Standardize``, for which images are not checked.
-        dtype: of the result.
+        dtype: dtype of the result.
 
     Raises:
-        InputError: another preprocessing, or images of another dtype or range.
+        InputError: unknown preprocessing, or images of another dtype or range.
     """
     if isinstance(preprocessing, Standardize):
         return preprocessing(images.astype(dtype))

@@ -1,4 +1,4 @@
-"""Trained networks by one call: a published name, a weights file, a run's folder, or the hub."""
+"""Load a trained network from a published name, a file, a run or the Hugging Face hub, and predict with it."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from fcn_jax.preprocessing import Preprocessing, preprocessing_of
 
 @dataclass(frozen=True)
 class NetworkInfo:
-    """What one has to know of a trained network to use it."""
+    """What is needed to use a trained network besides its variables."""
 
     source: str
     class_names: tuple[str, ...]
@@ -35,34 +35,34 @@ class NetworkInfo:
     preprocessing: Preprocessing
     """A key of ``preprocessing.PREPROCESSINGS``, or the statistics of images that are not 8-bit RGB."""
     preprocessing_known: bool = True
-    """Whether the source or the caller says it."""
+    """Whether the source or the caller states it; otherwise imagenet is assumed."""
     input_size: tuple[int, int] | None = None
     """Height and width that images are resized to before the network; None: they keep their size."""
     step: int | None = None
-    """Of a run."""
+    """Training step of a run's checkpoint; None for other sources."""
     named: bool = True
-    """Whether the class names are the source's own, and not assumed."""
+    """Whether the class names are the source's own; otherwise they are assumed."""
     licence: str | None = None
     score: str | None = None
     """The published mean IoU, with its split."""
     notes: tuple[str, ...] = ()
-    """What was assumed because the source does not say it."""
+    """What was assumed because the source does not state it."""
 
 
 def from_pretrained(
     source: str | Path, *, model: str | None = None, preprocessing: str | None = None, checkpoint: str = "best"
 ) -> tuple[FCN, dict[str, Any], NetworkInfo]:
-    """Return a trained network, its variables, and what one has to know to use it.
+    """Return a trained network, its variables, and what is needed to use them (classes, preprocessing, input size).
 
     Args:
         source: a name of ``weights.PRETRAINED``, a weights file in any of ``weights.LAYOUTS``, a run's folder, or
-            ``hf://OWNER/REPO[@REVISION]``; files and folders on a disk or at ``gs://BUCKET/...``.
-        model: a name from the catalogue, for a file that may belong to several.
-        preprocessing: "imagenet" or "caffe", for a file that does not say it.
-        checkpoint: of a run: "best", "last", or a step's number.
+            ``hf://OWNER/REPO[@REVISION]``; files and folders are local or at ``gs://BUCKET/...``.
+        model: a key of ``models.MODELS``, for a file that fits several networks.
+        preprocessing: "imagenet" or "caffe", for a file that does not state it.
+        checkpoint: of a run: "best", "last", or a step number.
 
     Raises:
-        InputError: the source cannot be opened, holds an encoder alone, or does not say which network it is.
+        InputError: the source cannot be opened, holds only an encoder, or does not state which network it is.
     """
     name, entry = str(source), weights.PRETRAINED.get(str(source))
     folder = None if weights.is_published(name) else to_path(source, "source")
@@ -77,24 +77,24 @@ def from_pretrained(
     if info.layout is None:
         raise weights.unknown_layout(tensors)
     if info.fit is None and (info.layout != "fcn_jax" or model is None):
-        alone = "holds an encoder alone; start a run from it: train.py --init"
-        raise InputError(f"{name} {'does not say its network; give --model' if info.layout == 'fcn_jax' else alone}")
+        alone = "holds only an encoder; start a run from it: train.py --init"
+        raise InputError(f"{name} {'does not state its network; give --model' if info.layout == 'fcn_jax' else alone}")
     if info.fit is not None and model not in (None, *info.fit.models):
-        raise InputError(f"{name} is of {' or '.join(info.fit.models)}, not {model}; leave out --model {model}")
+        raise InputError(f"{name} belongs to {' or '.join(info.fit.models)}, not {model}; leave out --model {model}")
     network = model or (entry.network if entry else weights.only_model(name, info))
     options, num_classes = weights.source_options(info, network)
     if num_classes is None:
-        raise InputError(f"{name}: its score layer is missing; give a whole network's file")
+        raise InputError(f"{name}: its score layer is missing; give the file of a whole network")
     try:
         made = create_model(network, num_classes, **options)
     except InputError as error:
-        raise InputError(f"{name}: what its shapes say is no network: {error}") from error
+        raise InputError(f"{name}: its shapes match no network: {error}") from error
     like = jax.eval_shape(functools.partial(init_variables, made), jax.random.key(0))
     variables = weights.load(tensors, made, like)
     classes, notes = _classes(name, info, num_classes, named=entry is not None)
     chosen = preprocessing or info.preprocessing
     if chosen is None:
-        notes = (*notes, f"{name} does not say its preprocessing: imagenet is assumed")
+        notes = (*notes, f"{name} does not state its preprocessing: imagenet is assumed")
     about = NetworkInfo(
         source=name,
         preprocessing=chosen or "imagenet",
@@ -122,25 +122,25 @@ def predict(
     Args:
         model: from ``from_pretrained``, like the variables and ``info``.
         variables: its variables.
-        image: RGB, uint8 (h, w, 3); of a run on other images as those were, uint8 or uint16 (h, w, channels).
-        info: preprocessing, and the size that the network sees.
-        probabilities: return the softmax, in place of the classes.
-        confidence: return the classes and the softmax of each, in place of the classes alone.
+        image: RGB, uint8 (h, w, 3); for a network trained on other channels, uint8 or uint16 (h, w, channels).
+        info: its preprocessing and input size.
+        probabilities: return the softmax instead of the classes.
+        confidence: return each pixel's class together with its softmax.
         views: ``Views(scales, flip)`` over which the softmax is averaged.
-        mesh: of ``devices.pick_mesh``, as in "space=4": whole images are split over devices by rows.
+        mesh: from ``devices.pick_mesh``, as in "space=4", to split each image over devices by rows.
 
     Returns:
-        Classes uint8 (h, w); float32 (h, w, num_classes); or float32 (h, w, 2), class and softmax.
+        Classes uint8 (h, w); with ``probabilities`` float32 (h, w, num_classes); with ``confidence`` float32 (h, w, 2).
 
     Raises:
-        InputError: no such image, or a size that the network does not serve.
+        InputError: an image of another dtype or shape, or of a size that the network does not support.
     """
     is_rgb = isinstance(info.preprocessing, str)
     channels, bits = (
         (3, 8) if isinstance(info.preprocessing, str) else (len(info.preprocessing.mean), info.preprocessing.bits)
     )
     if probabilities and confidence:
-        raise InputError("probabilities hold the confidence; ask for one of them")
+        raise InputError("probabilities include the confidence; set only one of them")
     if (
         getattr(image, "dtype", None) != f"uint{bits}"
         or image.ndim != 3
@@ -159,7 +159,7 @@ def predict(
     return _one_size(model, info.preprocessing, output, views, mesh)(variables, resized, image.shape[:2])[0]
 
 
-# So that a program is compiled once for many images.
+# Cached, so that a program is compiled once for many images.
 @functools.lru_cache(maxsize=8)
 def _any_size(
     model: FCN, preprocessing: Preprocessing, output: Output, views: Views, mesh: Mesh | None
@@ -189,16 +189,16 @@ def _classes(name: str, info: weights.Info, count: int, named: bool) -> tuple[di
         return {**info.classes}, ()
     palette = io.palette(count)
     if count == len(voc.CLASSES):
-        note = f"{name} names no classes: PASCAL VOC's are assumed"
+        note = f"{name} has no class names: PASCAL VOC's are assumed"
         return {"class_names": voc.CLASSES, "palette": palette, "named": named}, (note,) * (not named)
     numbers = tuple(f"class {index}" for index in range(count))
     return {"class_names": numbers, "palette": palette, "named": False}, (
-        f"{name} names no classes: they are numbered",
+        f"{name} has no class names: classes are numbered",
     )
 
 
 def is_hub_folder(folder: Path) -> bool:
-    """Whether a folder is one of ``write_hub_files``, and no run's."""
+    """Whether ``write_hub_files`` wrote the folder's config.json, and not a run."""
     try:
         return json.loads((folder / "config.json").read_text()).get("library_name") == "fcn_jax"
     except (OSError, ValueError, AttributeError):
@@ -206,7 +206,7 @@ def is_hub_folder(folder: Path) -> bool:
 
 
 def check_hub_folder(folder: Path) -> None:
-    """Raise InputError where ``write_hub_files`` would overwrite what is not its own, or an edited model card."""
+    """Raise InputError if ``write_hub_files`` would overwrite another program's config.json, or any README.md."""
     if (folder / "config.json").exists() and not is_hub_folder(folder):
         raise InputError(f"{folder} has a config.json of something else; give another folder as --out")
     if (folder / "README.md").exists():

@@ -1,4 +1,4 @@
-"""Runs by name: what to train, where the recipe comes from, and the score its source reports."""
+"""Training recipes by name: the config, its source, and the score that the source reports."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ DEFAULT_RECIPE = "shapes"
 
 @dataclass(frozen=True)
 class Recipe:
-    """A run with its origin."""
+    """A config with its source and the score reported there."""
 
     name: str
     config: Config
@@ -88,7 +88,7 @@ _RECIPES = (
             optim=OptimConfig(lr=0.01, weight_decay=5e-4, schedule="poly", warmup_steps=20, clip_norm=5.0),
             train=TrainConfig(batch_size=8, epochs=50, eval_every=5, eval_batch_size=1),
         ),
-        source="this project, for images and masks of one's own; FCN-8s from ImageNet weights",
+        source="this project, for your own images and masks; FCN-8s from ImageNet weights",
         score="none: it is for your data (docs/own-data.md)",
         needs="--data.dir DIR",
     ),
@@ -127,7 +127,7 @@ _RECIPES = (
             optim=OptimConfig(lr=0.05, weight_decay=5e-4, schedule="poly", warmup_steps=100, clip_norm=5.0),
             train=TrainConfig(batch_size=8, epochs=110, eval_every=22, eval_batch_size=4),
         ),
-        source="this project: what two CPU cores train in 45 minutes; scores are of the full 360x480 labels",
+        source="this project: trains in 45 minutes on two CPU cores; scored on the full 360x480 labels",
         score="53.1 mean IoU on test, mean of two seeds (docs/camvid.md)",
         needs="--data.dir CAMVID",
     ),
@@ -159,8 +159,8 @@ _RECIPES = (
             optim=replace(_PAPER_OPTIM, lr=1e-4, momentum=0.9),
             train=TrainConfig(batch_size=20, epochs=175, eval_every=5, eval_batch_size=1),
         ),
-        source="Long, Shelhamer & Darrell 2015, section 4.3; here images are padded to 500x500 with ignored pixels, to "
-        "share a batch",
+        source="Long, Shelhamer & Darrell 2015, section 4.3; here images are padded to 500x500 with ignored pixels, "
+        "so that they fit in one batch",
         score="89.1/73.3/59.4/81.4 for 32s, 90.3/75.9/62.7/83.2 for 8s (Table 2)",
         needs="--data.dir ROOT",
     ),
@@ -181,8 +181,8 @@ _RECIPES = (
             optim=OptimConfig(lr=1e-4, weight_decay=1e-4, head_lr=10.0, schedule="poly", poly_power=0.9),
             train=TrainConfig(batch_size=4, epochs=60, eval_batch_size=1),
         ),
-        source="Tramac's awesome-semantic-segmentation-pytorch; scores here are of whole images over the whole set, "
-        "there of centre crops averaged by image",
+        source="Tramac's awesome-semantic-segmentation-pytorch; here scores are of whole images over the whole set, "
+        "there of centre crops, averaged over images",
         score="47.38 mean IoU, 87.12 pixel accuracy (a rerun; 48.87 and 85.02 in the repository's table)",
         needs="--data.dir ROOT",
     ),
@@ -204,8 +204,8 @@ _RECIPES = (
             optim=OptimConfig(lr=0.02, weight_decay=1e-4, schedule="poly", poly_power=0.9),
             train=TrainConfig(batch_size=32, epochs=30, eval_batch_size=1),
         ),
-        source="torchvision's references/segmentation; there on COCO with VOC's classes and the auxiliary head at ten "
-        "times the rate, here on SBD and at one rate",
+        source="torchvision's references/segmentation; there trained on COCO with VOC's classes and ten times the "
+        "learning rate for the auxiliary head, here on SBD with one learning rate",
         score="60.5 mean IoU on COCO val with VOC's classes for fcn_resnet50, 63.7 for fcn_resnet101",
         needs="--data.dir ROOT",
     ),
@@ -221,7 +221,7 @@ _RECIPES = (
             train=TrainConfig(batch_size=4, epochs=100, keep_every=5, pictures_every=20),
         ),
         source="gaussian37's notes: sigmoid BCE averaged over pixels and classes, checkpoints every 5 epochs, pictures "
-        "every 20 steps; argmax, where their text has argmin; batch and image size, which they do not give, are ours",
+        "every 20 steps; argmax, where their text has argmin; they give no batch and image size, so these are ours",
         score="none reported",
         needs="--data.dir FOLDER",
     ),

@@ -1,4 +1,4 @@
-"""The training step: (state, batch) -> (state, sums), pure, the same under pmap, jit on a mesh, or on one device."""
+"""The training step: a pure function (state, batch) -> (state, sums) for pmap, jit on a mesh, or one device."""
 
 from __future__ import annotations
 
@@ -17,26 +17,27 @@ Batch = Mapping[str, jax.Array]
 
 
 class TrainState(flax.struct.PyTreeNode):
-    """Everything that a step changes, and the key that it never does."""
+    """The state that a step updates, and the dropout key, which stays constant."""
 
     step: jax.Array
     params: Any
     batch_stats: Any
     opt_state: Any
     key: jax.Array
-    """Key data (uint32) of dropout; the key of a step is this folded with the step's number."""
+    """Key data (uint32) for dropout; every step folds in its number."""
 
 
 class StepSums(NamedTuple):
-    """What a step reports, over the global batch."""
+    """The results of a step, over the global batch."""
 
     loss: jax.Array
     """The training loss, the auxiliary head's share included."""
     pixels: jax.Array
     """Valid pixels, or the sum of their class weights."""
     grad_norm: jax.Array
+    """Global L2 norm of the gradient, before clipping."""
     finite: jax.Array
-    """Whether loss and gradient were; otherwise the step changed nothing but counters."""
+    """Whether loss and gradient were finite; if not, the step changed only counters."""
 
 
 AxisName = str | tuple[str, ...]
@@ -67,29 +68,30 @@ def make_train_step(
     pass_example_ids: bool = False,
     shard: Callable[[Callable[..., Any]], Callable[..., Any]] | None = None,
 ) -> TrainStep:
-    """Make the step.
+    """Make the training step.
 
-    The gradient of the *sum* of the loss is added up over accumulated parts and devices and divided by the weight of
-    the global batch once, so that devices with unequal numbers of ignored pixels count by pixels and not by device. A
-    step whose loss or gradient is not finite leaves parameters, statistics and momentum as they are.
+    The gradient of the *sum* of the loss is added up over accumulated parts and devices, then divided once by the
+    weight of the global batch. So each valid pixel counts equally, even if devices have unequal numbers of them. A step
+    whose loss or gradient is not finite leaves parameters, statistics and momentum unchanged.
 
     Args:
         apply_fn: ``apply_fn(variables, images, train=True, rngs={"dropout": key}, mutable=["batch_stats"])`` returns
             (logits (b, h, w, classes), updated collections), as ``flax.linen.Module.apply`` does; logits may be a
-            pair with those of an auxiliary head. A batch norm in it averages over ``axis_name`` itself.
+            pair with those of an auxiliary head. Its batch norm has to average over ``axis_name`` itself.
         optimizer: any optax transformation.
         loss: (logits, labels) -> ``LossSum``, see ``losses.make_loss``.
         reduction: "mean" over valid pixels of the global batch, or "sum" (the paper).
         accumulate: compute the batch in this many parts, one after the other. Part k has the examples whose index in
-            the global batch is k modulo the number of parts, for any number of devices. A batch norm normalises each
-            part by its own statistics (the running ones move once per part), so that only a model without it equals
-            the whole batch.
-        axis_name: the axis (or axes) of ``jax.pmap`` or ``jax.shard_map`` over which the batch is split; None where
-            every call has the global batch.
-        pass_example_ids: give ``apply_fn`` the keyword ``example_ids``, (b,) indices in the global batch, on which
-            dropout masks of this package's networks are keyed; otherwise its masks depend on the split.
-        shard: puts ``jax.shard_map`` over ``axis_name`` around (params, batch_stats, batch, key) -> global sums and
-            gradient alone, so that the step takes the global batch, and the optimiser a state that is sharded.
+            the global batch is k modulo the number of parts, for any number of devices. Batch norm normalises each part
+            by its own statistics and updates the running ones once per part, so that results equal those of the whole
+            batch only for a model without it.
+        axis_name: the axis (or axes) of ``jax.pmap`` or ``jax.shard_map`` over which the batch is split; None if
+            each call gets the global batch.
+        pass_example_ids: give ``apply_fn`` the keyword ``example_ids``, (b,) indices in the global batch, on which this
+            package's networks key their dropout masks. Without it the masks depend on how the batch is split.
+        shard: applies ``jax.shard_map`` over ``axis_name`` to the gradient alone, a function (params, batch_stats,
+            batch, key) -> (batch_stats, sums, gradient). The step then takes the global batch, and the optimiser's
+            state may be sharded.
 
     Returns:
         ``train_step(state, batch) -> (state, sums)``; ``batch`` is the device's part with an ``axis_name`` and no
@@ -140,7 +142,7 @@ def make_train_step(
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, StepSums]:
         key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
         batch_stats, sums, grads = global_gradient(state.params, state.batch_stats, dict(batch), key)
-        # A batch without a single valid pixel has no gradient; its step only decays and coasts.
+        # Without a valid pixel the gradient is zero: the step applies only weight decay and momentum.
         scale = 1.0 if reduction == "sum" else 1.0 / jnp.maximum(sums.weight, jnp.finfo(sums.weight.dtype).tiny)
         grads = jax.tree.map(lambda g: g * scale, grads)
         norm = optax.tree.norm(grads)
@@ -158,10 +160,10 @@ def make_train_step(
 
 
 def _unless(finite: jax.Array, new: TrainState, old: TrainState) -> TrainState:
-    """Take the new state where the step was finite, and otherwise the old one with the new counters."""
+    """Return the new state if the step was finite, otherwise the old one with the new counters."""
 
     def choose(new: jax.Array, old: jax.Array) -> jax.Array:
-        counter = jnp.issubdtype(new.dtype, jnp.integer)  # the schedule goes on
+        counter = jnp.issubdtype(new.dtype, jnp.integer)  # so that the schedule advances
         return new if counter else jnp.where(finite, new, old)
 
     return jax.tree.map(choose, new, old)

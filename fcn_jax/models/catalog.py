@@ -1,4 +1,4 @@
-"""Every network by name, how to build it, and how to make its variables."""
+"""The catalogue: build a network by name, and initialise its variables."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from fcn_jax.models.vgg import ENCODERS, STAGE_CHANNELS, VGGClassifier
 _SCORE_OPTIONS = frozenset(
     {"fc_features", "fc6_kernel", "pool", "dropout", "dropout_rate", "skip_scales", "skip_bias", "upsample_bias"}
 )
-# How a network is computed, which leaves its shapes and values as they are.
+# How a network is computed; its parameters and, up to rounding, its predictions do not depend on these.
 _COMPUTE_OPTIONS = frozenset(
     {"freeze_stages", "remat", "dtype", "param_dtype", "precision", "axis_name", "whole_gradients"}
 )
@@ -38,13 +38,13 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
     "dropout": ("element", "channel"),
     "precision": (None, "default", "high", "highest", *jax.lax.Precision),
 }
-# A file or a flag may ask for any size. These exceed every memory, and their shapes can still be computed.
+# Limits on sizes that a file or a flag asks for: beyond any memory, but shapes can still be computed.
 _WIDEST, _LARGEST, _LARGEST_KERNEL = 64, 2**20, 64
 
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """A named network: its family and what the name fixes."""
+    """A named network: its family, stride, and the options that the name fixes."""
 
     family: type[FCN]
     stride: int
@@ -62,11 +62,11 @@ MODELS = {
     "fcn32s_pad100": ModelSpec(Pad100FCN, 32, "the Caffe reference", {"crop": (5, 9, 19)}),
     "fcn16s_pad100": ModelSpec(Pad100FCN, 16, "the Caffe reference", {"crop": (5, 9, 27)}),
     "fcn8s_pad100": ModelSpec(Pad100FCN, 8, "the Caffe reference", {"crop": (5, 9, 31)}),
-    "fcn8s_pad100_atonce": ModelSpec(Pad100FCN, 8, "the reference trained in one go", _AT_ONCE),
-    "fcn32s_ladder": ModelSpec(LadderFCN, 32, "five learned rungs"),
-    "fcn16s_ladder": ModelSpec(LadderFCN, 16, "five learned rungs"),
-    "fcn8s_ladder": ModelSpec(LadderFCN, 8, "five learned rungs"),
-    "fcns_ladder": ModelSpec(LadderFCN, 2, "five rungs, skips from pool4 to pool1", {"skip_after_norm": True}),
+    "fcn8s_pad100_atonce": ModelSpec(Pad100FCN, 8, "the reference, all skips trained at once", _AT_ONCE),
+    "fcn32s_ladder": ModelSpec(LadderFCN, 32, "five 3x3 transposed convolutions"),
+    "fcn16s_ladder": ModelSpec(LadderFCN, 16, "five 3x3 transposed convolutions"),
+    "fcn8s_ladder": ModelSpec(LadderFCN, 8, "five 3x3 transposed convolutions"),
+    "fcns_ladder": ModelSpec(LadderFCN, 2, "the same, skips from pool4 to pool1", {"skip_after_norm": True}),
     "fcn32s_resize": ModelSpec(ResizeFCN, 32, "small head, bilinear interpolation"),
     "fcn16s_resize": ModelSpec(ResizeFCN, 16, "small head, bilinear interpolation"),
     "fcn8s_resize": ModelSpec(ResizeFCN, 8, "small head, bilinear interpolation"),
@@ -81,9 +81,9 @@ def create_model(name: str, num_classes: int, **options: Any) -> FCN:
     Args:
         name: a key of ``MODELS``: ``fcn8s``, ``fcn8s_pad100``, ``fcn8s_ladder``, ``fcn8s_resize`` ...
         num_classes: 1 to 255.
-        options: of the family, e.g. ``encoder="vgg19"``, ``encoder_norm="batch"``, ``width=0.25``,
-            ``dtype=jnp.bfloat16``. By default ``fc_features`` is 4096 x width, ``head_features`` a quarter of the
-            encoder's channels.
+        options: options of the family, e.g. ``encoder="vgg19"``, ``encoder_norm="batch"``, ``width=0.25``,
+            ``dtype=jnp.bfloat16``. By default ``fc_features`` is 4096 x width, and ``head_features`` a quarter of the
+            encoder's output channels.
 
     Returns:
         A ``flax.linen`` module: images (b, h, w, 3) -> logits (b, h, w, num_classes).
@@ -116,13 +116,13 @@ def create_model(name: str, num_classes: int, **options: Any) -> FCN:
 
 
 def describe_model(model: FCN) -> tuple[str, dict[str, Any]]:
-    """Return the name and the options that ``create_model`` makes this network of.
+    """Return the name and the options with which ``create_model`` builds this network.
 
-    Options of how it is computed (dtypes, precision, rematerialisation) are left out.
+    Options of how it is computed (dtypes, precision, rematerialisation, frozen stages) are left out.
     """
     specs = {name: spec for name, spec in MODELS.items() if type(model) is spec.family and model.stride == spec.stride}
     as_named = [name for name, spec in specs.items() if all(getattr(model, k) == v for k, v in spec.fixed.items())]
-    # The most specific name; with options that no name stands for, any of this stride.
+    # The most specific name or, if the options match none, any name of this family and stride.
     name = max(as_named or specs, key=lambda name: len(specs[name].fixed))
     options = sorted(_OPTIONS[type(model)] - _COMPUTE_OPTIONS)
     return name, {option: getattr(model, option) for option in options}
@@ -169,8 +169,8 @@ def init_variables(
 ) -> dict[str, Any]:
     """Make a network's variables: {"params": ...} and, where it has batch norm, {"batch_stats": ...}.
 
-    Convolutions start from He's normal distribution, score layers at zero, transposed convolutions of k = 2s
-    bilinear. ``image_size`` (height, width) is any that the model serves; no shape depends on it. The
-    first convolution has as many input channels as the images.
+    Convolutions are initialised from He's normal distribution, score layers at zero, and transposed convolutions of
+    kernel 2s at stride s bilinearly. ``image_size`` (height, width) may be any that the model supports; no parameter's
+    shape depends on it. ``channels`` is the number of the images' channels.
     """
     return dict(jax.jit(model.init)(key, jnp.zeros((1, *image_size, channels), model.dtype)))

@@ -31,11 +31,11 @@ def encoder_stage(names: Sequence[str]) -> int:
 
 
 class FCN(nn.Module):
-    """What all families have: the encoder and how to compute.
+    """Base class of all families: the encoder, and how to compute.
 
-    Every family maps normalised images (b, h, w, 3) to logits (b, h, w, num_classes). With ``train`` batch norm takes
-    the batch's statistics, and dropout a "dropout" key and ``example_ids`` (b,), positions in the global batch, by
-    default 0 ... b - 1. An InputError where its options do not serve the images' size.
+    Every family maps normalised images (b, h, w, 3) to logits (b, h, w, num_classes), and raises InputError for an
+    image size that its options do not support. With ``train``, batch norm uses the batch's statistics, and dropout
+    needs a "dropout" key and ``example_ids`` (b,), positions in the global batch, by default 0 ... b - 1.
     """
 
     num_classes: int
@@ -45,7 +45,7 @@ class FCN(nn.Module):
     encoder_norm: Literal["batch"] | None = None
     width: float = 1.0
     freeze_stages: int = 0
-    """Stages of the encoder, from its first, that stay as they are: no gradient, and the running statistics."""
+    """Number of encoder stages to freeze, from the first: no gradient, and batch norm uses running statistics."""
     remat: bool = False
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
@@ -71,7 +71,7 @@ class FCN(nn.Module):
 
 
 class ScoreFCN(FCN):
-    """The networks of the paper: 1x1 score layers on fc7, pool4 and pool3, transposed convolutions of k = 2s."""
+    """The networks of the paper: 1x1 score layers on fc7, pool4 and pool3, transposed convolutions of kernel 2s."""
 
     fc_features: int = 4096
     fc6_kernel: int = 7
@@ -92,13 +92,13 @@ class ScoreFCN(FCN):
         return conv(self.num_classes, 1, self.compute, bias=bias, zero=True, name=name)
 
     def make_upsampling(self, name: str, factor: int, padding: int = 0) -> TransposedConv:
-        """Make a transposed convolution of k = 2s."""
+        """Make a transposed convolution of kernel 2s at stride s = ``factor``."""
         n, bias = self.num_classes, self.upsample_bias
         return TransposedConv(n, 2 * factor, factor, self.compute, padding=padding, use_bias=bias, name=name)
 
 
 class SameFCN(ScoreFCN):
-    """Family `same`: nothing is padded beyond SAME, so upsampled maps are at least as large as what they are added to.
+    """Family `same`: SAME padding, so that upsampled maps are at least as large as the skips they are added to.
 
     Sources: the paper without the reference's margin of 100; with ``fc6_kernel=1`` the Boostcamp notes.
     """
@@ -124,7 +124,7 @@ class SameFCN(ScoreFCN):
 
 
 class Pad100FCN(ScoreFCN):
-    """Family `pad100`: the Caffe reference. conv1_1 pads by 100, the rest is VALID, and crops line the maps up again.
+    """Family `pad100`: the Caffe reference. conv1_1 pads by 100 pixels, fc6 is VALID, and crops align the maps.
 
     Sources: ``voc-fcn8s/net.py`` of the reference and pytorch-fcn; with ``pool="floor"`` Fanrencli's "FCN (2015)".
     """
@@ -156,10 +156,11 @@ class Pad100FCN(ScoreFCN):
 
 
 class LadderFCN(FCN):
-    """Family `ladder`: five learned 3x3 stride-2 rungs from pool5 to full size, each ReLU and BN, and a 1x1 classifier.
+    """Family `ladder`: five 3x3 stride-2 transposed convolutions from pool5 to full size, then a 1x1 classifier.
 
-    In 32s, 16s and 8s a skip is added between ReLU and BN of its rung; in FCNs (stride 2: pool4 ... pool1) after the
-    BN. Images are zero-padded at the bottom and right to multiples of 32 and the logits cut back.
+    ReLU and batch norm follow each transposed convolution. In 32s, 16s and 8s a skip is added between the two; in FCNs
+    (stride 2, skips from pool4 to pool1) after batch norm. Images are zero-padded at the bottom and right to multiples
+    of 32, and the logits are cropped back.
     Sources: pochih's FCN-pytorch and the FCN1 notes, which run at multiples of 32.
     """
 
@@ -187,13 +188,13 @@ class LadderFCN(FCN):
 
 
 class InterpolatedFCN(FCN):
-    """The networks that interpolate scores bilinearly: a small head, in training with an auxiliary one by option."""
+    """Networks that interpolate scores bilinearly: a small head and, optionally in training, an auxiliary one."""
 
     head_features: int = 128
     dropout: Literal["element", "channel"] = "element"
     dropout_rate: float = 0.1
     aux_head: bool = False
-    # Not options of a network, but what its family is: the stride of the first score map, and which pixels line up.
+    # Constants of the family, not options: the stride of the coarsest score map, and how interpolation aligns pixels.
     coarsest = 32
     align_corners = True
 
@@ -201,7 +202,7 @@ class InterpolatedFCN(FCN):
 class ResizeFCN(InterpolatedFCN):
     """Family `resize`: a small head on pool5, interpolated bilinearly to the exact size of each finer map.
 
-    Corners are aligned. Images with a side below 32 are zero-padded to 32 and the logits cut back.
+    Corners are aligned. Images with a side below 32 are zero-padded to 32, and the logits are cropped back.
     Source: ``core/models/fcn.py`` of awesome-semantic-segmentation-pytorch (Tramac).
     """
 
@@ -212,7 +213,7 @@ class ResizeFCN(InterpolatedFCN):
         """Return the logits (b, h, w, num_classes); see ``FCN``.
 
         With ``aux_head``, training returns (logits, auxiliary logits), both of the image's size. Without ``merge`` the
-        result is the list of score maps at strides 32, 16 and 8, as far as the network has them.
+        result is the list of score maps, before interpolation, at those of the strides 32, 16 and 8 that it has.
         """
         _, h, w, _ = images.shape
         size = max(h, 32), max(w, 32)
@@ -255,7 +256,7 @@ class DilatedFCN(InterpolatedFCN):
     def __call__(
         self, images: jax.Array, train: bool = False, example_ids: jax.Array | None = None, merge: bool = True
     ) -> Any:
-        """Return the logits (b, h, w, num_classes); see ``ResizeFCN``, whose score map of stride 8 alone is here."""
+        """Return the logits (b, h, w, num_classes); see ``ResizeFCN``; the only score map has stride 8."""
         _, h, w, _ = images.shape
         resnet = ResNet(RESNETS[self.encoder], self.compute, self.width, self.remat, self.freeze_stages, name="resnet")
         layer3, layer4 = resnet(images.astype(self.dtype), train)
@@ -286,10 +287,10 @@ def _crop(x: jax.Array, offset: int, size: tuple[int, ...]) -> jax.Array:
 
 
 def map_sides(model: FCN, n: Any) -> tuple[list[Any], list[Any]]:
-    """List the sides of the maps, finest first, for images of side n (int or array).
+    """Return the sides of the feature maps, finest first, for images of side n (int or array).
 
     Returns:
-        What convolutions read and write, and what transposed convolutions read.
+        Sides of the maps that convolutions read and write, and of those that transposed convolutions read.
     """
     ceil = isinstance(model, ScoreFCN) and model.pool == "ceil"
     if isinstance(model, DilatedFCN):
@@ -310,7 +311,7 @@ def map_sides(model: FCN, n: Any) -> tuple[list[Any], list[Any]]:
 
 
 def serves(model: FCN, n: int) -> bool:
-    """Tell whether a network returns n logits for an image side of n pixels."""
+    """Return whether a network supports images with a side of n pixels."""
     if isinstance(model, SameFCN) and model.pool == "floor":
         return n > 0 and n % 32 == 0
     if not isinstance(model, Pad100FCN):
@@ -327,19 +328,19 @@ def serves(model: FCN, n: int) -> bool:
 
 
 def check_size(model: FCN, size: tuple[int, int]) -> None:
-    """Raise InputError where a network does not serve images of this height and width, naming sizes that work."""
+    """Raise InputError if a network does not support this (height, width); the message names sizes that work."""
     for what, n in zip(("height", "width"), size, strict=True):
         if serves(model, n):
             continue
         if not isinstance(model, Pad100FCN):
             raise InputError(
                 f"expected height and width to be multiples of 32 with pool='floor', got {size[0]}x{size[1]}; "
-                "use pool='ceil', which serves every size"
+                "use pool='ceil', which supports every size"
             )
         far = [r for r in range(32) if serves(model, 1024 + r)]
         near = sorted((m for m in range(1, n + 65) if serves(model, m)), key=lambda m: abs(m - n))[:2]
         raise InputError(
-            f"{what} {n} is not served with pool={model.pool!r} and crop={model.crop}: it serves sides n with "
+            f"{what} {n} is not supported with pool={model.pool!r} and crop={model.crop}: supported are sides n with "
             f"n mod 32 in {far or 'no class'}, near {n}: {sorted(near) or 'none'}; "
-            "change the size or the crop, or use pool='ceil' with the default crop, which serves every size"
+            "change the size or the crop, or use pool='ceil' with the default crop, which supports every size"
         )

@@ -1,7 +1,7 @@
 """Kernels that are faster than XLA's own on the CPU, behind one switch: ``cpu_kernels``.
 
-They compute the same sums as plain JAX, which is the default on every platform, in another order and with derivatives
-of their own: reverse mode only. Dimensions are b h w c; a kernel's height and width are k and k'.
+The default on every platform is plain JAX. The kernels compute the same sums in another order, and define their own
+gradients, in reverse mode only. Dimensions are b h w c; a kernel's height and width are k and k'.
 """
 
 from __future__ import annotations
@@ -18,30 +18,30 @@ import numpy as np
 
 Padding = tuple[tuple[int, int], ...]
 
-# Part of the key of jit's cache: a function that was traced within the context is traced anew outside of it.
+# Part of the key of jit's cache: a function traced within the context is traced again outside of it.
 _CPU_KERNELS: Any = jax.make_user_context(default_value=None)
 
 
 @contextmanager
 def cpu_kernels(enabled: bool = True) -> Iterator[None]:
-    """Trace the networks with the CPU's kernels: faster there, and differentiable once, in reverse mode.
+    """Use the CPU kernels in what is traced within this context: faster, and differentiable once, in reverse mode.
 
-    For programs that are compiled for the CPU. The context also decorates a function that is to be traced. Within
-    ``cpu_kernels(False)`` they stay off, whatever is entered there.
+    Only for programs that are compiled for the CPU. It also works as a decorator. Within ``cpu_kernels(False)`` they
+    stay off, even in a nested ``cpu_kernels(True)``.
     """
     with _CPU_KERNELS(enabled and _CPU_KERNELS.value is not False):
         yield
 
 
 def cpu_kernels_enabled() -> bool:
-    """Tell whether what is traced now may use the CPU's kernels."""
+    """Return whether the CPU kernels are enabled for what is traced now."""
     return bool(_CPU_KERNELS.value)
 
 
 def _with_cpu_kernels(
     plain: Callable[..., jax.Array], forward: Callable[..., jax.Array], gradients: Callable[..., Any]
 ) -> Callable[..., jax.Array]:
-    """Return an operation that is ``plain``, with other kernels within ``cpu_kernels``.
+    """Return an operation that runs ``plain`` or, within ``cpu_kernels``, ``forward`` and ``gradients``.
 
     ``plain`` and ``forward``: (x, kernel, geometry, precision) -> y, the last two hashable; ``gradients``:
     (x, kernel, dy, geometry, precision) -> (dx, dkernel).
@@ -60,7 +60,7 @@ def _with_cpu_kernels(
 
 # Convolution at stride 1
 
-# Pixels of a block in the gradient of the kernel: 64 channels of it stay in a core's cache.
+# Pixels per block in the gradient of the kernel: with 64 channels a block fits into a core's cache.
 _BLOCK_PIXELS = 4096
 _NHWC = ("NHWC", "HWIO", "NHWC")
 
@@ -77,18 +77,18 @@ def conv2d(
     dimension_numbers: Any = _NHWC,
     precision: Any = None,
 ) -> jax.Array:
-    """Convolve as ``jax.lax.conv_general_dilated``, whose signature it has.
+    """Convolve as ``jax.lax.conv_general_dilated``, with the same signature.
 
     Args:
         x: (b, h, w, c_in).
         kernel: (k, k', c_in / groups, c_out).
-        strides: of the output; like dilations and groups, other than 1 they have no kernel for the CPU.
+        strides: of the output. Strides, dilations or groups other than 1 always run plain JAX.
         padding: "SAME", "VALID", or ((top, bottom), (left, right)).
-        lhs_dilation: of x.
-        rhs_dilation: of the kernel.
-        feature_group_count: the groups.
+        lhs_dilation: dilation of x.
+        rhs_dilation: dilation of the kernel.
+        feature_group_count: number of groups.
         dimension_numbers: NHWC, HWIO, NHWC, as lax or Flax write them.
-        precision: of the products, see ``jax.lax.Precision``.
+        precision: precision of the products, see ``jax.lax.Precision``.
 
     Returns:
         (b, h', w', c_out); at stride 1 y[p, q] = sum over i, j of x[p + i - top, q + j - left] kernel[i, j].
@@ -117,7 +117,7 @@ def _conv_product(x: jax.Array, kernel: jax.Array, padding: Padding, precision: 
 
 
 def _has_few_pixels(y: Any, kernel: jax.Array, share: float) -> bool:
-    """Tell whether all patches under the kernel are at most ``share`` of the kernel's size, or need no copy (1x1)."""
+    """Return whether the patches have at most ``share`` of the kernel's elements, or need no copy (1x1)."""
     b, h, w, c_out = y.shape
     return kernel.shape[:2] == (1, 1) or b * h * w <= share * c_out
 
@@ -128,7 +128,7 @@ def _conv_cpu(x: jax.Array, kernel: jax.Array, padding: Padding, precision: Any)
 
 
 def _conv_gradients_cpu(x: jax.Array, kernel: jax.Array, dy: jax.Array, padding: Padding, precision: Any) -> Any:
-    # Up to here the product reads the kernel as it is, where a convolution needs it flipped and transposed.
+    # Up to this size use the product: it reads the kernel as it is, and a convolution has to flip and transpose it.
     conv = _conv_product if _has_few_pixels(dy, kernel, 4) else _conv_plain
     (dx,) = jax.vjp(lambda x: conv(x, kernel, padding, precision), x)[1](dy)
     if _has_few_pixels(dy, kernel, 1 / 4):
@@ -139,7 +139,7 @@ def _conv_gradients_cpu(x: jax.Array, kernel: jax.Array, dy: jax.Array, padding:
 
 
 def _shifted(x: jax.Array, axis: int, margins: list[tuple[int, int]], along: int) -> jax.Array:
-    """Return copies of x, each padded by its margins (below zero: cut) on one axis, side by side along another."""
+    """Return copies of x, each padded (cropped if negative) by its margins on one axis, concatenated along another."""
 
     def pad(low: int, high: int) -> jax.Array:
         config = [(low, high, 0) if a == axis else (0, 0, 0) for a in range(x.ndim)]
@@ -173,7 +173,7 @@ def _gradient_kernel_by_rows(
     def add_block(total: jax.Array, block: jax.Array) -> tuple[jax.Array, None]:
         xs = jax.lax.dynamic_slice_in_dim(x, block * rows, rows + k - 1, axis=1)
         dys = jax.lax.dynamic_slice_in_dim(dy, block * rows, rows, axis=1).transpose(1, 0, 2, 3)
-        # The barriers keep XLA from computing the copies anew, element by element, inside of what reads them.
+        # The barriers keep XLA from fusing the copies into their consumers, which would recompute each element.
         xs = jax.lax.optimization_barrier(xs.transpose(3, 1, 0, 2))
         if shift_x:
             xs = _shifted(xs, 3, [(left - j, right - (taps - 1 - j)) for j in range(taps)], 0)
@@ -201,12 +201,12 @@ def _gradient_kernel_by_rows(
 _conv = _with_cpu_kernels(_conv_plain, _conv_cpu, _conv_gradients_cpu)
 
 
-# The products of a transposed convolution. All cells at once are as large as the output; one row phase at a time stays
-# in the cache, and comes out of the product as rows of the output.
+# The products of a transposed convolution. All cells at once are as large as the output. One row phase at a time stays
+# in the cache, and its product is already rows of the output.
 
 
 class Window(NamedTuple):
-    """The output as a part of all cells' pixels, after ``padding`` rows and columns."""
+    """The part of all cells' pixels that is the output: it starts after ``padding`` rows and columns."""
 
     padding: int
     height: int
@@ -217,10 +217,10 @@ def multiply_phases(patches: jax.Array, kernel: jax.Array, window: Window, preci
     """Multiply patches by the phases of a kernel and arrange the products as pixels; see ``upsample.transposed_conv``.
 
     Args:
-        patches: (b, rows, columns, n), of every cell the input pixels that it meets.
-        kernel: (s, n, s c), of every row phase the taps for all column phases.
-        window: the output's, which is (b, height, width, c).
-        precision: of the products.
+        patches: (b, rows, columns, n), for each cell the input pixels that contribute to it.
+        kernel: (s, n, s c), for each row phase the taps of all column phases.
+        window: of the output (b, height, width, c).
+        precision: precision of the products.
     """
     return _phases(patches, kernel, window, precision)
 
@@ -237,7 +237,7 @@ def _phases_plain(patches: jax.Array, kernel: jax.Array, window: Window, precisi
 
 
 def _has_whole_cells(patches: jax.Array, kernel: jax.Array, window: Window) -> bool:
-    """Tell whether the output has equally many rows of every phase and lies within the cells, as it does for k = 2s."""
+    """Return whether the output has equally many rows of each phase and lies within the cells, as for k = 2s."""
     _, rows, columns, _ = patches.shape
     s = kernel.shape[0]
     padding, height, width = window
@@ -266,7 +266,7 @@ def _phases_by_row(patches: jax.Array, kernel: jax.Array, window: Window, precis
 
         def write(out: jax.Array, row: Any, of_cells: jax.Array = of_cells) -> tuple[jax.Array, None]:
             index, taps = row
-            # The barrier keeps XLA from working the product into the copy, element by element.
+            # The barrier keeps XLA from fusing the product into the copy, element by element.
             pixels = jax.lax.optimization_barrier(jnp.matmul(of_cells, taps, precision=precision))
             pixels = pixels.reshape(b, count, columns * s * c)[:, :, padding * c : (padding + width) * c]
             return jax.lax.dynamic_update_slice_in_dim(out, pixels[:, :, None], index, axis=2), None
@@ -296,7 +296,7 @@ def _phases_gradients_by_row(
             index, taps = row
             pixels = jax.lax.dynamic_slice_in_dim(dy, index, 1, axis=2)[:, :, 0]
             pixels = jnp.pad(pixels, ((0, 0), (0, 0), margin)).reshape(b * count * columns, s * c)
-            # Both products read this copy; without the barrier each makes its own.
+            # Both products read this copy; without the barrier each would make its own.
             pixels = jax.lax.optimization_barrier(pixels)
             part = jnp.matmul(pixels, taps.T, precision=precision, preferred_element_type=dtype)
             return total + part, jnp.matmul(transposed, pixels, precision=precision)

@@ -21,7 +21,7 @@ class Compute:
     """How layers compute: the dtypes of activations and of parameters, and the matmul precision.
 
     ``axis_name`` is the axis of ``jax.pmap`` or ``jax.shard_map`` that batch-norm statistics are averaged over; None
-    where the batch is global already.
+    if the batch is already global.
     """
 
     dtype: Any = jnp.float32
@@ -29,11 +29,11 @@ class Compute:
     precision: Any = None
     axis_name: str | tuple[str, ...] | None = None
     whole_gradients: bool = False
-    """Compute the gradients of parameters in ``param_dtype``, where XLA adds them up over devices."""
+    """Compute the gradients of parameters in ``param_dtype``, so that XLA also sums them over devices in it."""
 
     @property
     def product_dtype(self) -> Any:
-        """The dtype that kernels and biases are taken in; results are in ``dtype``."""
+        """The dtype to which kernels and biases are cast; results are in ``dtype``."""
         return jnp.promote_types(self.dtype, self.param_dtype) if self.whole_gradients else self.dtype
 
 
@@ -55,10 +55,11 @@ def conv(
     kind: type[Conv] | None = None,
     name: str | None = None,
 ) -> Any:
-    """Make a convolution of a kernel x kernel window.
+    """Make a convolution with a ``kernel`` x ``kernel`` window.
 
-    ``padding`` is pixels added on every side, "SAME" or "VALID". The kernel starts from He's normal distribution or at
-    ``zero``, as the paper has it for score layers; the bias starts at zero. ``kind`` is the module's class.
+    ``padding`` is pixels added on every side, "SAME" or "VALID". The kernel is initialised from He's normal
+    distribution or, with ``zero``, at zero, as score layers in the paper; the bias at zero. ``kind`` is the module's
+    class.
     """
     return (kind or Conv)(
         features,
@@ -77,7 +78,7 @@ def conv(
 
 
 class Conv(nn.Conv):
-    """A convolution by ``conv2d``, whose result may have a smaller dtype than its products."""
+    """A convolution through ``kernels.conv2d``, whose result may have a narrower dtype than its products."""
 
     result_dtype: Any = None
 
@@ -95,19 +96,19 @@ class Conv(nn.Conv):
 
 
 class PooledConv(Conv):
-    """A convolution of which only the pooled maxima are used.
+    """A convolution that is always followed by max pooling.
 
-    A bias moves all pixels of a window alike, so its gradient is the sum over the pooled map: the whole map, four times
-    larger, need not be read for it. ``__call__`` alone gives the bias no gradient: ``max_pool`` has to follow.
+    A bias shifts all pixels of a window equally, so its gradient is the sum over the pooled map, which has a quarter of
+    the pixels. ``__call__`` alone gives the bias no gradient: ``max_pool`` has to follow.
     """
 
     def param(self, name: str, *args: Any, **options: Any) -> Any:
-        """Return a parameter; the bias is a constant to the convolution itself."""
+        """Return a parameter; the convolution itself treats the bias as a constant."""
         value = super().param(name, *args, **options)
         return jax.lax.stop_gradient(value) if name == "bias" else value
 
     def max_pool(self, y: jax.Array, mode: Literal["ceil", "floor"]) -> jax.Array:
-        """Pool what ``__call__`` returned, and add zero with the gradient of the bias."""
+        """Pool the result of ``__call__``, and add a zero that carries the gradient of the bias."""
         bias: jax.Array = self.get_variable("params", "bias").astype(self.dtype)
         return (max_pool(y, mode) + (bias - jax.lax.stop_gradient(bias))).astype(y.dtype)
 
@@ -117,7 +118,7 @@ class BatchNorm(nn.Module):
 
     In training: y = (x - mean) / sqrt(var + 1e-5) * scale + bias with the mean and biased variance of the *global*
     batch, and running <- 0.9 running + 0.1 batch, of the unbiased variance (differs from ``flax.linen.BatchNorm``,
-    equals ``torch.nn.BatchNorm2d``). Otherwise the running statistics are used. They are in float32 or better.
+    equals ``torch.nn.BatchNorm2d``). Otherwise the running statistics are used. Statistics are in float32 or better.
     """
 
     compute: Compute
@@ -140,7 +141,7 @@ class BatchNorm(nn.Module):
         else:
             mean, var = running_mean.value, running_var.value
         factor = jax.lax.rsqrt(var + 1e-5) * scale
-        # The gradient of the mean is that of the bias times -factor: by way of this zero it costs no sum of its own.
+        # The gradient of the mean is -factor times that of the bias. This term, which is zero, saves a sum of its own.
         centre = jax.lax.stop_gradient(mean)
         y = (x - centre) * factor + (bias - (mean - centre) * factor)
         return y.astype(compute.dtype)
@@ -153,22 +154,23 @@ class BatchNorm(nn.Module):
         if self.compute.axis_name is not None:
             count = count * jax.lax.axis_size(self.compute.axis_name)
             mean = jax.lax.pmean(mean, self.compute.axis_name)
-        # By way of the constant the gradient needs no sum over x - mean, which is zero; what is subtracted is zero too,
-        # with its first derivative, and the second derivative needs it.
+        # With a constant here the gradient skips the sum of x - mean, which is zero. The square that is
+        # subtracted below and its first derivative are zero too; the second derivative needs it.
         constant = jax.lax.stop_gradient(mean)
         var = jnp.mean(jnp.square(x - constant), axes)
         if self.compute.axis_name is not None:
             var = jax.lax.pmean(var, self.compute.axis_name)
         var = var - jnp.square(mean - constant)
-        # One value has no unbiased variance: torch refuses such a batch, here it counts as zero.
+        # A single value has no unbiased variance: torch raises an error, here it is zero.
         return mean, var, var * (count / max(count - 1, 1))
 
 
 class Dropout(nn.Module):
     """Zero activations with probability ``rate`` and scale the rest by 1 / (1 - rate).
 
-    Masks are keyed per example, by the "dropout" key and the example's id, so that splitting a batch over devices or
-    into parts changes nothing. ``unit``: an "element" (Caffe) or a whole "channel" (``torch.nn.Dropout2d``) is dropped.
+    Masks are keyed per example, by the "dropout" key and the example's id, so that they do not depend on how a batch is
+    split over devices or parts. ``unit`` is what is dropped: an "element" (Caffe) or a whole "channel"
+    (``torch.nn.Dropout2d``).
     """
 
     rate: float

@@ -13,7 +13,7 @@ from fcn_jax.models.layers import BatchNorm, Compute, conv, scaled
 
 # Blocks per stage: He, Zhang, Ren & Sun 2016, Table 1.
 RESNETS: dict[str, tuple[int, ...]] = {"resnet50": (3, 4, 6, 3), "resnet101": (3, 4, 23, 3)}
-# Of the 3x3 convolutions of each stage: the first block's stride and dilation, and the dilation of the others.
+# Of each stage's 3x3 convolutions: stride and dilation in the first block, and dilation in the others.
 GEOMETRY = ((1, 1, 1), (2, 1, 1), (1, 1, 2), (1, 2, 4))
 
 
@@ -55,7 +55,7 @@ class ResNet(nn.Module):
     remat: bool = False
     """Recompute the activations of a block in the backward pass instead of keeping them."""
     freeze_stages: int = 0
-    """As of ``FCN``; stage 1 is the 7x7 convolution."""
+    """See ``FCN``; stage 1 is the 7x7 convolution."""
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> tuple[jax.Array, jax.Array]:

@@ -1,4 +1,4 @@
-"""The layer table of a network: output shapes, parameters, FLOPs, from a trace of shapes."""
+"""The layer table of a network: output shapes, parameters and FLOPs, without computing anything."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ def summarize(model: FCN, image_size: tuple[int, int], batch: int = 1) -> list[L
     """List the layers with parameters in the order in which they run, for images of ``image_size`` (height, width).
 
     A multiplication and an addition count as two FLOPs. A transposed convolution counts the products of its definition
-    (every input pixel meets the whole kernel once); pooling, ReLU and interpolation are left out.
+    (every input pixel times the whole kernel, once); pooling, ReLU and interpolation are left out.
 
     Raises:
-        InputError: the model does not serve this size.
+        InputError: the model does not support this size.
     """
     rows: list[LayerRow] = []
 

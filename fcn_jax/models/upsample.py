@@ -1,6 +1,6 @@
-"""Upsampling: transposed convolution with its bilinear start, and bilinear interpolation.
+"""Upsampling: transposed convolution with bilinear initialisation, and bilinear interpolation.
 
-Output pixels that share their *phase*, the remainder of their position by the stride s, meet the same ceil(k / s) taps
+Output pixels that share their *phase*, the remainder of their position by the stride s, use the same ceil(k / s) taps
 of a kernel of side k per axis. A *cell* is an s x s block of output pixels, one of each phase. So a transposed
 convolution is a convolution at stride 1 from input pixels to cells, without inserted zeros.
 """
@@ -21,17 +21,17 @@ from fcn_jax.models.layers import Compute
 def transposed_conv(
     x: jax.Array, kernel: jax.Array, stride: int, padding: int = 0, output_padding: int = 0, precision: Any = None
 ) -> jax.Array:
-    """Convolve with the stride on the output side, as ``torch.nn.functional.conv_transpose2d``.
+    """Transposed convolution, as ``torch.nn.functional.conv_transpose2d``.
 
     out[o] = sum over i of x[i] kernel[o + padding - i stride], per axis.
 
     Args:
         x: (b, h, w, c_in); the result has its dtype.
-        kernel: (k, k, c_in, c_out), in that dtype or a wider one, in which products are computed then.
+        kernel: (k, k, c_in, c_out), in the dtype of x or a wider one; products are computed in the dtype of kernel.
         stride: the factor s of the upsampling.
-        padding: rows and columns cut from every side of the full output.
+        padding: rows and columns cropped from every side of the full output.
         output_padding: rows and columns kept beyond that at the bottom and right.
-        precision: of the products, see ``jax.lax.Precision``.
+        precision: precision of the products, see ``jax.lax.Precision``.
 
     Returns:
         (b, h', w', c_out) with h' = (h - 1) s - 2 padding + k + output_padding, and w' likewise.
@@ -45,7 +45,7 @@ def transposed_conv(
         margins = [(k - 1 - padding, k - 1 - padding + output_padding)] * 2
         return _conv(x, kernel[::-1, ::-1], margins, precision, (stride, stride))
     if stride == 2 and k % 2 and padding <= k - 2:
-        return _doubled(x, kernel, padding, (out_h, out_w), precision)  # its phases differ in their taps
+        return _doubled(x, kernel, padding, (out_h, out_w), precision)  # phases have different numbers of taps
     taps = -(-k // stride)
     short = taps * stride - k
     kernel = jnp.pad(kernel, ((0, short), (0, short), (0, 0), (0, 0)))
@@ -66,7 +66,7 @@ def _conv(x: jax.Array, kernel: jax.Array, margins: Any, precision: Any, dilatio
 def _by_cells(
     x: jax.Array, kernel: jax.Array, stride: int, padding: int, size: tuple[int, int], precision: Any
 ) -> jax.Array:
-    """Convolve at stride 1 to all pixels of a cell, and put them in their places; ``size`` is h', w'.
+    """Compute all pixels of a cell by one convolution at stride 1, then rearrange them; ``size`` is h', w'.
 
     With p = d s + e: out[n s + r] = sum over t of x[n + d - t] kernel[t s + r + e], per axis. Where e > 0, t starts at
     -1, and the kernel gets s - e zeros in front.
@@ -81,15 +81,15 @@ def _by_cells(
     rows, columns = (-(-n // s) for n in size)
     margins = [(taps - 1 - shift, cells - n + shift) for cells, n in ((rows, h), (columns, w))]
     cells = _conv(x, kernel, margins, precision).reshape(-1, rows, columns, s, s, c_out)
-    # The columns of a row are put in order by a product with ones and zeros, which is exact: compilers for TPUs then
-    # keep them side by side in memory, where a transposition leaves the few classes there, padded to 128.
+    # A product with a 0-1 matrix, which is exact, puts the columns of a row in order. The TPU compiler then makes
+    # columns the innermost axis in memory; with a transposition it is the few classes, padded to 128.
     order = jnp.eye(columns * s, dtype=x.dtype).reshape(-1, columns, s)
     y = jnp.einsum("Wwq,bhwrqc->bhrWc", order, cells, precision=jax.lax.Precision.HIGHEST)
     return y.reshape(-1, rows * s, columns * s, c_out)[:, : size[0], : size[1]]
 
 
 def _doubled(x: jax.Array, kernel: jax.Array, padding: int, size: tuple[int, int], precision: Any) -> jax.Array:
-    """Convolve with stride 2 on the output side and an odd kernel, each phase by itself.
+    """Compute a transposed convolution of stride 2 with an odd kernel, one convolution per phase.
 
     out[2 n + q] = sum over t of x[n + d - t] kernel[2 t + r] with q + padding = 2 d + r, per axis: a convolution of x
     with the taps r, r + 2, ... in reverse. ``size`` is h', w'; padding is at most k - 2.
@@ -127,7 +127,7 @@ def bilinear_init(key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float
 
 
 class TransposedConv(nn.Module):
-    """A transposed convolution with PyTorch's geometry, bilinear at the start or, without ``bilinear``, He normal."""
+    """A transposed convolution with PyTorch's geometry, initialised bilinearly or, without ``bilinear``, He normal."""
 
     features: int
     kernel_size: int
@@ -171,8 +171,8 @@ def resize_bilinear(
 ) -> jax.Array:
     """Resize x (b, h, w, c) bilinearly to ``size`` (height, width), as two matrix products.
 
-    Equal to ``torch.nn.functional.interpolate(mode="bilinear")``: either the centres of the corner pixels line up, or
-    the edges of the images.
+    Equal to ``torch.nn.functional.interpolate(mode="bilinear")``. With ``align_corners`` the centres of the corner
+    pixels are aligned, otherwise the edges of the images.
     """
     rows = jnp.asarray(_interpolation(x.shape[1], size[0], align_corners), x.dtype)
     columns = jnp.asarray(_interpolation(x.shape[2], size[1], align_corners), x.dtype)

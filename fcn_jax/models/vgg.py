@@ -1,4 +1,4 @@
-"""VGG: the encoder of the networks, and the classifier that its published weights were trained as."""
+"""VGG: the encoder of the networks, and the classifier that its published weights come from."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ STAGE_CHANNELS = (64, 128, 256, 512, 512)
 
 
 class VGG(nn.Module):
-    """The encoder: five stages of 3x3 convolutions, plain or each with batch norm, closed by a 2x2 max pooling.
+    """The encoder: five stages of 3x3 convolutions, optionally with batch norm, each ending in a 2x2 max pooling.
 
     Source: Simonyan & Zisserman 2015; the order conv, BN, ReLU is torchvision's (``models/vgg.py``).
     """
@@ -38,7 +38,7 @@ class VGG(nn.Module):
     remat: bool = False
     """Recompute the activations of a stage in the backward pass instead of keeping them."""
     freeze_stages: int = 0
-    """As of ``FCN``."""
+    """See ``FCN``."""
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> tuple[jax.Array, ...]:
@@ -79,7 +79,7 @@ def _bins(size: int, bins: int) -> np.ndarray:
 
 
 def adaptive_average_pool(x: jax.Array, size: tuple[int, int]) -> jax.Array:
-    """Average x (b, h, w, c) over bins to (b, *size, c); bins overlap where sides do not divide, or repeat pixels.
+    """Average x (b, h, w, c) over bins to (b, *size, c); bins overlap or repeat pixels where sides do not divide.
 
     Source: ``torch.nn.AdaptiveAvgPool2d`` (``aten/native/AdaptiveAveragePooling.cpp``).
     """
@@ -109,7 +109,7 @@ class VGGClassifier(nn.Module):
 
     @nn.compact
     def __call__(self, images: jax.Array, train: bool = False, example_ids: jax.Array | None = None) -> jax.Array:
-        """Return the logits (b, num_classes) of normalised images (b, h, w, 3) of sides from 32 up."""
+        """Return the logits (b, num_classes) of normalised images (b, h, w, 3), with sides of at least 32."""
         compute = Compute(self.dtype, self.param_dtype, self.precision)
         vgg = VGG(ENCODERS[self.encoder], compute, self.encoder_norm, self.width, "floor", name="vgg")
         pool5 = adaptive_average_pool(vgg(images.astype(self.dtype), train)[-1], (7, 7))

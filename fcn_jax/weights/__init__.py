@@ -1,4 +1,4 @@
-"""Weights in and out: files and state dicts to variables, and back to torch."""
+"""Load weights from files and state dicts into Flax variables, and save them, also for torch."""
 
 from fcn_jax.weights.layouts import LAYOUTS
 from fcn_jax.weights.load import (

@@ -1,6 +1,6 @@
-"""Weights of .caffemodel files, in both generations of the format: the FCN authors' and VGG's.
+"""Read weights from .caffemodel files, in the old and the new format (the FCN authors' and VGG's).
 
-The few messages that are needed are built here; their fields' numbers are those of ``caffe.proto``.
+Only the protobuf messages that are needed are defined here, with the field numbers of ``caffe.proto``.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from fcn_jax.errors import InputError, first_line
 
 _SIDES = {"num": 1, "channels": 2, "height": 3, "width": 4}
 # Message -> field -> number, type (a message's name, or of FieldDescriptorProto), and whether it is repeated. Numbers
-# of a blob are declared as bytes, which is the same on the wire as a packed list and is not copied number by number.
+# of a blob are declared as bytes: on the wire these equal a packed list, and need no copy number by number.
 _MESSAGES: dict[str, dict[str, tuple[int, str, bool]]] = {
     "BlobShape": {"dim": (1, "TYPE_INT64", True)},
     "BlobProto": {
@@ -42,7 +42,7 @@ _LINEAR = ("InnerProduct", 14)  # the layer's type in the new format, and its nu
 
 @functools.cache
 def net_parameter() -> Any:
-    """Build the class of NetParameter."""
+    """Build the protobuf message class NetParameter."""
     from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
 
     file = descriptor_pb2.FileDescriptorProto(name="fcn_jax/caffe.proto", package="fcn_jax.caffe", syntax="proto2")
@@ -66,11 +66,11 @@ def net_parameter() -> Any:
 def read_caffe(path: Path) -> dict[str, np.ndarray]:
     """Return ``LAYER.weight`` and ``LAYER.bias`` of every layer with weights.
 
-    Convolutions (out, in, k, k), transposed convolutions (in, out, k, k), linear layers (out, in), vectors (c,): the
-    axes of torch. Scale layers have one weight for each channel, or one alone.
+    Axes are torch's: convolutions (out, in, k, k), transposed convolutions (in, out, k, k), linear layers (out, in),
+    vectors (c,). Scale layers have one weight per channel, or a single one.
 
     Raises:
-        InputError: not a whole file of Caffe's, or layers with other blobs than these.
+        InputError: not a complete Caffe file, or a layer with other blobs than a weight and a bias.
     """
     from google.protobuf.message import DecodeError
 
@@ -96,7 +96,7 @@ def read_caffe(path: Path) -> dict[str, np.ndarray]:
 def _array(blob: Any, leaf: str, linear: bool, what: str) -> np.ndarray:
     if blob.HasField("shape"):
         shape = tuple(blob.shape.dim)
-    else:  # the older format has four sides, ones in front
+    else:  # the old format always has four sides, padded with ones in front
         sides = (blob.num, blob.channels, blob.height, blob.width)
         shape = sides[-1:] if leaf == "bias" else sides[-2:] if linear else sides
     data, dtype = (blob.double_data, "<f8") if blob.double_data else (blob.data, "<f4")

@@ -1,4 +1,4 @@
-"""Weights from a source to variables: strict, shape-checked, and accounting for every tensor on both sides."""
+"""Load weights into variables: strict and shape-checked, with a report on every parameter and tensor."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from fcn_jax.weights.layouts.layout import Fit, Layout, Network, check_fit, enco
 from fcn_jax.weights.names import COUNTER, Parameter, conversion, from_torch, list_parameters, widen
 from fcn_jax.weights.sources import Source, TensorInfo, Tensors, open_source
 
-_FIRST = ("vgg.conv1_1.weight", "resnet.conv1.weight")  # which see the image
+_FIRST = ("vgg.conv1_1.weight", "resnet.conv1.weight")  # the first convolutions
 _ENCODERS = tuple(f"{scope}." for scope in ENCODER_SCOPES)
 
 
@@ -30,40 +30,40 @@ class Info:
     """What a source holds."""
 
     layout: str | None
-    """A key of ``LAYOUTS``, or None where no layout has such names."""
+    """A key of ``LAYOUTS``, or None if no layout matches the names."""
     variant: str | None
-    """The encoder, inferred from names and shapes: ``vgg16``, ``vgg16_bn`` ...; None where that fails."""
+    """The encoder, inferred from names and shapes: ``vgg16``, ``vgg16_bn`` ...; None if that fails."""
     preprocessing: str | None
-    """What the weights were trained with, "imagenet" or "caffe"; None: unknown."""
+    """Preprocessing in training, "imagenet" or "caffe"; None: unknown."""
     tensors: dict[str, TensorInfo]
     fit: Fit | None = None
-    """The network that the weights belong to; None: an encoder, or unknown."""
+    """The network that the weights belong to; None: only an encoder, or unknown."""
     unwrapped: tuple[str, ...] = ()
     """See ``Tensors``."""
     classes: dict[str, Any] | None = None
-    """What ``save`` recorded of the classes: "class_names", "palette", "input_size"; None: nothing."""
+    """What ``save`` recorded about the classes: "class_names", "palette", "input_size"; None: nothing."""
 
 
 @dataclass(frozen=True)
 class Report:
-    """What became of every parameter of the network and of every tensor of the source."""
+    """How every parameter of the network was filled, and how every tensor of the source was used."""
 
     layout: str
     preprocessing: str | None
     filled: dict[str, str] = field(default_factory=dict)
-    """Parameter -> the tensor it was filled from, in the layout's order."""
+    """Parameter -> the tensor that it was loaded from, in the layout's order."""
     left: dict[str, str] = field(default_factory=dict)
     """Parameter that keeps its value -> why."""
     ignored: dict[str, str] = field(default_factory=dict)
     """Tensor that is not used -> why."""
     converted: dict[str, str] = field(default_factory=dict)
-    """Parameter that was filled -> how its array was turned."""
+    """Loaded parameter -> how its array was converted."""
     unwrapped: tuple[str, ...] = ()
     """See ``Tensors``."""
 
 
 def inspect(source: Source) -> Info:
-    """Describe what a source holds, without a network.
+    """Describe what a source holds, without building a network.
 
     Raises:
         InputError: the source cannot be opened, or its metadata is damaged.
@@ -77,7 +77,9 @@ def inspect(source: Source) -> Info:
         return Info(None, None, stated, tensors.infos, unwrapped=tensors.unwrapped)
     layout, shapes = LAYOUTS[name], tensors.shapes
     fit = layout.fit(shapes) if layout.fit else _saved_fit(tensors)
-    if fit and tensors.metadata.get("format") == "caffe":  # which has the at-once scales as layers
+    if (
+        fit and tensors.metadata.get("format") == "caffe"
+    ):  # a Caffe file has at-once scales as layers, so without these it is the plain network
         fit = replace(fit, models=fit.models[:1])
     classes = _saved_classes(tensors, fit.num_classes if fit else None)
     variant = layout.encoder(shapes) if layout.encoder else fit.encoder if fit else None
@@ -86,7 +88,7 @@ def inspect(source: Source) -> Info:
 
 
 def _saved_classes(tensors: Tensors, count: int | None) -> dict[str, Any] | None:
-    """Return what ``save`` recorded of so many classes in a file's metadata, if anything."""
+    """Return what ``save`` recorded about ``count`` classes in a file's metadata, if anything."""
     if "classes" not in tensors.metadata:
         return None
     try:
@@ -94,18 +96,18 @@ def _saved_classes(tensors: Tensors, count: int | None) -> dict[str, Any] | None
         names, palette, size = (saved[key] for key in ("class_names", "palette", "input_size"))
         colours = np.asarray(palette, np.uint8)
         if colours.shape != (len(names), 3) or not all(isinstance(name, str) for name in names):
-            raise ValueError("names and colours do not go together")
+            raise ValueError("names and colours do not match")
         if count not in (None, len(names)):
             raise ValueError(f"{len(names)} names for {count} classes")
         if size is not None and not (len(size) == 2 and all(type(n) is int and 0 < n <= 2**20 for n in size)):
-            raise ValueError(f"no size: {size}")
+            raise ValueError(f"not an input size: {size}")
         return {
             "class_names": tuple(names),
             "palette": tuple(map(tuple, colours.tolist())),
             "input_size": None if size is None else tuple(size),
         }
     except (ValueError, KeyError, TypeError, IndexError, OverflowError, RecursionError) as error:
-        wrong = f"its metadata describes no classes ({error})"
+        wrong = f"its metadata has no valid classes ({error})"
         raise InputError(f"{tensors.origin}: {wrong}; write the file again") from error
 
 
@@ -117,18 +119,18 @@ def _saved_fit(tensors: Tensors) -> Fit | None:
         saved = json.loads(tensors.metadata["model"])
         options = {key: tuple(v) if isinstance(v, list) else v for key, v in saved["options"].items()}
         known = describe_model(create_model(saved["name"], saved["num_classes"], **options))[1]
-        for option in options.keys() - known.keys():  # such as dtype, which no file records
+        for option in options.keys() - known.keys():  # such as dtype, which files do not record
             raise unknown(f"option of {saved['name']}", option, known)
         return Fit((saved["name"],), saved["num_classes"], options)
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
-        wrong = f"its metadata describes no network that this version knows ({error})"
+        wrong = f"its metadata names a network that this version does not know ({error})"
         raise InputError(f"{tensors.origin}: {wrong}; write the file again") from error
 
 
 def source_options(info: Info, name: str) -> tuple[dict[str, Any], int | None]:
-    """Return the options of ``create_model`` for a source's own network, as far as they are known, and its classes.
+    """Return the known options of ``create_model`` for a source's network, and its number of classes, if known.
 
-    ``name`` is the network to create; there are no options where the source's weights belong to another.
+    ``name`` is the network to create; if the source's weights belong to another, there are no options.
     """
     if info.layout == "fcn_jax" and info.fit is None and name in MODELS:  # one of our .pth files
         scores = (info.tensors.get(f"{layer}.weight") for layer in ("score_fr", "head.score", "classifier"))
@@ -143,7 +145,7 @@ def source_options(info: Info, name: str) -> tuple[dict[str, Any], int | None]:
 
 
 def _sizes(info: Info, name: str) -> dict[str, Any]:
-    """Infer the options that the shapes of a published network's file say: width and features."""
+    """Infer options from the shapes in a published network's file: width, features and the side of fc6's kernel."""
     layout = LAYOUTS[info.layout or "fcn_jax"]
     assert info.fit is not None
     model = create_model(name, info.fit.num_classes or 1, **info.fit.options)
@@ -161,17 +163,17 @@ def _sizes(info: Info, name: str) -> dict[str, Any]:
 
 
 def unknown_layout(tensors: Tensors) -> InputError:
-    """Return the error for names that no layout has."""
+    """Return the error for tensor names that match no layout."""
     sample = ", ".join(list(tensors.infos)[:3])
     return InputError(f"{tensors.origin}: no known layout has names like {sample}; known: {', '.join(LAYOUTS)}")
 
 
 def only_model(source: str, info: Info) -> str:
-    """Return the network that a source's weights belong to; an InputError where there are several, or none is known."""
+    """Return the network that a source's weights belong to. Raises InputError if there are several or none is known."""
     if info.fit is None:
-        raise InputError(f"{source} is no single network's; give --model")
+        raise InputError(f"{source} does not determine a network; give --model")
     if len(info.fit.models) > 1:
-        raise InputError(f"{source} may be of {' or '.join(info.fit.models)}; give --model")
+        raise InputError(f"{source} may belong to {' or '.join(info.fit.models)}; give --model")
     return info.fit.models[0]
 
 
@@ -182,7 +184,7 @@ def load(
     allow_missing: Iterable[str] = (),
     allow_unexpected: Iterable[str] = (),
 ) -> dict[str, Any]:
-    """Return variables filled from a source; the ones given are not changed. See ``load_with_report``."""
+    """Return variables loaded from a source; the given ones are not modified. See ``load_with_report``."""
     return load_with_report(source, model, variables, allow_missing, allow_unexpected)[0]
 
 
@@ -193,17 +195,17 @@ def load_with_report(
     allow_missing: Iterable[str] = (),
     allow_unexpected: Iterable[str] = (),
 ) -> tuple[dict[str, Any], Report]:
-    """Fill a network's variables from a source and account for every parameter and tensor.
+    """Load a network's variables from a source, and report on every parameter and tensor.
 
-    A source that holds an encoder and nothing else leaves all other layers of an FCN at their values.
+    If a source holds only an encoder, all other layers of an FCN keep their values.
 
     Args:
         source: see ``open_source``; in any of ``LAYOUTS``.
         model: the network that the variables belong to.
         variables: {"params": ...[, "batch_stats": ...]}, from ``init_variables``.
         allow_missing: glob patterns of parameters (``score_*``, ``head.fc6.weight``) that may keep their values.
-        allow_unexpected: glob patterns of the source's tensors that may go unused. A tensor of another shape is passed
-            over where both allow it.
+        allow_unexpected: glob patterns of the source's tensors that may go unused. A tensor of the wrong shape is
+            skipped if both patterns allow it.
 
     Returns:
         New variables in the dtypes of the given ones, and the report.
@@ -216,7 +218,7 @@ def load_with_report(
     info = inspect(tensors)
     if info.layout is None:
         raise unknown_layout(tensors)
-    # A single pattern given as a string would otherwise be read letter by letter.
+    # A single pattern given as a string would otherwise be iterated by character.
     may_miss, may_stay = ([p] if isinstance(p, str) else list(p) for p in (allow_missing, allow_unexpected))
     _check_network(tensors.origin, info, model, partial=bool(may_miss or may_stay))
     report = Report(info.layout, info.preprocessing, unwrapped=tensors.unwrapped)
@@ -226,7 +228,7 @@ def load_with_report(
 
 
 def _check_network(origin: str, info: Info, model: Network, partial: bool) -> None:
-    # Under our own names, what the caller allows to differ may come from any network that shares the rest.
+    # With our own names, the allowed differences may come from any network that shares the rest.
     if info.fit is not None and not (partial and info.layout == "fcn_jax"):
         return check_fit(f"{origin} ({info.layout})", info.fit, model, partial)
     wanted = encoder_name(model.encoder, model.encoder_norm)
@@ -237,7 +239,7 @@ def _check_network(origin: str, info: Info, model: Network, partial: bool) -> No
 
 @dataclass
 class _Loading:
-    """Takes tensors by the layout's names and accounts for everything in ``report``."""
+    """Loads tensors by the layout's names, and records everything in ``report``."""
 
     tensors: Tensors
     layout: Layout
@@ -245,14 +247,14 @@ class _Loading:
     may_miss: list[str]
     may_stay: list[str]
     is_network: bool
-    """Whether the source is known to be a whole network, so that nothing of it may be missing."""
+    """Whether the source is known to be a whole network, of which nothing may be missing."""
     report: Report
     values: dict[tuple[str, ...], Any] = field(default_factory=dict)
     sought: dict[str, str] = field(default_factory=dict)
     """Parameter -> the first tensor that may fill it."""
 
     def fill(self, parameters: list[Parameter]) -> None:
-        """Fill ``values``; raise where something does not fit, is missing or is unexpected."""
+        """Fill ``values``; raise InputError if a tensor does not fit, is missing or is unexpected."""
         pairs = [(p, f"{theirs}.{p.leaf}") for p, theirs in pair_up(self.layout, self.model, parameters)]
         for parameter, theirs in pairs:
             self.sought.setdefault(parameter.name, theirs)
@@ -266,15 +268,15 @@ class _Loading:
         if missing:
             names = [(p.name, self.sought.get(p.name, p.name)) for p in missing]
             listed = [name if name == theirs else f"{name} ({theirs})" for name, theirs in names]
-            hint = self._renaming(missing, unexpected) or "where that is meant, name them in allow_missing"
+            hint = self._renaming(missing, unexpected) or "if that is intended, name them in allow_missing"
             raise self._error("are missing", listed, hint)
         if unexpected:
-            raise self._error("are unexpected", unexpected, "where that is meant, name them in allow_unexpected")
+            raise self._error("are unexpected", unexpected, "if that is intended, name them in allow_unexpected")
 
     def _take(self, parameter: Parameter, theirs: str) -> str | None:
-        """Take one tensor; return what is wrong with its shape."""
+        """Load one tensor; return what is wrong with its shape, or None."""
         name, report = parameter.name, self.report
-        # fc6 and fc7 of an FCN may have another size than the classifier's.
+        # fc6 and fc7 of an FCN may differ in size from the classifier's.
         optional = self.layout.encoder_only and isinstance(self.model, FCN) and name.startswith("head.")
         if optional and parameter.leaf == "bias" and f"{parameter.module}.weight" in report.left:
             report.left[name] = report.ignored[theirs] = "its weight does not fit"
@@ -301,11 +303,11 @@ class _Loading:
         elif np.array_equal(self.values[parameter.path], value):
             report.ignored[theirs] = f"a copy of {report.filled[name]}"
         else:
-            raise InputError(f"{self.tensors.origin}: {theirs} and {report.filled[name]} should be equal and differ")
+            raise InputError(f"{self.tensors.origin}: {theirs} and {report.filled[name]} should be equal but differ")
         return None
 
     def _cast(self, theirs: str, value: np.ndarray, parameter: Parameter) -> np.ndarray:
-        """Return the values in the parameter's dtype; refuse non-floats, infinities and negative variances."""
+        """Cast to the parameter's dtype; reject non-floats, NaN, infinities and negative variances."""
         if not jnp.issubdtype(value.dtype, jnp.floating):
             wrong = f"{value.dtype}, expected floats; use the original file"
         elif not np.isfinite(value).all():
@@ -323,7 +325,7 @@ class _Loading:
     def _explain_parameters(self, parameters: dict[str, Parameter]) -> list[Parameter]:
         """Record why parameters were not filled; return those that should have been."""
         report, missing = self.report, []
-        # Whether the source is, say, the state dict of `vgg16().features`.
+        # Whether the source is only an encoder, e.g. the state dict of `vgg16().features`.
         names = {name for name in self.tensors.infos if not name.endswith(f".{COUNTER}")}
         of_encoder = {theirs for name, theirs in report.filled.items() if name.startswith(_ENCODERS)}
         encoder_alone = isinstance(self.model, FCN) and not self.is_network and names <= of_encoder
@@ -331,9 +333,9 @@ class _Loading:
             if name in report.filled or name in report.left:
                 continue
             if encoder_alone and not name.startswith(_ENCODERS):
-                report.left[name] = "the source holds an encoder alone"
+                report.left[name] = "the source holds only an encoder"
             elif name not in self.sought and self.layout.encoder_only:
-                report.left[name] = "the layout has no place for it"
+                report.left[name] = "the layout has no name for it"
             elif _any(name, self.may_miss):
                 report.left[name] = "missing, allowed"
             else:
@@ -356,7 +358,7 @@ class _Loading:
                     wrong = f"{theirs} is {found[0]:g}, the model has {expected:g}"
                     raise InputError(f"{self.tensors.origin}: {wrong}; create it with these skip_scales")
             elif _any(theirs, self.layout.unused):
-                report.ignored[theirs] = "the network has no place for it"
+                report.ignored[theirs] = "the network has no layer for it"
             elif _any(theirs, self.may_stay):
                 report.ignored[theirs] = "unexpected, allowed"
             else:
@@ -364,7 +366,7 @@ class _Loading:
         return unexpected
 
     def _renaming(self, missing: list[Parameter], unexpected: list[str]) -> str | None:
-        """Return a hint where every missing tensor has one unexpected that it may have been renamed to."""
+        """Return a hint if every missing tensor may have been renamed to an unexpected one of its shape."""
         renamed: dict[str, str] = {}
         for parameter in missing:
             same = (n for n in unexpected if n not in renamed and self.tensors.shapes[n] == parameter.torch_shape)

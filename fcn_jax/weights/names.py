@@ -1,4 +1,4 @@
-"""Names and axes: what a Flax variable is called in torch, and how its axes are ordered."""
+"""Convert names and axes of arrays between Flax and torch."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 from flax import traverse_util
 
 COUNTER = "num_batches_tracked"
-"""What torch keeps beside the statistics of a batch norm; no network here uses it."""
+"""The step counter of torch's batch norm; no network here uses it."""
 LEAVES = ("weight", "bias", "running_mean", "running_var")
 """A module's tensors in the order of its state dict."""
 _TORCH_LEAF = {"kernel": "weight", "scale": "weight", "bias": "bias", "mean": "running_mean", "var": "running_var"}
@@ -49,7 +49,7 @@ class Parameter:
 
     @property
     def torch_shape(self) -> tuple[int, ...]:
-        """The shape that torch keeps it in."""
+        """Its shape in torch."""
         if len(self.shape) != 4:
             return self.shape
         h, w, i, o = self.shape
@@ -57,29 +57,29 @@ class Parameter:
 
 
 def list_parameters(variables: Mapping[str, Any]) -> list[Parameter]:
-    """List the arrays of {"params": ...[, "batch_stats": ...]}; other collections are passed over."""
+    """List the arrays of {"params": ...[, "batch_stats": ...]}; other collections are ignored."""
     flat = traverse_util.flatten_dict({key: dict(variables.get(key, {})) for key in ("params", "batch_stats")})
     return [Parameter(path, tuple(value.shape), value.dtype) for path, value in flat.items()]
 
 
 def to_torch_axes(parameter: Parameter, value: np.ndarray, linear: bool = False) -> np.ndarray:
-    """Turn a Flax array to torch's axes.
+    """Convert a Flax array to torch's axes.
 
     Returns:
         Convolution (k, k, in, out) to (out, in, k, k) or, with ``linear``, to (out, in k k) of ``torch.nn.Linear``;
-        transposed convolution (k, k, in, out) to (in, out, k, k); a vector as it is.
+        transposed convolution (k, k, in, out) to (in, out, k, k); a vector is unchanged.
     """
     if value.ndim == 4:
         value = value.transpose((2, 3, 0, 1) if parameter.transposed else (3, 2, 0, 1))
         if linear:
             value = value.reshape(value.shape[0], -1)
-    return np.require(value, requirements=("C", "W"))  # a JAX array's own memory is read-only, at which torch warns
+    return np.require(value, requirements=("C", "W"))  # torch warns about read-only memory, as a JAX array's is
 
 
 def from_torch(parameter: Parameter, value: np.ndarray) -> np.ndarray | None:
-    """Turn an array of torch's axes to Flax's, the inverse of ``to_torch_axes``; None where the shape does not fit.
+    """Convert an array from torch's axes to Flax's, the inverse of ``to_torch_axes``; None if the shape does not fit.
 
-    torch flattens the maps before a linear layer in the order channel, row, column (torchvision's ``models/vgg.py``).
+    Before a linear layer, torch flattens maps in the order channel, row, column (torchvision's ``models/vgg.py``).
     """
     shape = parameter.torch_shape
     if len(shape) == 4 and not parameter.transposed and value.shape == (shape[0], np.prod(shape[1:])):
@@ -92,15 +92,15 @@ def from_torch(parameter: Parameter, value: np.ndarray) -> np.ndarray | None:
 
 
 def widen(kernel: np.ndarray, channels: int) -> np.ndarray:
-    """Return a first convolution for another number of channels, from the one for RGB.
+    """Adapt an RGB network's first convolution to another number of input channels.
 
-    Channel k takes the kernel of channel k modulo 3, divided by the number of channels that do; fewer than three share
-    all three. So images that repeat the channels of an RGB image (r, g, b, r, g ...) have its features, and grey ones
-    those of the RGB image with three times that channel.
+    Channel k gets the kernel of channel k modulo 3, divided by the number of channels that get the same one. With fewer
+    than three channels, the remaining kernels are added to them. So an image that repeats the channels of an RGB image
+    (r, g, b, r, g ...) has the same features, and a grey image those of the RGB image with three such channels.
 
     Args:
         kernel: (out, 3, k, k).
-        channels: of the result, (out, channels, k, k).
+        channels: number of input channels of the result (out, channels, k, k).
     """
     wide = np.zeros((len(kernel), channels, *kernel.shape[2:]), kernel.dtype)
     for index in range(max(3, channels)):
@@ -110,7 +110,7 @@ def widen(kernel: np.ndarray, channels: int) -> np.ndarray:
 
 
 def conversion(parameter: Parameter, shape: tuple[int, ...]) -> str:
-    """Say how ``from_torch`` turns an array of torch's ``shape`` that fits."""
+    """Describe how ``from_torch`` converts an array of torch's ``shape``."""
     if len(parameter.shape) != 4:
         return "as it is"
     target = "x".join(map(str, parameter.shape))

@@ -1,4 +1,4 @@
-"""Published weights by name: where they are, what they are, and the file once it is fetched."""
+"""Published weights by name: address, network, score and licence, and their download."""
 
 from __future__ import annotations
 
@@ -14,28 +14,28 @@ from fcn_jax.paths import is_remote, state_of, to_path
 
 _HUB = re.compile(r"hf://([\w.-]+/[\w.-]+)(?:@([\w./-]+))?")
 HUB_FILE = "model.safetensors"
-"""What a repository, or a folder of ``fcn-jax export --format hub``, holds the weights in."""
+"""The weights file in a hub repository, or in a folder of ``fcn-jax export --format hub``."""
 
 
 @dataclass(frozen=True)
 class Pretrained:
-    """One file that its authors, or the library that trained or hosts it, publish."""
+    """A published weights file."""
 
     network: str
-    """A name from the catalogue, or the encoder alone."""
+    """A key of ``MODELS``, or the name of an encoder."""
     address: str
-    """An URL or ``hf://OWNER/REPO[@REVISION]``."""
+    """A URL or ``hf://OWNER/REPO[@REVISION]``."""
     data: str
     """What it was trained on."""
     score: str
-    """Mean IoU, with its split; of an encoder the top-1 accuracy on ImageNet."""
+    """Mean IoU in per cent, with its split; for an encoder top-1 accuracy on ImageNet."""
     licence: str
     digest: str | None = None
-    """See ``download.check_digest``; None where none was published."""
+    """See ``download.check_digest``; None if none was published."""
 
     @property
     def is_encoder(self) -> bool:
-        """Whether it holds an encoder alone."""
+        """Whether it holds only an encoder."""
         return not self.network.startswith("fcn")
 
 
@@ -87,17 +87,17 @@ encoders as jcjohnson's pytorch-vgg converted them."""
 
 
 def is_published(source: str) -> bool:
-    """Tell whether a source is one that ``fetch`` takes, and no path."""
+    """Return whether a source is a published name or hf:// address, and not a path."""
     return source in PRETRAINED or source.startswith("hf://")
 
 
 def fetch(name: str) -> Path:
     """Return the file of a key of ``PRETRAINED``, ``hf://OWNER/REPO[@REVISION]`` or ``gs://...``, downloaded once.
 
-    Files from the hub lie in huggingface_hub's cache, published ones in torch.hub's, which torchvision uses too.
+    Files from the hub are cached by huggingface_hub, all others in the cache of torch.hub, which torchvision shares.
 
     Raises:
-        InputError: no network, or the file is not the one that was published.
+        InputError: the download fails, or the file is not the published one.
     """
     if is_remote(name):
         return _from_bucket(name)
@@ -134,12 +134,12 @@ def _from_bucket(name: str) -> Path:
 def _from_hub(name: str, address: str) -> Path:
     import huggingface_hub
 
-    huggingface_hub.logging.set_verbosity_error()  # its tries are five, and the last one's failure is told below
+    huggingface_hub.logging.set_verbosity_error()  # the last attempt's error is reported below
     if not (match := _HUB.fullmatch(address)):
         raise InputError(f"{name}: expected hf://OWNER/REPO or hf://OWNER/REPO@REVISION")
     try:
         return Path(huggingface_hub.hf_hub_download(match[1], HUB_FILE, revision=match[2]))
-    except Exception as error:  # of the HTTP client as well, which depends on huggingface_hub's version
+    except Exception as error:  # includes those of the HTTP client, which depends on huggingface_hub's version
         reasons = {
             "GatedRepoError": "its owner has to grant you access: ask there, then `hf auth login`",
             "RepositoryNotFoundError": "there is no such repository, or it is private: `hf auth login`",

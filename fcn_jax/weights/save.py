@@ -1,4 +1,4 @@
-"""Variables to torch's names and axes, and to a file."""
+"""Convert variables to torch's names and axes, and save them to a file."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ _SUFFIXES = (".safetensors", ".pth", ".pt")
 
 
 def to_torch(model: Network, variables: Mapping[str, Any], layout: str | None = None) -> dict[str, np.ndarray]:
-    """Return name -> array of a state dict in torch's axes and the layout's order, duplicates and counters included.
+    """Return a state dict, name -> array, in torch's axes and the layout's order, with duplicates and counters.
 
     Args:
         model: the network that the variables belong to.
         variables: {"params": ...[, "batch_stats": ...]}.
         layout: a key of ``LAYOUTS``; by default our own, the names of ``compare.twins``. An encoder's layout
-            holds only what ``left_out`` does not list; any other takes only networks that compute what its source does.
+            omits what ``left_out`` lists; any other accepts only networks that compute the same as its source.
 
     Raises:
         InputError: unknown layout, or one that the network does not fit.
@@ -62,25 +62,25 @@ def to_torch(model: Network, variables: Mapping[str, Any], layout: str | None = 
 
 
 def left_out(model: Network, variables: Mapping[str, Any], layout: str) -> list[str]:
-    """List the parameters that ``to_torch`` leaves out: those that no network of an encoder's layout takes."""
+    """List the parameters that ``to_torch`` omits: those that an encoder's layout has no names for."""
     parameters = list_parameters(variables)
     written = {parameter.name for parameter, _ in _written(LAYOUTS[layout], model, parameters)}
     return [parameter.name for parameter in parameters if parameter.name not in written]
 
 
 def _written(layout: Layout, model: Network, parameters: list[Parameter]) -> list[tuple[Parameter, str]]:
-    """Pair what the layout's networks take with their modules."""
+    """Pair the parameters that the layout has names for with its modules."""
     pairs = pair_up(layout, model, parameters)
     if not layout.encoder_only or isinstance(model, VGGClassifier):
         return pairs
-    # A VGG of this width has fc6 and fc7 of one size only, and a file with other shapes is refused whole.
+    # A VGG of this width has fc6 and fc7 of a fixed size, and would reject a file with other shapes.
     has = (getattr(model, "fc6_kernel", None), getattr(model, "fc_features", None))
     is_vggs = has == (7, scaled(4096, model.width))
     return [pair for pair in pairs if is_vggs or not pair[0].module.startswith("head.")]
 
 
 def check_suffix(path: Path) -> None:
-    """Raise InputError for a file that ``save`` does not write."""
+    """Raise InputError for a file suffix that ``save`` does not support."""
     if path.suffix not in _SUFFIXES:
         raise InputError(f"{path}: expected a name that ends in {', '.join(_SUFFIXES[:-1])} or {_SUFFIXES[-1]}")
 
@@ -93,18 +93,18 @@ def save(
     layout: str = "fcn_jax",
     classes: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write the variables to a .safetensors file or a state dict of torch's, whole or not at all.
+    """Write the variables atomically to a .safetensors file or a torch state dict.
 
     Args:
         path: ends in .safetensors, or in .pth or .pt (torch is needed).
         model: the network that the variables belong to; a .safetensors file records its name and options.
         variables: {"params": ...[, "batch_stats": ...]}.
-        preprocessing: "imagenet", "caffe" or, not known, None; recorded in a .safetensors file alone.
+        preprocessing: "imagenet", "caffe" or None if unknown; recorded only in a .safetensors file.
         layout: a key of ``LAYOUTS``, see ``to_torch``.
-        classes: "class_names", "palette" and "input_size" of the network, recorded in a .safetensors file alone.
+        classes: "class_names", "palette" and "input_size" of the network, recorded only in a .safetensors file.
 
     Raises:
-        InputError: another suffix, unknown preprocessing, a layout that does not fit, or torch is missing.
+        InputError: unsupported suffix, unknown preprocessing, a layout that does not fit, or torch is missing.
     """
     path = Path(path)
     check_suffix(path)
@@ -114,7 +114,7 @@ def save(
         import_torch(path)
     arrays = to_torch(model, variables, layout)
     if not arrays:
-        raise InputError(f"{path}: layout {layout!r} has names for nothing in these variables; give all of them")
+        raise InputError(f"{path}: layout {layout!r} has no name for any of these variables; pass all of them")
     metadata = {"format": "pt", "layout": layout} | ({"preprocessing": preprocessing} if preprocessing else {})
     if classes is not None:
         metadata["classes"] = json.dumps({**classes})
@@ -124,13 +124,13 @@ def save(
     part = path.with_name(f".{os.getpid()}.{path.name}")
     try:
         _write(part, arrays, metadata)
-        os.umask(mask := os.umask(0))  # safetensors makes files that their owner alone can read
+        os.umask(mask := os.umask(0))  # safetensors creates files that only their owner can read
         part.chmod(0o666 & ~mask)
         os.replace(part, path)
     except (OSError, RuntimeError) as error:  # RuntimeError: torch could not write
         raise InputError(f"{path}: cannot be written: {first_line(error)}") from error
     finally:
-        with contextlib.suppress(OSError):  # what went wrong before is what matters
+        with contextlib.suppress(OSError):  # the earlier error matters more
             part.unlink(missing_ok=True)
 
 
@@ -145,7 +145,7 @@ def _write(path: Path, arrays: dict[str, np.ndarray], metadata: dict[str, str]) 
     torch = import_torch(path)
 
     def tensor(value: np.ndarray) -> Any:
-        if value.dtype == jnp.bfloat16:  # torch takes no such array, but its bits
+        if value.dtype == jnp.bfloat16:  # torch does not take bfloat16 arrays, but their bits as int16
             return torch.from_numpy(value.view(np.int16)).view(torch.bfloat16)
         return torch.from_numpy(value)
 

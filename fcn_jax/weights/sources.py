@@ -1,4 +1,4 @@
-"""Opening what weights come from: a .safetensors, torch or Caffe file, a published name, or a dict of arrays."""
+"""Open weights: a .safetensors, torch or Caffe file, a published name, or a dict of arrays."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from fcn_jax.paths import is_remote
 from fcn_jax.weights.caffe import read_caffe
 from fcn_jax.weights.pretrained import PRETRAINED, fetch, is_published
 
-# The last: what pytorch-fcn's trainer writes.
+# pytorch-fcn's trainer writes .pth.tar.
 _TORCH_SUFFIXES = (".pth", ".pt", ".pth.tar")
 # Keys under which a checkpoint keeps the state dict, and prefixes that DataParallel and torch.compile add to all names.
 _WRAPPERS = ("state_dict", "model_state_dict", "model")
 _PREFIXES = ("module.", "_orig_mod.")
-# The codes of safetensors' header.
+# The dtype codes in safetensors' header.
 _DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64", "I32": "int32"}
 _PAGE = (b"<!doctype", b"<html", b"<head", b"<?xml")
 _ZIP = b"PK\x03\x04"
@@ -63,13 +63,13 @@ Source = str | os.PathLike[str] | Mapping[str, Any] | Tensors
 def open_source(source: Source) -> Tensors:
     """Open a file, a name in ``PRETRAINED``, ``hf://OWNER/REPO[@REVISION]``, or a dict of arrays (NumPy, JAX or torch).
 
-    A file may lie on a disk or at ``gs://BUCKET/...``.
+    A file may be local or at ``gs://BUCKET/...``.
 
     Wrappers of a state dict (``state_dict``, ``model_state_dict``, ``model``) and prefixes of all names (``module.``,
     ``_orig_mod.``) are removed. An opened source is returned unchanged.
 
     Raises:
-        InputError: no such file, not such a file, damaged, torch is needed and missing, or no tensors in it.
+        InputError: the file is missing, damaged, of another type or without tensors, or torch is needed but missing.
     """
     if isinstance(source, Tensors):
         return source
@@ -96,7 +96,7 @@ def open_source(source: Source) -> Tensors:
 
 def _read_head(path: Path) -> bytes:
     if path.is_dir():
-        raise InputError(f"{path}: is a folder; give a file of weights, of a run the one that `fcn-jax export` writes")
+        raise InputError(f"{path}: is a folder; give a weights file, such as `fcn-jax export` writes for a run")
     if not path.name.lower().endswith((".safetensors", ".caffemodel", *_TORCH_SUFFIXES)):
         if not path.suffix and not path.exists():
             raise InputError(f"{path}: no such file, and {unknown('name of published weights', str(path), PRETRAINED)}")
@@ -115,8 +115,8 @@ def _mistaken_for(head: bytes, suffix: str) -> str | None:
     if head.removeprefix(b"\xef\xbb\xbf").lstrip().lower().startswith(_PAGE):
         return "this is a web page, not weights; fetch the file itself"
     if head.startswith(b"version https://git-lfs"):
-        return "a pointer of git-lfs, not the file that it stands for; fetch that with git lfs pull"
-    # A .safetensors file begins with eight bytes that may be any number, then a brace.
+        return "a git-lfs pointer, not the file itself; fetch that with git lfs pull"
+    # A .safetensors file begins with an eight-byte length, then a brace.
     if suffix != ".safetensors" and head[8:10] == b'{"':
         return "a safetensors file; give it the suffix .safetensors"
     is_torch = head.startswith(_ZIP) or (head.startswith(b"\x80") and head[1:2] < b"\x06")
@@ -156,7 +156,7 @@ def _from_mapping(source: Any, origin: str) -> Tensors:
         key = next((key for key in _WRAPPERS if isinstance(source.get(key), Mapping)), None)
         if key is None:
             break
-        if len(wrappers) == 8:  # only a dict that contains itself is nested as deep
+        if len(wrappers) == 8:  # only a dict that contains itself is nested this deep
             raise InputError(f"{origin}: contains itself under {key!r}; store model.state_dict()")
         source, wrappers = source[key], (*wrappers, key)
     if not isinstance(source, Mapping):
@@ -165,7 +165,7 @@ def _from_mapping(source: Any, origin: str) -> Tensors:
         raise InputError(f"{origin}: holds no tensors; store model.state_dict()")
     infos = {}
     for name, value in source.items():
-        with contextlib.suppress(AttributeError, TypeError, RuntimeError):  # the last: a nested tensor has no shape
+        with contextlib.suppress(AttributeError, TypeError, RuntimeError):  # RuntimeError: a nested tensor has no shape
             infos[name] = TensorInfo(tuple(value.shape), str(value.dtype).removeprefix("torch."))
         if not isinstance(name, str) or name not in infos:
             kind = "a nested tensor" if getattr(value, "is_nested", False) else type(value).__name__
@@ -180,7 +180,7 @@ def _from_mapping(source: Any, origin: str) -> Tensors:
 
 
 def _strip(names: Mapping[str, Any]) -> tuple[dict[str, str], tuple[str, ...]]:
-    """Map names without the ``_PREFIXES`` that all of them have to the whole names; return those prefixes too."""
+    """Return stripped name -> full name, and the removed prefixes, those of ``_PREFIXES`` that all names share."""
     stored = {name: name for name in names}
     found: tuple[str, ...] = ()
     while prefix := next((p for p in _PREFIXES if stored and all(name.startswith(p) for name in stored)), None):
@@ -208,21 +208,21 @@ def _not_for_numpy(origin: str, name: str, kind: str) -> InputError:
 
 
 def _read_torch(path: Path, head: bytes) -> Any:
-    """Read a file of torch.save, in the zip format (torch >= 1.6) or the older one, without running what is in it."""
+    """Read a file of torch.save, in the zip format (torch >= 1.6) or the older one, without executing its content."""
     torch = import_torch(path)
-    zipped = head.startswith(_ZIP)  # the test that torch itself makes
+    zipped = head.startswith(_ZIP)  # as torch itself tests it
     _check_content(path, zipped)
-    # Checkpoints keep NumPy numbers beside the weights; they are allowed under their names in NumPy 2 and 1. Strings
-    # are not: their size comes from the file, and NumPy crashes at a negative one.
+    # Checkpoints may hold NumPy numbers beside the weights; these are allowed, by their names in NumPy 2 and 1. Strings
+    # are not: their size comes from the file, and NumPy crashes on a negative one.
     makers: list[Any] = [value.__reduce__()[0] for value in (np.float64(1), np.zeros(1))]
     dtypes = {type(np.dtype(code)) for code in np.typecodes["All"] if code not in "OSUV"}
     numbers = [*makers, *((make, f"numpy.core.multiarray.{make.__name__}") for make in makers), np.dtype, np.ndarray]
     try:
         with warnings.catch_warnings(), torch.serialization.safe_globals([*numbers, *dtypes]):
-            warnings.simplefilter("ignore")  # on pickle protocols
-            # Only the zip format can be mapped instead of read whole.
+            warnings.simplefilter("ignore")  # about pickle protocols
+            # Only the zip format can be memory-mapped.
             return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
-    except Exception as error:  # a damaged file fails anywhere in the unpickler, with any exception
+    except Exception as error:  # a damaged file may raise any exception in the unpickler
         raise InputError(f"{path}: {_why_refused(error)}") from error
 
 
@@ -238,16 +238,16 @@ def _why_refused(error: Exception) -> str:
 
 
 def _check_content(path: Path, zipped: bool) -> None:
-    """Refuse TorchScript, and what may take any amount of memory: compressed records, bytearrays of a given size.
+    """Reject TorchScript, and content that may need unlimited memory: compressed records and bytearrays.
 
-    torch.save compresses nothing, so a file's records are no larger than itself.
+    torch.save does not compress, so no record is larger than the file.
     """
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
         if data.find(b"\nbytearray\n") >= 0:  # as a pickle names the type
             raise InputError(f"{path}: holds bytearrays, which may be of any size; store model.state_dict() alone")
         size = len(data)
     entries: list[zipfile.ZipInfo] = []
-    with contextlib.suppress(Exception):  # a damaged archive fails anywhere; torch tells whether it can be read
+    with contextlib.suppress(Exception):  # a damaged archive may raise anything; torch reports whether it can be read
         if zipped:
             with zipfile.ZipFile(path) as archive:
                 entries = archive.filelist
@@ -260,7 +260,7 @@ def _check_content(path: Path, zipped: bool) -> None:
 
 
 def import_torch(what: object) -> Any:
-    """Return torch; the error where it is not installed begins with ``what``."""
+    """Import and return torch. Raises InputError, beginning with ``what``, if it is not installed."""
     try:
         import torch
     except ImportError as error:

@@ -152,9 +152,9 @@ def test_heights_that_cannot_be_split_are_rejected_with_the_nearest_ones():
     devices.check_height(256, mesh)
     with pytest.raises(InputError, match="multiples of 128, got 360; the nearest is 256 or 384: set --data.crop-size"):
         devices.check_height(360, mesh)
-    with pytest.raises(InputError, match="got images of many heights; the nearest is 128"):
+    with pytest.raises(InputError, match="got images of different heights; the nearest is 128"):
         devices.check_height(None, mesh)
-    with pytest.raises(InputError, match="--parallel pmap has no axes fsdp and space"):
+    with pytest.raises(InputError, match="--parallel pmap does not support the axes fsdp and space"):
         make_parallel("pmap", lambda **_: None, mesh)
 
 

@@ -67,7 +67,7 @@ def test_an_encoder_by_name_is_downloaded_once_checked_and_loaded(hub, encoder):
 def test_a_download_with_another_checksum_is_rejected(hub):
     served, cached = hub
     served.write_bytes(b"<html>moved</html>")
-    with pytest.raises(InputError, match="tiny: file:.*: its sha256 is .* not what was published there"):
+    with pytest.raises(InputError, match="tiny: file:.*: its sha256 is .* not the published file"):
         weights.fetch("tiny")
     assert not cached.exists()
 

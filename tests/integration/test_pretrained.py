@@ -87,7 +87,7 @@ def test_a_caffe_file_of_21_classes_gets_voc_classes_and_needs_no_torch(tmp_path
 def test_our_torch_file_needs_only_the_model_name(tmp_path):
     model, variables = build("fcn8s", 5, fc_features=6, fc6_kernel=3, encoder_norm="batch")
     weights.save(tmp_path / "own.pth", model, variables, "caffe")
-    with pytest.raises(InputError, match="own.pth does not say its network; give --model"):
+    with pytest.raises(InputError, match="own.pth does not state its network; give --model"):
         fcn_jax.from_pretrained(tmp_path / "own.pth")
     found, values, info = fcn_jax.from_pretrained(tmp_path / "own.pth", model="fcn8s")
     assert found == model and not info.named and not info.preprocessing_known and len(info.notes) == 2
@@ -114,15 +114,15 @@ def test_assumed_classes_and_preprocessing_are_not_exported_as_known(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"input_size": [0, -5]}, "no size"),
-        ({"input_size": "64"}, "no size"),
+        ({"input_size": [0, -5]}, "not an input size"),
+        ({"input_size": "64"}, "not an input size"),
         ({"class_names": ["a"], "palette": [[0, 0, 0]]}, "1 names for 3 classes"),
     ],
 )
 def test_damaged_class_metadata_is_rejected(change, message, tmp_path):
     model, variables = build("fcn32s", fc_features=8, fc6_kernel=1)
     weights.save(tmp_path / "w.safetensors", model, variables, None, classes=CLASSES | change)
-    with pytest.raises(InputError, match=f"w.safetensors: its metadata describes no classes .*{message}"):
+    with pytest.raises(InputError, match=f"w.safetensors: its metadata has no valid classes .*{message}"):
         fcn_jax.from_pretrained(tmp_path / "w.safetensors")
 
 
@@ -144,7 +144,7 @@ def test_incomplete_networks_and_invalid_images_are_rejected(tmp_path, exported)
     model, variables = build("fcn32s", encoder="vgg16")
     weights.save(file, model, variables, "imagenet", "torchvision-vgg")
     for source, named in {
-        file: "an encoder alone", "vgg16-imagenet": "--init vgg16-imagenet", "nothing": "fcn8s-voc", tmp_path: "run",
+        file: "only an encoder", "vgg16-imagenet": "--init vgg16-imagenet", "nothing": "fcn8s-voc", tmp_path: "run",
     }.items():  # fmt: skip
         with pytest.raises(InputError, match=named):
             fcn_jax.from_pretrained(source)

@@ -88,7 +88,7 @@ def test_duplicate_tensors_must_be_equal_and_one_is_enough():
     assert report.filled["vgg.conv5_1.weight"] == "pool5.0.weight"
     jax.tree.map(np.testing.assert_array_equal, whole, loaded)
     state["pool4.2.weight"][0, 0, 0, 0] += 1
-    with pytest.raises(InputError, match=r"pool4.2.weight and pretrained.2.weight should be equal and differ"):
+    with pytest.raises(InputError, match=r"pool4.2.weight and pretrained.2.weight should be equal but differ"):
         weights.load(state, model, zeros(model))
 
 

@@ -82,7 +82,7 @@ OTHER = r"holds something other than tensors \(%s\); if you trust it, load it wi
         *((name, b"\n" + PAGE, "a web page") for name in ("w.pth", "w.safetensors")),
         ("w.pth", b"\xef\xbb\xbf\r\n" + PAGE.upper(), "a web page"),
         ("w.pth", b"<?xml version='1.0'?><Error><Code>AccessDenied</Code></Error>", "a web page"),
-        *((name, LFS, "a pointer of git-lfs.*git lfs pull") for name in ("w.pth", "w.safetensors")),
+        *((name, LFS, "a git-lfs pointer.*git lfs pull") for name in ("w.pth", "w.safetensors")),
         *((name, pathlib.Path.mkdir, "is a folder") for name in ("w.pth", "w.safetensors", "w")),
         ("w.pth", safe, "a safetensors file; give it the suffix .safetensors"),
         *(("w.safetensors", write(STATE), "a torch file .*; give it the suffix .pth") for write in (saved, old)),
@@ -262,9 +262,15 @@ def _model(**network):
 @pytest.mark.parametrize(
     ("metadata", "message"),
     [
-        *((_model(options={key: value}), "describes no network") for key, value in NOT_SAVED.items()),
-        (_model(name="fcn9s"), "describes no network"),
-        *(({"model": text}, "describes no network") for text in ("{", "[]", '{"name": "fcn8s"}')),
+        *(
+            (_model(options={key: value}), "names a network that this version does not know")
+            for key, value in NOT_SAVED.items()
+        ),
+        (_model(name="fcn9s"), "names a network that this version does not know"),
+        *(
+            ({"model": text}, "names a network that this version does not know")
+            for text in ("{", "[]", '{"name": "fcn8s"}')
+        ),
         (_model() | {"preprocessing": "rgb"}, "says preprocessing 'rgb', expected imagenet or caffe"),
         (_model() | {"preprocessing": ""}, "says preprocessing '', expected imagenet or caffe"),
     ],

@@ -55,7 +55,7 @@ def test_counts_beyond_32_bits_add_up():
     ("labels", "predictions", "message"),
     [((0, bad), (0, 0), f"got {bad}") for bad in (3, 200, -1)]
     + [((0, 0), (0, bad), f"prediction.*got {bad}") for bad in (3, 200, -1)]
-    + [((0, 1), (0.9, 0.1), "argmax"), (((0, 0), (0, 0)), (0, 0, 0, 0), "one shape")],
+    + [((0, 1), (0.9, 0.1), "argmax"), (((0, 0), (0, 0)), (0, 0, 0, 0), "the same shape")],
 )
 def test_invalid_labels_and_predictions_are_rejected(labels, predictions, message):
     with pytest.raises(ValueError, match=message):

@@ -103,7 +103,7 @@ def test_pad100_with_floor_pooling_supports_only_some_sides():
 
 def test_an_unsupported_size_error_lists_supported_sizes():
     model = tiny("fcn32s_pad100", pool="floor")
-    with pytest.raises(InputError, match=r"height 500 is not served .* near 500: \[") as caught:
+    with pytest.raises(InputError, match=r"height 500 is not supported .* near 500: \[") as caught:
         jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 500, 501, 3)))
     near = [int(n) for n in str(caught.value).split("near 500: [")[1].split("]")[0].split(",")]
     assert near and all(serves(model, n) for n in near)

@@ -109,7 +109,7 @@ def test_an_encoder_only_file_fills_the_encoder_and_reports_the_rest(layout, nor
     assert_same(loaded["params"]["vgg"], whole["params"]["vgg"])
     assert_same(loaded["params"]["head"], variables["params"]["head"])
     assert {report.left[name] for name in ("head.fc6.weight", "head.fc7.bias", "score_fr.weight")} == {
-        "the source holds an encoder alone"
+        "the source holds only an encoder"
     }
 
 
@@ -184,7 +184,7 @@ def test_a_renamed_tensor_is_distinguished_from_a_missing_one():
         weights.load(source, model, variables)
     # A tensor of another shape is not a renamed one.
     source["vgg.convolution5_1.weight"] = np.zeros(3)
-    with pytest.raises(InputError, match=r"missing: vgg.conv5_1.weight; where that is meant"):
+    with pytest.raises(InputError, match=r"missing: vgg.conv5_1.weight; if that is intended"):
         weights.load(source, model, variables)
 
 

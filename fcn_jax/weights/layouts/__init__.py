@@ -1,4 +1,4 @@
-"""The layouts that weights are published in; a new one is a file with a ``Layout`` and its functions."""
+"""The naming layouts of published weights; each file defines a ``Layout`` and its functions."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ def _encoder(shapes: Shapes) -> str | None:
     return encoder_of(shapes, "vgg.", lambda *encoder: [(name, name) for name in sum(encoder_stages(*encoder), [])])
 
 
-# The order matters where names overlap: torchvision's are part of timm's and Johnson's, Johnson's of torchvision's FCN.
+# The order matters, as the first match counts: timm's and Johnson's files have torchvision's names too, and
+# torchvision's FCN has Johnson's.
 LAYOUTS: dict[str, Layout] = {
     "fcn_jax": Layout(
         pattern=r"vgg\.(conv|bn)\d_\d\..*|resnet\.(conv1|layer\d_\d+\..*)", modules=None, encoder=_encoder

@@ -1,4 +1,4 @@
-"""How a layout is described: the names of its modules, and the network that its files belong to."""
+"""The description of a layout: the names of its modules, and how to infer the network that a file belongs to."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from fcn_jax.models.resnet import RESNETS
 from fcn_jax.models.vgg import ENCODERS, VGGClassifier
 from fcn_jax.weights.names import LEAVES, Parameter
 
-# Options that change training alone, so that weights fit whatever they are.
+# Options that affect only training: weights fit with any value.
 _TRAINING = ("dropout", "dropout_rate")
 CROPS = {32: (5, 9, 19), 16: (5, 9, 27), 8: (5, 9, 31)}
 """Crop offsets by stride: the reference's voc-fcn32s, 16s and 8s ``net.py``."""
@@ -23,7 +23,7 @@ CROPS = {32: (5, 9, 19), 16: (5, 9, 27), 8: (5, 9, 31)}
 Shapes = Mapping[str, tuple[int, ...]]
 Network = FCN | VGGClassifier
 Rows = list[tuple[str, str]]
-"""Our module and the source's, in the order of its state dict; ours occurs twice where the source has copies."""
+"""(our module, the source's module), in the order of its state dict; a copy in the source is another row."""
 
 
 @dataclass(frozen=True)
@@ -31,14 +31,14 @@ class Fit:
     """The networks of the catalogue that a source's weights belong to, inferred from names and shapes."""
 
     models: tuple[str, ...]
-    """Names of ``MODELS``; where several have these names and shapes, only the user knows which it is."""
+    """Keys of ``MODELS``; several if their names and shapes are the same, and the user has to choose."""
     num_classes: int | None
     options: dict[str, Any] = field(default_factory=dict)
-    """What must be as in the source for the network to compute the same."""
+    """Options of ``create_model`` that must equal the source's for the network to compute the same."""
 
     @property
     def encoder(self) -> str | None:
-        """The encoder's name, see ``encoder_name``; None where it is not known."""
+        """The encoder's name, see ``encoder_name``; None if it is not known."""
         options = self.options
         return encoder_name(options["encoder"], options.get("encoder_norm")) if "encoder" in options else None
 
@@ -58,13 +58,13 @@ class Layout:
     """How one source names the tensors of a network. Leaf names and axes are torch's everywhere, see ``names.py``."""
 
     pattern: str
-    """A regular expression; a file with a tensor of such a name has this layout."""
+    """A regular expression; a file has this layout if the name of one of its tensors matches."""
     modules: Callable[[Any], Rows] | None
-    """The names of a network's modules; None: they are ours."""
+    """Returns the names of a network's modules; None: they are ours."""
     preprocessing: str | None = None
-    """The preprocessing these weights were trained with; None: given by the file's metadata, or unknown."""
+    """The preprocessing these weights were trained with; None: see the file's metadata, or unknown."""
     encoder: Callable[[Shapes], str | None] | None = None
-    """Infers the encoder from names and shapes, e.g. ``vgg16_bn``; None: ``fit`` has it."""
+    """Infers the encoder from names and shapes, e.g. ``vgg16_bn``; None: ``fit`` infers it."""
     fit: Callable[[Shapes], Fit] | None = None
     """Infers the network from names and shapes; None for classifiers and for our own names."""
     families: tuple[type[Network], ...] = ()
@@ -72,13 +72,13 @@ class Layout:
     linear: str | None = None
     """Prefix of the source's modules that are linear layers where ours are convolutions."""
     unused: tuple[str, ...] = ()
-    """Glob patterns of tensors that a network may have no place for."""
+    """Glob patterns of tensors that a network may have no layer for."""
     constants: Mapping[str, Callable[[Any], float]] = field(default_factory=dict)
-    """Tensors of one number that a network has as an option, which is to be equal."""
+    """Tensors of one number, and the model option that each has to equal."""
 
     @property
     def encoder_only(self) -> bool:
-        """Whether it is a classifier's, without names for score layers and upsampling."""
+        """Whether it is a classifier's layout, without names for score layers and upsampling."""
         return self.fit is None and self.modules is not None
 
 
@@ -114,35 +114,35 @@ def encoder_of(shapes: Shapes, prefix: str, rows: Callable[[str, str | None], Ro
 
 
 def stride_of(shapes: Shapes) -> int:
-    """Infer the stride from the layers of the finer skips; one of them is enough, should another be missing."""
+    """Infer the stride from the layers of the finer skips; any one of them is enough."""
     if any(name.startswith(("score_pool3", "upscore8", "pool3.")) for name in shapes):
         return 8
     return 16 if any(name.startswith(("score_pool4", "upscore16", "pool4.")) for name in shapes) else 32
 
 
 def classes_of(shapes: Shapes, name: str) -> int | None:
-    """Return the number of classes of a score layer; None where its weight is missing."""
+    """Return the number of classes of a score layer; None if its weight is missing."""
     return shapes[name][0] if shapes.get(name) else None
 
 
 def check_fit(origin: str, fit: Fit, model: Network, partial: bool) -> None:
-    """Raise InputError, with the call that makes a network that fits, where model and source compute differently.
+    """Raise InputError if model and source compute differently; the message has the call that makes a matching model.
 
-    With ``partial`` a network of the family with another stride will do, as in training by stages.
+    With ``partial``, another stride of the same family is accepted, as in training by stages.
     """
     has, way_out = _fields(model), f"use {fit.call}"
     candidates = [create_model(name, 1, **fit.options) for name in fit.models]
     same_stride = [_fields(candidate) for candidate in candidates if candidate.stride == has.get("stride")]
     keys = [key for key in fit.options if key not in _TRAINING]
     if "skip_scales" in {*has} - {*keys} and not partial:
-        keys.append("skip_scales")  # a name stands for its scales: pytorch-fcn's files may be plain or at once
+        keys.append("skip_scales")  # the name implies the scales: pytorch-fcn's files may be plain or at once
     if type(model) is not type(candidates[0]):
         differs = [f"family {type(model).__name__}"]
     elif same_stride:
         wrong = [[f"{key}={has[key]!r}" for key in keys if has[key] != other[key]] for other in same_stride]
         differs = min(wrong, key=len)
     else:
-        way_out += ", or name what is new in allow_missing and what falls away in allow_unexpected"
+        way_out += ", or name new parameters in allow_missing and unused tensors in allow_unexpected"
         keys = [key for key in ("encoder", "encoder_norm") if has[key] != fit.options.get(key, has[key])]
         differs = [f"{key}={has[key]!r}" for key in keys] if partial else [f"stride={has['stride']}"]
     if differs:

@@ -1,4 +1,4 @@
-"""The FCN authors' Caffe networks, wkentaro's pytorch-fcn, which kept their names, and VGG's own Caffe files."""
+"""The FCN authors' Caffe networks, wkentaro's pytorch-fcn, which uses the same names, and VGG's Caffe files."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def _rows(model: Pad100FCN) -> Rows:
 def _fit(shapes: Shapes) -> Fit:
     stride = stride_of(shapes)
     names: tuple[str, ...] = {8: ("fcn8s_pad100", "fcn8s_pad100_atonce")}.get(stride, (f"fcn{stride}s_pad100",))
-    if "scale_pool3.weight" in shapes:  # net.py of voc-fcn8s-atonce has the scales as layers
+    if "scale_pool3.weight" in shapes:  # in net.py of voc-fcn8s-atonce the scales are layers
         names = names[1:]
     options = {"encoder": "vgg16", "encoder_norm": None, "pool": "ceil", "crop": CROPS[stride]}
     return Fit(names, classes_of(shapes, "score_fr.weight"), options | {"skip_bias": True, "upsample_bias": False})

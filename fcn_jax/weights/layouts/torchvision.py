@@ -1,4 +1,4 @@
-"""VGG classifiers of torchvision and what took over its names: timm, jcjohnson's pytorch-vgg."""
+"""VGG classifiers of torchvision, and of timm and jcjohnson's pytorch-vgg, which use similar names."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ JOHNSON = replace(
     # VGG-16 and 19 of jcjohnson's pytorch-vgg, in the names of early torchvision: dropout comes before its layer.
     pattern=r"classifier\.[14]\.(weight|bias)",
     modules=partial(_rows, fc6="classifier.1", fc7="classifier.4", fc8="classifier.6"),
-    # README of pytorch-vgg: BGR in [0, 255] minus (103.939, 116.779, 123.68), within one what the FCN reference has.
+    # README of pytorch-vgg: BGR in [0, 255] minus (103.939, 116.779, 123.68), within 1 of the FCN reference's mean.
     preprocessing="caffe",
     unused=("classifier.[146].weight", "classifier.[146].bias"),
 )

@@ -10,7 +10,7 @@ from fcn_jax.weights.layouts.torchvision import feature_encoder, feature_rows, f
 def _rows(model: ResizeFCN) -> Rows:
     """FCN32s, FCN16s and FCN8s of ``core/models/fcn.py``.
 
-    FCN16s and FCN8s keep slices of the encoder beside the whole: ``pretrained[:17]``, ``[17:24]``, ``[24:]``.
+    FCN16s and FCN8s also hold slices of the encoder: ``pretrained[:17]``, ``[17:24]``, ``[24:]``.
     """
     rows = feature_rows(model.encoder, model.encoder_norm, "pretrained.")
     stages = feature_stages(model.encoder, model.encoder_norm)

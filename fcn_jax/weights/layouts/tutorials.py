@@ -1,4 +1,4 @@
-"""Networks that notes and articles give as code: the FCN1 notes, Fanrencli's "FCN (2015)", the Boostcamp notes."""
+"""Networks from tutorials: the FCN1 notes, Fanrencli's "FCN (2015)", the Boostcamp notes."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def _fit_fcn1(shapes: Shapes) -> Fit:
 
 
 def _fanrencli(model: Pad100FCN) -> Rows:
-    # Convolutions are counted through, fc6 and fc7 among them.
+    # Convolutions are numbered consecutively, including fc6 and fc7.
     ours = [name for stage in encoder_stages(model.encoder, None) for name in stage] + ["head.fc6", "head.fc7"]
     scores = {
         32: ("upscore32",),
@@ -34,7 +34,7 @@ def _fanrencli(model: Pad100FCN) -> Rows:
 
 def _fit_fanrencli(shapes: Shapes) -> Fit:
     stride = stride_of(shapes)
-    # Its 32s cuts from 6 on; the score layer of its 16s has no bias, that of its 8s has one.
+    # Its 32s crops at offset 6; the score layer of its 16s has no bias, that of its 8s has one.
     crop = {**CROPS, 32: (5, 9, 6)}[stride]
     options = _VGG16 | {"upsample_bias": False, "pool": "floor", "crop": crop, "skip_bias": stride != 16}
     return Fit((f"fcn{stride}s_pad100",), classes_of(shapes, "score_fr.weight"), options)
