@@ -222,7 +222,7 @@ def test_ctrl_c_says_where_the_rows_are(monkeypatch, capsys):
 
     monkeypatch.setattr(cli_bench, "_rows", interrupted)
     assert bench("--smoke") == 130
-    assert "rows that were done" in capsys.readouterr().err
+    assert "finished rows are in --out" in capsys.readouterr().err
 
 
 @pytest.mark.slow
