@@ -24,7 +24,7 @@ SETTINGS = (
 # The sums over devices are added in another order where some of them come over the network: gloo against XLA's own.
 LAST_BITS = 1e-6
 # Ours, where a collective raises before JAX ends the process itself.
-LOST = "^error: another process of the run ended or cannot be reached; start all of them again, and they go on from"
+LOST = "^error: another process of the run ended or is unreachable; start all of them again to resume from"
 # With which JAX ends a process where another one's heartbeat is missing or its service is gone.
 LOST_BY_JAX = "heartbeat|another task died|coordination service"
 # Dies in the middle of a run, and nothing of it gets the chance to say so.

@@ -40,7 +40,7 @@ def test_a_signal_that_is_ignored_stays_ignored(tmp_path, monkeypatch):
 
 def test_a_second_process_in_a_runs_folder_is_refused(tmp_path):
     config = in_folder(tmp_path)
-    message = "is being trained by another process; wait for its end"
+    message = "is being trained by another process; wait until it ends"
     with RunFolder(config.run).locked(), pytest.raises(InputError, match=message):
         train(config)
     train(replace(config, train=replace(config.train, steps=1)))
