@@ -24,7 +24,7 @@ SETTINGS = (
 # Between processes, gloo adds the sums over devices in another order than XLA does within one.
 LAST_BITS = 1e-6
 # Our message, if a collective raises before JAX ends the process.
-LOST = "^error: another process of the run ended or cannot be reached; start all of them again, and they go on from"
+LOST = "^error: another process of the run ended or is unreachable; start all of them again to resume from"
 # JAX's message, if another process's heartbeat is missing or the coordination service is gone.
 LOST_BY_JAX = "heartbeat|another task died|coordination service"
 # Kills the process in the middle of a run, without any shutdown.

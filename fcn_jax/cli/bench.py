@@ -1,6 +1,6 @@
 """The command line `fcn-jax bench`.
 
-It needs jax, flax, optax, numpy, rich and tyro, and torch unless told otherwise; not the libraries that read data.
+It needs jax, flax, optax, numpy, rich, tyro and, unless told otherwise, torch, but not the libraries that read data.
 """
 
 from __future__ import annotations
@@ -33,27 +33,27 @@ from fcn_jax.recipes import RECIPES
 
 @dataclass(frozen=True)
 class BenchArguments:
-    """Measure speed against PyTorch, after checking that both agree."""
+    """Compare speed with PyTorch, after checking that both compute the same."""
 
     device: Literal["cpu", "gpu"] | None = None
-    """By default JAX's own choice."""
+    """By default the one that JAX chooses."""
     against: Literal["torch", "none"] = "torch"
-    """none: only our side, unchecked."""
+    """none: time only JAX, without checking its results."""
     smoke: bool = False
-    """Tiny sizes: runs everything, measures nothing."""
+    """Run everything at tiny sizes, as a test; the times mean nothing."""
     only: tuple[str, ...] = ("*",)
-    """Rows by name, e.g. 'train-*'; the matrix product always runs."""
+    """Rows to run, by name or pattern, e.g. 'train-*'; the matrix product always runs."""
     rounds: int | None = None
-    """Samples of each side."""
+    """Number of samples of each framework."""
     seconds: float | None = None
-    """A sample is the mean of as many calls as fill this time."""
+    """Length of a sample: the mean time of as many calls as fit into it."""
     image_size: int | None = None
     """Height and width of the networks' images."""
     batch_size: int | None = None
     plain_kernels: bool = False
-    """On the CPU: leave out its own kernels, to see what they gain."""
+    """Turn off our CPU kernels, to measure what they gain."""
     pipeline: str | None = None
-    """Measure how many images a second the input pipeline of this recipe gives."""
+    """Measure the images per second of this recipe's input pipeline instead."""
     data_dir: str | None = None
     """Folder of the recipe's data set, with --pipeline."""
     out: Path | None = None
@@ -76,13 +76,13 @@ def main(arguments: Sequence[str]) -> int:
     record: dict[str, Any] = {"command": ["fcn-jax", "bench", *arguments], "settings": asdict(settings)}
     record |= {"date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), **bench.describe()}
     if settings.kind == "gpu" and not settings.on_gpu:
-        console.print("no GPU here: the GPU's settings are used on the CPU, the times mean nothing")
+        console.print("no GPU here: the GPU settings run on the CPU, and the times mean nothing")
     run = _pipeline if given.pipeline is not None else _rows
     try:
         with cpu_kernels(False) if given.plain_kernels else contextlib.nullcontext():
             code = run(given, settings, record, console)
     except KeyboardInterrupt:
-        raise Stopped("stopped; the rows that were done are in --out, where it was given", signal.SIGINT) from None
+        raise Stopped("stopped; finished rows are in --out, if it was given", signal.SIGINT) from None
     if given.out is not None:
         console.print(f"numbers in {given.out}")
     return code
@@ -96,12 +96,12 @@ def _save(given: BenchArguments, record: dict[str, Any]) -> None:
 
 
 def _configure(given: BenchArguments) -> None:
-    """Set JAX up, where it does not run already: it reads all of this when it first looks for devices."""
+    """Configure JAX before it is initialised: it reads these settings when it first looks for devices."""
     # Two frameworks share the GPU: by default JAX would take three quarters of its memory.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     flags = os.environ.get("XLA_FLAGS", "")
     if given.smoke and given.device != "gpu" and "optimization_level" not in flags:
-        # Quicker to compile by far, and the times mean nothing anyway.
+        # Much faster to compile, and the times mean nothing anyway.
         os.environ["XLA_FLAGS"] = f"{flags} --xla_backend_optimization_level=0".strip()
     with contextlib.suppress(RuntimeError):
         if given.device == "cpu":
@@ -111,7 +111,7 @@ def _configure(given: BenchArguments) -> None:
 def _wanted(names: Iterable[str], only: Sequence[str]) -> list[str]:
     for pattern in only:
         if not fnmatch.filter(names, pattern):
-            raise InputError(f"--only {pattern}: no row has such a name; choose from: {', '.join(names)}")
+            raise InputError(f"--only {pattern}: no row matches; choose from: {', '.join(names)}")
     return [name for name in names if any(fnmatch.fnmatch(name, pattern) for pattern in only)]
 
 
@@ -125,12 +125,12 @@ def _rows(given: BenchArguments, settings: Settings, record: dict[str, Any], con
         torch.prepare(settings)
         torch.describe(record)
     if before and before[0] > 0.5 * (bench.cores_allowed() or 1):
-        text = "do not trust the times: other work runs on this machine, and slows torch's threads most"
+        text = "do not trust the times: other programs run on this machine, and slow torch's threads most"
         console.print(f"load average {before[0]:.1f} before the start; {text}", style="bold yellow")
     for row in wanted:
         console.print(f"{row.name} ...", style="dim")
         results.append(run_row(row, settings, torch))
-        # Every row finds the device as the first one did.
+        # Every row starts with the device in the same state.
         jax.clear_caches()
         gc.collect()
         if torch:
@@ -138,7 +138,7 @@ def _rows(given: BenchArguments, settings: Settings, record: dict[str, Any], con
         for note in results[-1].notes:
             console.print(f"{row.name}: {note}")
         record |= {"load_after": bench.load(), "matmul_flops_per_s": matmul_rate(results)}
-        # After every row, so that a run that is stopped keeps what it has.
+        # After every row, so that a stopped benchmark keeps its finished rows.
         _save(given, record | {"rows": [result.to_json() for result in results]})
     device, size = jax.devices()[0].device_kind if settings.on_gpu else "CPU", settings.image_size
     title = f"{device}, {settings.dtype}, batch {settings.batch_size}, images {size}x{size}, {settings.encoder}"

@@ -1,4 +1,4 @@
-"""`fcn-jax cache`: what is cached on this machine, and its removal."""
+"""`fcn-jax cache`: list or remove what is cached on this machine."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ class CacheArguments:
     """List the prepared copies of data sets and the compiled programs, or remove them."""
 
     empty: bool = False
-    """Remove all that is listed; it is prepared and compiled again where it is needed."""
+    """Remove everything listed; it is prepared or compiled again when needed."""
     cache_dir: str = DataConfig.cache_dir
-    """The folder that holds them, as --data.cache-dir in training."""
+    """Folder of the cache, as --data.cache-dir in training."""
 
 
 def main(arguments: Sequence[str]) -> int:

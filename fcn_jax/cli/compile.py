@@ -1,4 +1,4 @@
-"""`fcn-jax compile RECIPE|NETWORK --target TARGET`: what an accelerator's compiler plans, without the accelerator."""
+"""`fcn-jax compile RECIPE|NETWORK --target TARGET`: compile for a TPU or GPU without having one."""
 
 from __future__ import annotations
 
@@ -25,23 +25,23 @@ from fcn_jax.training.config_checks import check_config
 
 @dataclass(frozen=True)
 class CompileArguments:
-    """Compile the training step for a TPU or GPU that need not be there.
+    """Compile the training step for a TPU or GPU, without having one.
 
-    Memory, FLOPs, bytes and collective operations are the compiler's plan for one device; cycles are its estimate.
+    Memory, FLOPs, bytes and collective operations are the compiler's plan for one device; cycles are its estimates.
     """
 
     target: str
-    """Family and shape: v5e:2x2, v5p:2x2x2, v6e:2x2, h100:8, cpu:8."""
+    """Chip and topology: v5e:2x2, v5p:2x2x2, v6e:2x2, h100:8, cpu:8."""
     image_size: tuple[int, int] | None = None
     """Height and width; by default the recipe's crop or input size, or 512 512."""
     batch_size: int | None = None
-    """Of all devices together; by default the recipe's, or eight on each for a network."""
+    """Global batch size; by default the recipe's, or eight per device for a network."""
     num_classes: int | None = None
-    """By default those of the recipe's data set, or 21 for a network."""
+    """Number of classes; by default that of the recipe's data set, or 21 for a network."""
     inference: bool = False
-    """Compile class maps on one device instead of the training step."""
+    """Compile prediction on one device instead of the training step."""
     max_batch: bool = False
-    """Find the largest batch that fits; every try is a compilation."""
+    """Find the largest batch that fits into memory; each attempt is a compilation."""
     out: Path | None = None
     """FILE.json for the numbers."""
     text: Path | None = None
@@ -77,17 +77,19 @@ def main(arguments: Sequence[str]) -> int:
     elif batch_size is None:
         batch_size = 8 * unit
     if batch_size < 1 or batch_size % unit:
-        raise InputError(f"expected --batch-size to be a multiple of {unit}, of devices x parts, got {batch_size}")
+        raise InputError(
+            f"expected --batch-size to be a multiple of {unit}, of devices x accumulated parts, got {batch_size}"
+        )
     classes = given.num_classes or (_classes(config) if name in RECIPES else 21)
     work = compiling.Work(config, classes, size, batch_size, given.inference)
     for flag, file in (("--out", given.out), ("--text", given.text)):
         if file is not None:
-            check_file(file, flag)  # before minutes are spent on what goes there
+            check_file(file, flag)  # before minutes of compiling
     console = Console(highlight=False, width=None if Console().is_terminal else 132)
     if given.max_batch:
         if not target.chip.memory:
             raise InputError(f"target {target.name} has no memory of its own; choose a TPU or GPU for --max-batch")
-        compiling.lower(work, target)  # whatever else is wrong
+        compiling.lower(work, target)  # raises any other error first
         most = compiling.largest(
             lambda batch: compiling.fits(replace(work, batch_size=batch), target), unit, batch_size
         )

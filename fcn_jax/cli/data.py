@@ -1,4 +1,4 @@
-"""`fcn-jax data`: check a data set, and show what is in it."""
+"""`fcn-jax data`: check a data set and show statistics and examples."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ from fcn_jax.losses import IGNORE
 from fcn_jax.training.config_checks import check_config
 
 _SMALLEST = 32
-"""Sides below this have one cell at the coarsest stride."""
+"""Images with a side below this have a single row or column at stride 32."""
 _ONE_CLASS = 0.5
-"""Masks of a single class are suspicious where fewer images than this share have one."""
+"""Masks with a single class are suspicious if less than this share of the masks has one."""
 _NAMED = 5
 
 
@@ -54,12 +54,12 @@ def main(arguments: Sequence[str]) -> int:
     if given.out is not None:
         (given.out / "data.json").write_text(json.dumps(facts, indent=2) + "\n")
         save_sheet(given.out / "sheet.png", samples, split.palette, split.class_names)
-        print(f"facts in {given.out / 'data.json'}, examples in {given.out / 'sheet.png'}")
+        print(f"statistics in {given.out / 'data.json'}, examples in {given.out / 'sheet.png'}")
     return 0
 
 
 def examine(split: Split) -> tuple[dict[str, Any], list[Sample]]:
-    """Return what is in a split, as JSON, and some of its examples; they have no predictions."""
+    """Return statistics of a split, as JSON types, and some examples (with the labels in place of predictions)."""
     pixels, images = np.zeros((2, split.num_classes), np.int64)
     sizes: Counter[str] = Counter()
     by_content: defaultdict[bytes, list[str]] = defaultdict(list)

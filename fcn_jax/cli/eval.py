@@ -34,32 +34,32 @@ from fcn_jax.training.trainer import check_bits
 
 @dataclass(frozen=True)
 class EvalArguments:
-    """Score a trained network; each split and way of averaging has its own file, and RUN/eval.json is the plain one."""
+    """Score a trained network. RUN/eval.json is for the validation split; other splits and views have own files."""
 
     network: Annotated[NetworkArguments, tyro.conf.arg(name="")] = field(default_factory=NetworkArguments)
     split: str | None = None
     """DATASET/SPLIT; by default the run's validation split."""
     out: Path | None = None
-    """Folder for the scores and figures; by default the run's. Of weights without it, the table alone is printed."""
+    """Folder for the scores and figures; by default the run's. With --weights and no --out only a table is printed."""
     dir: str | None = None
-    """Folder of the data set, where it is not where it was in training."""
+    """Folder of the data set; by default as in training."""
     mesh: str | None = None
-    """Axes as in training, data=2,space=2, over which images are split; by default data alone."""
+    """Mesh axes over which images are split, as in training, e.g. data=2,space=2; by default data over all devices."""
     batch_size: int | None = None
-    """Images at once; by default as in training, which gives the same numbers to the last digit."""
+    """Images per batch; by default as in training, which reproduces its scores exactly."""
     boundary: int | None = None
-    """Score boundaries as well: the IoU of the pixels within this distance of each class's boundary."""
+    """Also compute boundary IoU: the IoU of the pixels within this distance (pixels) of each class's boundary."""
     flip: bool = False
-    """Average the softmax of the image and of its mirror image."""
+    """Average the softmax over the image and its mirror image."""
     scales: tuple[float, ...] = (1.0,)
-    """Average the softmax of the image at these scales, as in 0.75 1 1.25."""
+    """Average the softmax over the image at these scales, as in 0.75 1 1.25."""
 
 
 def main(arguments: Sequence[str]) -> int:
     """Evaluate a run, print the scores and write them to a file; the exit code."""
     given = tyro.cli(EvalArguments, prog="eval.py", args=list(arguments))
     if given.batch_size is not None and given.batch_size < 1:
-        raise InputError(f"expected --batch-size >= 1, got {given.batch_size}; leave it out for training's")
+        raise InputError(f"expected --batch-size >= 1, got {given.batch_size}; leave it out to use that of training")
     if given.boundary is not None and not 1 <= given.boundary <= 1000:
         raise InputError(f"expected --boundary in 1 ... 1000 pixels, got {given.boundary}")
     views = Views(given.scales, given.flip)
@@ -70,14 +70,14 @@ def main(arguments: Sequence[str]) -> int:
     options: dict[str, Any] = {"preprocessing": info.preprocessing, "input_size": info.input_size}
     config = Config(data=DataConfig(**options)) if folder is None else RunFolder(folder).read_config()[0]
     if folder is None and given.split is None:
-        raise InputError("weights have no validation split of their own; give --split DATASET/SPLIT, or a run as --run")
+        raise InputError("weights do not come with a validation split; give --split DATASET/SPLIT, or a run as --run")
     data = config.data if given.dir is None else replace(config.data, dir=given.dir)
     name = given.split or data.val
     split = load(name, data)
     _check_classes(name, split.class_names, info)
     check_bits(config, split)
     if views != PLAIN:
-        data = replace(data, eval_multiple=1)  # an image that is padded has no mirror image
+        data = replace(data, eval_multiple=1)  # the mirror image of a padded image is padded on the wrong side
     mesh = make_mesh(jax.devices()[: config.devices]) if given.mesh is None else pick_mesh(given.mesh)
     batches = make_eval_batches(split, data, given.batch_size or config.train.eval_batch_size)
     predict = make_predictor(model, preprocessing_of(data), mesh, views)

@@ -1,4 +1,4 @@
-"""`fcn-jax models`: the networks and the published weights by name."""
+"""`fcn-jax models`: list the networks and the published weights."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The options by which commands name a trained network, and the network that they name."""
+"""The command-line options that select a trained network, and its loading."""
 
 from __future__ import annotations
 
@@ -14,34 +14,34 @@ from fcn_jax.pretrained import NetworkInfo, from_pretrained
 
 @dataclass(frozen=True)
 class NetworkArguments:
-    """A run's network or published weights; one of the two."""
+    """A trained network: either --run or --weights."""
 
     run: str | None = None
-    """A run's folder, on a disk or gs://BUCKET/..."""
+    """A run's folder, local or gs://BUCKET/..."""
     weights: str | None = None
-    """In its place a weights file (.safetensors, .pth, .caffemodel), a published name (`fcn-jax models` lists them), or
-    hf://OWNER/REPO[@REVISION]."""
+    """Instead of --run: a weights file (.safetensors, .pth, .caffemodel), a published name (see `fcn-jax models`),
+    or hf://OWNER/REPO[@REVISION]."""
     checkpoint: str = "best"
-    """Of a run: best (by mean IoU on the validation split), last, or a step's number."""
+    """Checkpoint of a run: best (by mean IoU on the validation split), last, or a step number."""
     model: str | None = None
-    """A name from the catalogue, for weights that may belong to several networks."""
+    """Name of the network, for weights that fit several (`fcn-jax models` lists the names)."""
     preprocessing: Literal["imagenet", "caffe"] | None = None
-    """For weights that do not say it."""
+    """Preprocessing, for weights that do not state it."""
 
 
 def open_network(given: NetworkArguments) -> tuple[FCN, dict[str, Any], NetworkInfo]:
-    """Open the network and print what was assumed of it."""
+    """Load the network, and print what had to be assumed."""
     if (given.run is None) == (given.weights is None):
-        raise InputError("expected one of --run RUN and --weights SOURCE; give the network in one way")
+        raise InputError("expected either --run RUN or --weights SOURCE; give exactly one of them")
     if given.run is not None and (given.model or given.preprocessing):
-        raise InputError("a run says its own network and preprocessing; leave out --model and --preprocessing")
+        raise InputError("a run records its network and preprocessing; leave out --model and --preprocessing")
     run = None if given.run is None else to_path(given.run, "--run")
     path = None if given.weights is None or weights.is_published(given.weights) else to_path(given.weights, "--weights")
     if given.weights is not None and given.checkpoint != "best" and not (path and path.is_dir()):
         raise InputError(f"--checkpoint {given.checkpoint} belongs to a run; leave it out with --weights")
     if run is not None and not run.is_dir():
-        what = "is a file" if run.is_file() else "is not there"
-        raise InputError(f"{run} {what} and is no run; give the folder that training wrote, or --weights")
+        what = "is a file" if run.is_file() else "does not exist"
+        raise InputError(f"{run} {what}, not a run's folder; give the folder that training wrote, or --weights")
     source = str(given.run or given.weights)
     made = from_pretrained(source, model=given.model, preprocessing=given.preprocessing, checkpoint=given.checkpoint)
     for note in made[2].notes:

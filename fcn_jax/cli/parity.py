@@ -1,4 +1,4 @@
-"""The command line `fcn-jax parity`: a network against PyTorch, or against itself computed differently."""
+"""The command line `fcn-jax parity`: compare a network numerically with PyTorch or with other JAX settings."""
 
 from __future__ import annotations
 
@@ -38,30 +38,30 @@ from fcn_jax.training.run import environment
 
 @dataclass(frozen=True)
 class ParityArguments:
-    """Compare a network with its PyTorch twin, or with itself computed differently: layers, gradients, training."""
+    """Compare layers, gradients and training of a network with its PyTorch twin, or with other JAX settings."""
 
     model: tyro.conf.Positional[str]
-    """A name from the catalogue."""
+    """Name of the network; `fcn-jax models` lists them."""
     against: str = "torch"
-    """torch: the twin; jax: pmap, mesh and one device, float32 and float64, precisions, upsampling, remat; FILE: what
-    --save has written, on another machine, with another JAX, dtype or precision."""
+    """torch: the PyTorch twin. jax: pmap, mesh and one device, float32 and float64, precisions, upsampling, remat.
+    FILE: what --save wrote, on another machine or with another JAX version, dtype or precision."""
     save: Path | None = None
-    """Write our side to FILE.safetensors for --against, and compare nothing; it holds the parameters of every step."""
+    """Only write the JAX results to FILE.safetensors, for a later --against; they include each step's parameters."""
     dtype: Literal["float64", "float32", "bfloat16"] = "float32"
     precision: Literal["default", "high", "highest"] = "highest"
-    """Of JAX's products; the CPU computes all three alike."""
+    """Precision of JAX's products; on a CPU all three are the same."""
     steps: int = 20
-    """Steps of SGD; 0 leaves them out."""
+    """Number of SGD steps to compare; 0: none."""
     devices: int | None = None
-    """Over how many devices JAX splits the batch; by default 1, and 2 with --against jax where there are two."""
+    """Devices over which JAX splits the batch; by default 1, or 2 with --against jax if there are two."""
     image_size: tuple[int, int] = (64, 64)
     """Height and width in pixels."""
     batch_size: int = 2
     num_classes: int | None = None
     """By default 21."""
     weights: str | None = None
-    """A .safetensors, .pth or .caffemodel file of any known layout, or a published name; all else is drawn at random.
-    What the file says of its network (encoder, width ...) is the default below."""
+    """A .safetensors, .pth or .caffemodel file of any known layout, or a published name; other parameters are random.
+    The file's encoder, width and classes are the defaults of the options below."""
     encoder: Literal["vgg11", "vgg13", "vgg16", "vgg19"] | None = None
     """By default vgg16."""
     encoder_norm: Literal["batch"] | None = None
@@ -70,7 +70,7 @@ class ParityArguments:
     momentum: float = 0.9
     weight_decay: float = 5e-4
     max_error: float | None = None
-    """Exit with code 1 where an error is larger. Below float64 errors against torch are those from float64."""
+    """Exit with code 1 if an error is larger. Errors of float32 and bfloat16 against torch are from float64."""
     max_error_of: tuple[Part, ...] = PARTS
     """The parts that --max-error applies to."""
     out: Path | None = None
@@ -87,7 +87,7 @@ def main(arguments: Sequence[str]) -> int:
     given = tyro.cli(ParityArguments, prog="fcn-jax parity", args=list(arguments))
     _check(given)
     if given.out is not None:
-        make_folder(given.out)  # before hours are spent on the results
+        make_folder(given.out)  # before hours of computing
     if given.save is not None:
         check_file(given.save, "--save")
     devices = _configure(given)
@@ -116,13 +116,13 @@ def main(arguments: Sequence[str]) -> int:
         record |= {"versions": environment("torch"), "reports": [report.to_json() for report in reports]}
         save_json(given.out / "parity.json", record)
         save_figure(given.out / "parity.png", reports)
-        print(f"numbers in {given.out / 'parity.json'}, picture in {given.out / 'parity.png'}")
+        print(f"numbers in {given.out / 'parity.json'}, figure in {given.out / 'parity.png'}")
     if given.max_error is None:
         return 0
     parts = itertools.product(reports, given.max_error_of)
     errors = {f"{r.ours} | {r.theirs}: {name}": e for r, part in parts for name, e in r.errors(part).items()}
     if not errors:
-        raise InputError(f"nothing was compared of {', '.join(given.max_error_of)}; name other parts in --max-error-of")
+        raise InputError(f"nothing to compare in {', '.join(given.max_error_of)}; name other parts in --max-error-of")
     over = [f"{name} {error:.1e}" for name, error in errors.items() if not error <= given.max_error]
     for line in over[:10]:
         print(f"over {given.max_error:g}: {line}")
@@ -135,9 +135,9 @@ def _check(given: ParityArguments) -> None:
     against = None if given.against == "torch" else given.against
     several = {"--against": against, "--max-error": given.max_error, "--out": given.out, "--devices": given.devices}
     if given.save is not None and (useless := [name for name, value in several.items() if value is not None]):
-        raise InputError(f"--save compares nothing: it does not go with {' or '.join(useless)}; leave one out")
+        raise InputError(f"--save compares nothing and cannot be combined with {' or '.join(useless)}; leave one out")
     if given.against not in ("torch", "jax") and (given.devices or 1) > 1:
-        raise InputError(f"--against {given.against} is of one device; leave --devices out")
+        raise InputError(f"--against {given.against} supports only one device; leave --devices out")
     if given.steps < 0:
         raise InputError(f"expected --steps >= 0, got {given.steps}; 0 leaves training out")
     if min(given.image_size) < 1 or given.batch_size < 1:
@@ -145,13 +145,15 @@ def _check(given: ParityArguments) -> None:
     if given.max_error is not None and not given.max_error >= 0:
         raise InputError(f"expected --max-error >= 0, got {given.max_error}; leave it out to compare without a limit")
     if given.batch_size % (given.devices or 1):
-        raise InputError(f"--batch-size {given.batch_size} is no multiple of {given.devices} devices; give one")
+        raise InputError(
+            f"--batch-size {given.batch_size} is not a multiple of {given.devices} devices; choose one that is"
+        )
 
 
 def _configure(given: ParityArguments) -> int:
-    """Set JAX up, where it does not run already, and return the number of devices."""
+    """Configure JAX before it is initialised, and return the number of devices."""
     if (given.devices or 1) > 1 and "device_count" not in os.environ.get("XLA_FLAGS", ""):
-        with contextlib.suppress(RuntimeError):  # JAX runs already: it has the devices it has
+        with contextlib.suppress(RuntimeError):  # JAX is initialised already; its devices are fixed
             jax.config.update("jax_num_cpu_devices", given.devices)
     if given.dtype == "float64" or given.against == "jax":
         jax.config.update("jax_enable_x64", True)
@@ -160,7 +162,7 @@ def _configure(given: ParityArguments) -> int:
 
 
 def _about(given: ParityArguments, model: FCN, variables: Any) -> dict[str, Any]:
-    """Say what is computed; whatever is not in it may differ between the two sides, and the name tells it."""
+    """Describe the computation. Only the device, dtype, precision and JAX version, in ``name``, may differ."""
     device = jax.devices()[0]
     name = f"{device.device_kind} {given.dtype} {given.precision}, jax {jax.__version__}"
     network, options = describe_model(model)
@@ -170,7 +172,7 @@ def _about(given: ParityArguments, model: FCN, variables: Any) -> dict[str, Any]
 
 
 def _make_model(given: ParityArguments) -> tuple[FCN, Any]:
-    """Build the network as the weights' file describes it, where it does, and as the options say; fill it."""
+    """Build the network from the options, with the weights file's as defaults, and load the weights."""
     options, num_classes = dict[str, Any](), None
     if given.weights is not None:
         options, num_classes = weights.source_options(weights.inspect(given.weights), given.model)

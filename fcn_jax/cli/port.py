@@ -1,4 +1,4 @@
-"""`fcn-jax port`: weights of PyTorch projects to a file of ours, or back."""
+"""`fcn-jax port`: convert weights of PyTorch and Caffe projects to our format, or back."""
 
 from __future__ import annotations
 
@@ -23,31 +23,31 @@ from fcn_jax.models import create_model, init_variables
 
 @dataclass(frozen=True)
 class PortArguments:
-    """Convert weights of another project to a file of ours, or ours to another's names; prints what became of all."""
+    """Convert weights from another project's layout to ours, or to any other, and report on every parameter."""
 
     source: tyro.conf.Positional[str]
-    """A .safetensors, .pth, .pt or .caffemodel file in any layout that is known, hf://OWNER/REPO, or a published name,
-    say vgg16-imagenet."""
+    """A .safetensors, .pth, .pt or .caffemodel file in any known layout, hf://OWNER/REPO, or a published name such
+    as vgg16-imagenet."""
     out: Path
     """A .safetensors or .pth file, or a folder for weights.safetensors and report.json."""
     model: str | None = None
-    """A name from the catalogue; by default the source's, where it says one. Options that the source's network has, say
-    its encoder, are taken from there."""
+    """Name of the network; by default the source's, if it determines one. Options such as the encoder are taken from
+    the source."""
     num_classes: int | None = None
-    """By default the source's, or 21 where it has none."""
+    """By default the source's, or 21 if it has no score layer."""
     encoder: Literal["vgg11", "vgg13", "vgg16", "vgg19"] | None = None
     encoder_norm: Literal["batch"] | None = None
     width: float | None = None
     layout: str = "fcn_jax"
-    """Whose names to write: fcn_jax, or those of a torch project."""
+    """Layout to write: fcn_jax, or that of a torch project."""
     preprocessing: Literal["imagenet", "caffe"] | None = None
-    """What images the weights were trained on, where the source does not say it or its layout says it wrongly."""
+    """Preprocessing that the weights were trained with, if the source does not state it or its layout's is wrong."""
     allow_missing: tuple[str, ...] = ()
     """Patterns of parameters that may keep their initial values, e.g. 'score_*'."""
     allow_unexpected: tuple[str, ...] = ()
     """Patterns of tensors that may go unused."""
     seed: int = 0
-    """Of the initial values of what the source has not."""
+    """Random seed of the parameters that the source lacks."""
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -73,7 +73,7 @@ def main(arguments: Sequence[str]) -> int:
         num_classes = given.num_classes
     model = create_model(name, 21 if num_classes is None else num_classes, **options)
     init = partial(init_variables, model)
-    # Shapes first: what a file says of its network may be larger than any memory, and its tensors show whether it is.
+    # Shapes first: a file may state a network larger than any memory, and its tensors show whether that is true.
     key = jax.random.key(given.seed)
     variables, report = weights.load_with_report(
         source, model, jax.eval_shape(init, key), given.allow_missing, given.allow_unexpected
@@ -96,8 +96,12 @@ def main(arguments: Sequence[str]) -> int:
 
 def _print_report(source: str, info: weights.Info, report: weights.Report) -> None:
     console = Console(soft_wrap=True, highlight=False)
-    what = [f"layout {report.layout}", f"encoder {info.variant}", f"preprocessing {report.preprocessing or 'not said'}"]
-    what += [f"taken off: {' '.join(report.unwrapped)}"] if report.unwrapped else []
+    what = [
+        f"layout {report.layout}",
+        f"encoder {info.variant}",
+        f"preprocessing {report.preprocessing or 'not stated'}",
+    ]
+    what += [f"removed wrappers: {' '.join(report.unwrapped)}"] if report.unwrapped else []
     console.print(f"{source}: {', '.join(what)}", markup=False)
     table = Table(title=f"filled: {len(report.filled)}")
     for column in ("parameter", "from", "how"):

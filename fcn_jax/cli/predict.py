@@ -1,4 +1,4 @@
-"""`fcn-jax predict`: label maps, overlays and class shares of images."""
+"""`fcn-jax predict`: write label maps, overlays and class shares for images."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ from fcn_jax.evaluation.figures import overlay, save_palette_png
 from fcn_jax.pretrained import NetworkInfo, predict
 
 _SHOWN = 8
-"""Images with a line of their own; of more the summary alone is printed."""
+"""Up to this many images get a line each; for more only the summary is printed."""
 
 
 @dataclass(frozen=True)
 class PredictArguments:
     """Write a label map (NAME.png) and an overlay for each image, and the share of each class (classes.csv).
 
-    An image that cannot be read is named and left out; the exit code is 3 then.
+    Images that cannot be read are named and skipped, and the exit code is 3.
     """
 
     images: tyro.conf.Positional[tuple[str, ...]]
@@ -45,15 +45,15 @@ class PredictArguments:
     out: Path
     """Folder to write to."""
     probabilities: bool = False
-    """Write NAME.npz as well: the softmax as `probabilities`, float16 (height, width, classes)."""
+    """Also write NAME.npz: the softmax as `probabilities`, float16 (height, width, classes)."""
     confidence: bool = False
-    """Write NAME_confidence.png as well: the softmax of the predicted class, 0 ... 255 for 0 ... 1."""
+    """Also write NAME_confidence.png: the softmax of the predicted class, 0 ... 255 for 0 ... 1."""
     flip: bool = False
-    """Average the softmax of the image and of its mirror image."""
+    """Average the softmax over the image and its mirror image."""
     scales: tuple[float, ...] = (1.0,)
-    """Average the softmax of the image at these scales, as in 0.75 1 1.25."""
+    """Average the softmax over the image at these scales, as in 0.75 1 1.25."""
     mesh: str | None = None
-    """space=N splits each image over N devices by rows, so that images N times as large are not cut into tiles."""
+    """space=N splits each image over N devices by rows, so that images up to N times as large need no tiles."""
     network: Annotated[NetworkArguments, tyro.conf.arg(name="")] = field(default_factory=NetworkArguments)
 
 
@@ -62,7 +62,7 @@ def main(arguments: Sequence[str]) -> int:
     given = tyro.cli(PredictArguments, prog="fcn-jax predict", args=list(arguments))
     images = [path for name in given.images for path in _files(name)]
     if not given.images:
-        raise InputError("no image given; name image files, or a folder that holds some")
+        raise InputError("no image given; name image files or a folder of images")
     views = Views(given.scales, given.flip)
     mesh = None if given.mesh is None else pick_mesh(given.mesh)
     if mesh is not None and groups(mesh) > 1:
@@ -81,7 +81,7 @@ def main(arguments: Sequence[str]) -> int:
     skipped = 0
     began = time.perf_counter()
     writing: Future[list[Any]] | None = None
-    # The files of an image are written while the next is predicted.
+    # Write the files of an image while the next one is predicted.
     with (given.out / "classes.csv").open("w", newline="") as file, ThreadPoolExecutor(1) as writer:
         table = csv.writer(file)
         table.writerow(["image", "height", "width", *info.class_names])
@@ -109,7 +109,7 @@ def main(arguments: Sequence[str]) -> int:
     parts = ", ".join(f"{name} {value / elapsed:.0%}" for name, value in seconds.items())
     print(f"{done} image{'s' * (done != 1)} in {elapsed:.1f} s: {parts}; class shares in {given.out / 'classes.csv'}")
     if skipped:
-        print(f"error: {skipped} of {len(images)} images could not be read and are left out", file=sys.stderr)
+        print(f"error: {skipped} of {len(images)} images could not be read and were skipped", file=sys.stderr)
     return 3 if skipped else 0
 
 
@@ -135,12 +135,12 @@ def _files(name: str) -> list[Path]:
     if path.exists() or not glob.has_magic(name):
         return [path]
     if not (matching := sorted(glob.glob(name, recursive=True))):
-        raise InputError(f"{name}: no file is called so; correct the pattern")
+        raise InputError(f"{name}: no file matches; correct the pattern")
     return [Path(file) for file in matching]
 
 
 def _outputs(given: PredictArguments, image: Path) -> list[Path]:
-    """Return the files of an image: label map, overlay, and those asked for beside them."""
+    """Return the output files of an image: label map, overlay and optional ones."""
     endings = [".png", "_overlay.png"]
     endings += [".npz"] * given.probabilities + ["_confidence.png"] * given.confidence
     return [given.out / f"{image.stem}{ending}" for ending in endings]
@@ -194,7 +194,7 @@ def _decode(data: bytes, name: str, info: NetworkInfo) -> np.ndarray:
     image = decode_channels(data, name, len(info.preprocessing.mean))
     if image.dtype != f"uint{info.preprocessing.bits}":
         raise UnreadableError(
-            f"{name}: {image.dtype}, the network takes uint{info.preprocessing.bits}; convert the image"
+            f"{name}: is {image.dtype}, but the network takes uint{info.preprocessing.bits}; convert the image"
         )
     return image
 

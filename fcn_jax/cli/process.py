@@ -1,4 +1,4 @@
-"""A command's process: output that stops no run, quiet libraries, compiled programs, and what becomes its exit code."""
+"""The process of a command: robust output, quiet libraries, the compilation cache, and exit codes."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from fcn_jax.errors import InputError, Stopped, check_local
 
 _DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EFBIG}
 _MOST_COMPILED = 2 * 2**30
-"""Bytes of compiled programs that are kept; the least recently used go first."""
+"""Size limit of the compilation cache in bytes; the least recently used programs are removed first."""
 
 
 class Output:
-    """Standard output for a run, which goes on where nobody can read it any more: a closed pipe, a full disk."""
+    """Standard output that ignores write errors, so that a run survives a closed pipe or a full disk."""
 
     def __init__(self) -> None:
         self._file = sys.stdout
@@ -34,41 +34,41 @@ class Output:
         return getattr(self._file, name)
 
     def write(self, text: str) -> int:
-        """Write text, or nothing."""
+        """Write text if that is possible; return the number of characters written."""
         return self._lenient(lambda: self._file.write(text)) or 0
 
     def flush(self) -> None:
-        """Flush what can be."""
+        """Flush if that is possible."""
         self._lenient(self._file.flush)
 
     def _lenient(self, action: Callable[[], Any]) -> Any:
         try:
             return action()
         except OSError:
-            with open(os.devnull, "w") as nowhere:  # where what is left in buffers goes, too
+            with open(os.devnull, "w") as nowhere:  # also takes what is left in buffers
                 os.dup2(nowhere.fileno(), self._file.fileno())
 
 
 def make_folder(folder: Path, flag: str = "--out") -> None:
-    """Make a folder for a command's results; an InputError, with the option's name, where it cannot be written to."""
+    """Create a folder for a command's results. Raises InputError, naming the option, if that fails."""
     check_local(folder, flag)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise InputError(f"{flag} {folder}: {error.strerror}; name a folder that can be written to") from error
+        raise InputError(f"{flag} {folder}: {error.strerror}; name a writable folder") from error
 
 
 def check_file(path: Path, flag: str) -> None:
-    """Make the folder of a file for a command's results; an InputError where the file cannot be written."""
+    """Create the folder of a result file. Raises InputError if that fails or the path is a folder."""
     make_folder(path.parent, flag)
     if path.is_dir():
         raise InputError(f"{flag} {path}: is a folder; name a file")
 
 
 def guarded(command: Callable[[Sequence[str]], int], arguments: Sequence[str]) -> int:
-    """Run a command; a user's mistake becomes one line on stderr and exit code 2.
+    """Run a command and return its exit code; a user's mistake becomes one line on stderr and exit code 2.
 
-    With FCN_JAX_DEBUG=1 in the environment its traceback comes before that line.
+    With FCN_JAX_DEBUG=1 in the environment, the traceback is printed before that line.
     """
     _quieten_orbax()
     keep_compiled()
@@ -92,10 +92,10 @@ def _message(error: BaseException) -> tuple[str, int] | None:
         return str(error), 128 + error.number
     if isinstance(error, KeyboardInterrupt):
         return (
-            "stopped; a run goes on from its last checkpoint with the same command",
+            "stopped; the same command resumes a run from its last checkpoint",
             130,
         )  # 128 + SIGINT, as shells have it
-    # A file that cannot be written or a path that cannot be named, wherever that shows.
+    # A file that cannot be written, or an invalid path, wherever it is first used.
     if isinstance(error, OSError) and (error.filename is not None or error.errno in _DISK):
         return f"error: {error.filename or 'a file'}: {error.strerror}; check the path and the disk", 2
     if isinstance(error, RuntimeError | AssertionError) and not _has_backend():
@@ -107,14 +107,14 @@ def _message(error: BaseException) -> tuple[str, int] | None:
 def _has_backend() -> bool:
     try:
         return bool(jax.devices())
-    except (RuntimeError, AssertionError):  # JAX asserts where none of the platforms asked for is there
+    except (RuntimeError, AssertionError):  # JAX asserts if none of the requested platforms is available
         return False
 
 
 def _quieten_orbax() -> None:
-    """Keep orbax from announcing its defaults and, where a disk is full, each array's failure: it raises that too.
+    """Silence orbax, which logs its defaults and, on a full disk, an error per array that it also raises.
 
-    gcsfs announces each bucket whose kind it cannot tell.
+    gcsfs logs every bucket whose type it cannot determine.
     """
     for name in ("absl", "asyncio", "gcsfs"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
@@ -131,12 +131,12 @@ def _quieten_orbax() -> None:
 
 
 def keep_compiled() -> None:
-    """Keep compiled programs on disk, so that a command's second start is quick; JAX's own settings go before ours."""
+    """Enable JAX's compilation cache, so that later starts are fast, unless the user has configured it."""
     folder = Path("~/.cache/fcn_jax/compiled").expanduser()
     if jax.config.jax_compilation_cache_dir is None:  # type: ignore[attr-defined]
-        with contextlib.suppress(OSError):  # where nothing can be kept, everything is compiled anew
+        with contextlib.suppress(OSError):  # without a cache everything is compiled again
             folder.mkdir(parents=True, exist_ok=True)
-            for program in folder.glob("*-cache"):  # JAX writes nothing more where one lacks its time of access
+            for program in folder.glob("*-cache"):  # JAX stops caching if a program lacks its access time
                 if not program.with_name(program.name.removesuffix("-cache") + "-atime").exists():
                     program.unlink()
             jax.config.update("jax_compilation_cache_dir", str(folder))

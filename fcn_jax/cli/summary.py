@@ -21,15 +21,15 @@ class SummaryArguments:
     """Print the layers of a network: output shapes, parameters, FLOPs."""
 
     model: tyro.conf.Positional[str | None] = None
-    """A name from the catalogue."""
+    """Name of the network; `fcn-jax models` lists them."""
     weights: str | None = None
-    """In its place a weights file, a published name or hf://OWNER/REPO: the network that it holds."""
+    """Instead of a name, show the network of a weights file, a published name or hf://OWNER/REPO."""
     image_size: tuple[int, int] = (500, 500)
     """Height and width in pixels."""
     num_classes: int | None = None
     """By default 21."""
     encoder: Literal["vgg11", "vgg13", "vgg16", "vgg19"] | None = None
-    """By default vgg16, and the ResNet that a name says."""
+    """By default vgg16, or the ResNet in the network's name."""
     encoder_norm: Literal["batch"] | None = None
     width: float | None = None
     """By default 1."""
@@ -42,7 +42,7 @@ def main(arguments: Sequence[str]) -> int:
     sizes: dict[str, Any] = {"num_classes": given.num_classes, "width": given.width, **chosen}
     if given.weights is not None:
         if said := [f"--{name.replace('_', '-')}" for name, value in sizes.items() if value is not None]:
-            raise InputError(f"--weights says what {' '.join(said)} would; leave that out")
+            raise InputError(f"--weights determines {' '.join(said)}; leave that out")
         model = from_pretrained(given.weights, model=given.model)[0]
     elif given.model is not None:
         options = {name: value for name, value in sizes.items() if value is not None}

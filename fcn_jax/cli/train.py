@@ -19,9 +19,9 @@ from fcn_jax.training.loop import train
 from fcn_jax.training.run import RunFolder, lengthened
 
 _ABOUT = (
-    f"Train a recipe; without one, {DEFAULT_RECIPE}. Any field of it can be overridden. The same command again resumes "
-    "the run, and so does --resume RUN, which takes all settings from the run's own config.json; with --train.steps or "
-    "--train.epochs it is lengthened."
+    f"Train a recipe, by default {DEFAULT_RECIPE}. Any field of it can be overridden. The same command again resumes "
+    "the run. So does --resume RUN, which takes all settings from the run's config.json; with --train.steps or "
+    "--train.epochs it also changes the length of the run."
 )
 
 
@@ -30,7 +30,7 @@ def main(arguments: Sequence[str]) -> int:
     arguments = list(arguments)
     resumes = [index for index, argument in enumerate(arguments) if argument.partition("=")[0] == "--resume"]
     config, title = _config_of_run(arguments, resumes[0]) if resumes else config_of_recipe(arguments)
-    jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM for itself
+    jax.config.update("jax_enable_preemption_service", False)  # it would handle SIGTERM itself
     with processes(config.distributed, config.num_processes, config.process_id):
         console = Console(quiet=not is_writer(), file=cast(Any, Output()))
         console.print(title, highlight=False)
@@ -51,7 +51,7 @@ def config_of_recipe(arguments: list[str]) -> tuple[Config, str]:
 
 
 def _config_of_run(arguments: list[str], index: int) -> tuple[Config, str]:
-    """Take a run's own config, and the fields of it that the other arguments override."""
+    """Return a run's config, with the fields that the other arguments override, and a title."""
     flag, _, run = arguments.pop(index).partition("=")
     if not run:
         if index == len(arguments) or arguments[index].startswith("-"):

@@ -1,8 +1,8 @@
-"""Checkpoints of a run: the only file that knows orbax.
+"""Checkpoints of a run; only this module uses orbax.
 
-``checkpoints/STEP`` is a state that was validated; ``interrupted/STEP``, beside it, one that a signal ended the run at.
-Orbax writes a folder under another name and renames it once it is whole. It does not notice a changed byte in an array;
-our checksums do.
+``checkpoints/STEP`` is a state that was validated; ``interrupted/STEP`` is one saved when a signal stopped the run.
+Orbax writes a checkpoint under another name and renames it when it is complete. It does not detect changed bytes in
+arrays; our checksums do.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ from fcn_jax.step import TrainState
 
 
 class Restored(NamedTuple):
-    """A state read back."""
+    """A state restored from a checkpoint."""
 
     step: int
     state: TrainState
     progress: dict[str, Any]
-    """What the loop keeps beside the state; JSON."""
+    """What the training loop stores beside the state, as JSON types."""
     validated: bool
     notes: tuple[str, ...]
-    """What a user should know: which newer checkpoints were damaged."""
+    """Messages for the user about newer checkpoints that were damaged."""
 
 
 class _Damaged(Exception):
@@ -45,17 +45,17 @@ def _mean_iu(metrics: dict[str, Any]) -> float:
 
 
 class Checkpoints:
-    """Saves a run's states: the newest few, the best by mean IoU, and those at a fixed interval for good.
+    """Saves a run's states. It keeps the newest few, the best by mean IoU and, permanently, one per fixed interval.
 
     Each holds three items: ``variables`` (params, batch_stats), ``training`` (optimiser state, step, key) and
-    ``progress`` (what the loop gives, and the checksums of the other two), with the mean IoU as its metric. Saving goes
-    on in the background; ``close`` waits for it.
+    ``progress`` (from the loop, and checksums of the other two), with the mean IoU as its metric. Saving runs in the
+    background; ``close`` waits for it.
     """
 
     def __init__(self, folder: Path, keep_last: int = 2, keep_steps: int | None = None, writes: bool = True):
-        """Open the folder, creating it if need be; what a killed process left half written is removed.
+        """Open or create the folder, and remove incomplete checkpoints of a killed process.
 
-        Of several processes all take part in saving, and one ``writes``, or removes, what belongs to no process alone.
+        With several processes, all take part in saving; the one that ``writes`` creates and removes shared files.
         """
         best = preservation_policy.BestN(get_metric_fn=_mean_iu, n=1)
         policies = [preservation_policy.LatestN(max(1, keep_last)), best]
@@ -75,7 +75,7 @@ class Checkpoints:
         """Save a validated state, copied to the host before this returns. An undefined score ranks lowest.
 
         Raises:
-            InputError: this state or the one before could not be written.
+            InputError: this state or the previous one could not be written.
         """
         with _writing(self._folder):
             metrics = {"mean_iu": -1.0 if math.isnan(mean_iu) else mean_iu}
@@ -84,7 +84,7 @@ class Checkpoints:
                 raise ValueError(f"step {int(state.step)} is not after {self._manager.latest_step()}")
 
     def save_interrupted(self, state: TrainState, progress: dict[str, Any]) -> None:
-        """Save a state at any step, to go on from, and wait for it; nothing to do where this step is saved already.
+        """Save a state at any step for resuming, and wait for it; does nothing if this step is saved already.
 
         Raises:
             InputError: it could not be written.
@@ -101,11 +101,11 @@ class Checkpoints:
                 manager.wait_until_finished()
 
     def best_step(self) -> int | None:
-        """Return the saved step of the best mean IoU, or None."""
+        """Return the saved step with the best mean IoU, or None."""
         return _best(self._manager)
 
     def close(self) -> None:
-        """Wait for what is being saved, and let go of the folder.
+        """Wait until saving is complete, and release the folder.
 
         Raises:
             InputError: it could not be written.
@@ -115,11 +115,11 @@ class Checkpoints:
                 self._manager.wait_until_finished()
                 self._remove_superseded()
         finally:
-            with suppress(Exception):  # of the save that has failed: said once
+            with suppress(Exception):  # the failed save was reported already
                 self._manager.close()
 
     def _remove_superseded(self) -> None:
-        """Remove what a process that was killed between a save and the removal of older ones has left."""
+        """Remove old checkpoints left by a process that was killed between saving and removing them."""
         steps, interrupted = sorted(self._manager.all_steps()), _interrupted(self._folder)
         kept = {*steps[-self._keep_last :], self.best_step()}
         for step in steps:
@@ -130,18 +130,18 @@ class Checkpoints:
 
 
 def restore_newest(folder: Path, like: TrainState, writes: bool = True) -> Restored | None:
-    """Read the newest state of a run that is whole; newer ones are put aside as ``damaged-STEP``.
+    """Restore the newest intact state of a run; damaged newer ones are renamed to ``damaged-STEP``.
 
     Args:
         folder: the run's checkpoints.
-        like: a state with the shapes and the placement that the result is to have.
-        writes: whether this process is the one of several to put damaged ones aside.
+        like: a state with the shapes and placement of the result.
+        writes: whether this process renames damaged ones; one of several does.
 
     Returns:
-        None where nothing has been saved yet.
+        None if nothing has been saved yet.
 
     Raises:
-        InputError: there are checkpoints, and none can be read or fits the network.
+        InputError: there are checkpoints, but none can be read and fits the network.
     """
     found = [(step, False, _interrupted(folder)) for step in _steps(_interrupted(folder))]
     found += [(step, True, folder) for step in _steps(folder)]
@@ -152,25 +152,25 @@ def restore_newest(folder: Path, like: TrainState, writes: bool = True) -> Resto
         except _Damaged as error:
             damaged.append((parent / str(step), str(error)))
             continue
-        # An older one whose score cannot be read would be in the way of choosing the best.
+        # An older one with an unreadable score would prevent choosing the best.
         older = [other for other in _steps(folder) if other < step and _metrics(folder / str(other)) is None]
-        damaged += [(folder / str(other), "its score is lost") for other in older]
+        damaged += [(folder / str(other), "its score cannot be read") for other in older]
         if not writes:
             damaged = []
-        notes = tuple(f"{_put_aside(path)}: {error}; going on from step {step}" for path, error in damaged)
+        notes = tuple(f"{_put_aside(path)}: {error}; resuming from step {step}" for path, error in damaged)
         return Restored(step, state, progress, validated, notes)
     if damaged:
         what = "; ".join(f"{path.name}: {error}" for path, error in damaged)
         raise InputError(
             f"no checkpoint in {folder} can be read ({what}); "
-            "bring one back from a copy, or train anew with another --run"
+            "restore one from a backup, or train again with another --run"
         )
     return None
 
 
 @contextmanager
 def _without_warnings() -> Iterator[None]:
-    """Keep orbax from logging that a folder is read and not written."""
+    """Keep orbax from logging that the folder is opened read-only."""
     logger = logging.getLogger("absl")
     before = logger.level
     logger.setLevel(logging.ERROR)
@@ -186,7 +186,7 @@ def load_variables(folder: Path, which: str, like: Any) -> tuple[dict[str, Any],
 
     Args:
         folder: the run's checkpoints.
-        which: "best" (by mean IoU), "last", or a step's number.
+        which: "best" (by mean IoU), "last", or a step number.
         like: variables of the model, for shapes and placement.
 
     Returns:
@@ -205,7 +205,7 @@ def load_variables(folder: Path, which: str, like: Any) -> tuple[dict[str, Any],
     if not steps and _steps(_interrupted(folder)):
         raise InputError(
             f"the run was stopped at step {max(_steps(_interrupted(folder)))}, before its first validation: "
-            "start the same command again, and it goes on to one"
+            "run the same command again to continue to one"
         )
     if step is None:
         known = ", ".join(str(step) for step in steps) or "none"
@@ -219,7 +219,7 @@ def load_variables(folder: Path, which: str, like: Any) -> tuple[dict[str, Any],
 
 
 def has_checkpoint(folder: Path) -> bool:
-    """Tell whether a run's folder holds a checkpoint to resume from."""
+    """Return whether a run can be resumed from a checkpoint."""
     return bool(_steps(folder) or _steps(_interrupted(folder)))
 
 
@@ -244,7 +244,7 @@ def _remove(folder: Path) -> None:
 
 
 def _parts(state: TrainState) -> dict[str, Any]:
-    """Split a state into what evaluation needs and what only training does."""
+    """Split a state into the part that evaluation needs and the part that only training needs."""
     return {
         "variables": {"params": state.params, "batch_stats": state.batch_stats},
         "training": {"step": state.step, "opt_state": state.opt_state, "key": state.key},
@@ -260,7 +260,7 @@ def _items(state: TrainState, progress: dict[str, Any]) -> ocp.args.Composite:
 
 
 def _checksums(parts: dict[str, Any]) -> dict[str, list[int]]:
-    """Return one number for each array, computed where the arrays are, so that a step does not wait for a hash."""
+    """Return one number per array, computed on the device, so that training does not wait for a hash on the host."""
     sums = jax.device_get(_jitted_checksums(parts))
     return {name: [int(each) for each in jax.tree.leaves(part)] for name, part in sums.items()}
 
@@ -271,7 +271,7 @@ def _jitted_checksums(parts: Any) -> Any:
 
 
 def _checksum(x: jax.Array) -> jax.Array:
-    """Return the sum of (2 i + 1) w_i modulo 2^32 over the words w_i; the factors are odd, so that any word counts."""
+    """Return the sum of (2 i + 1) w_i modulo 2^32 over the words w_i; odd factors make any changed word show."""
     words = {1: jnp.uint8, 2: jnp.uint16}.get(x.dtype.itemsize, jnp.uint32)
     flat = jax.lax.bitcast_convert_type(x, words).ravel().astype(jnp.uint32)
     return jnp.sum(flat * (2 * jnp.arange(flat.size, dtype=jnp.uint32) + 1), dtype=jnp.uint32)
@@ -287,7 +287,7 @@ def _read_items(path: Path, targets: dict[str, Any]) -> tuple[list[Any], dict[st
     """Read some items of a checkpoint and its progress.
 
     Raises:
-        _Damaged: the checkpoint is not whole, or of another network.
+        _Damaged: the checkpoint is damaged, or of another network.
     """
     _check_shapes(path, targets["variables"])
     items = {name: ocp.args.StandardRestore(target) for name, target in targets.items()}
@@ -298,15 +298,15 @@ def _read_items(path: Path, targets: dict[str, Any]) -> tuple[list[Any], dict[st
         checksums = progress.pop("checksums")
         wrong = [name for name in items if checksums[name] != _checksums({name: saved[name]})[name]]
         wrong += ["metrics"] if progress.pop("metrics", None) != _metrics(path) else []
-    except Exception as error:  # whatever the parsers of damaged bytes come to
+    except Exception as error:  # parsers may raise anything on damaged bytes
         raise _Damaged(first_line(error)) from error
     if wrong:
-        raise _Damaged(f"{' and '.join(wrong)} are not what was saved")
+        raise _Damaged(f"{' and '.join(wrong)} differ from what was saved")
     return [saved[name] for name in items], progress
 
 
 def _metrics(path: Path) -> dict[str, Any] | None:
-    """Return the metrics that orbax keeps with a checkpoint; None where there are none, or none that can be read."""
+    """Return the metrics that orbax keeps with a checkpoint; None if there are none or they cannot be read."""
     handler = ocp.CompositeCheckpointHandler(metrics=ocp.JsonCheckpointHandler("metrics"))
     try:
         with ocp.Checkpointer(handler) as reader:
@@ -336,7 +336,7 @@ def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
 
 
 def _check_shapes(path: Path, wanted: Any) -> None:
-    """Compare names and shapes before anything is read: orbax finds a difference halfway and leaves readers behind."""
+    """Compare names and shapes first: orbax fails halfway at a difference, and leaves its readers open."""
     try:
         saved = _shapes(ocp.StandardCheckpointer().metadata(path / "variables").item_metadata.tree)
     except Exception as error:  # as in _read_items
@@ -345,17 +345,17 @@ def _check_shapes(path: Path, wanted: Any) -> None:
     for name in sorted(set(saved) | set(own)):
         if saved.get(name) != own.get(name):
             there, here = (str(shapes.get(name, "missing")) for shapes in (saved, own))
-            raise _Damaged(f"{name} is {there} there and {here} in this model")
+            raise _Damaged(f"{name} is {there} in the checkpoint and {here} in this model")
 
 
 @contextmanager
 def _writing(folder: Path) -> Iterator[None]:
     try:
         yield
-    except Exception as error:  # a full disk comes out of tensorstore as a ValueError
+    except Exception as error:  # tensorstore raises ValueError on a full disk
         raise InputError(
-            f"a checkpoint could not be saved in {folder} ({first_line(error)}); those saved before are good: "
-            "make room, and the same command goes on from the newest"
+            f"a checkpoint could not be saved in {folder} ({first_line(error)}); those saved before are intact: "
+            "free some space, and run the same command again to resume from the newest"
         ) from error
 
 

@@ -1,4 +1,4 @@
-"""What a config may hold: the types of its fields, as JSON has them, and their ranges."""
+"""Validate a config: the types of its fields, as read from JSON, and their ranges."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from fcn_jax.evaluation.padding import MULTIPLE
 from fcn_jax.paths import to_path
 from fcn_jax.weights import is_published
 
-_LONGEST = 2**20  # pixels of a side; no memory holds such an image
+_LONGEST = 2**20  # pixels per side; more than fits into memory
 _SIDES = ("data.base_size", "data.crop_size", "data.input_size", "data.shapes_size")
 _AT_LEAST_ONE = (
     *(
@@ -48,12 +48,12 @@ def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def convert(values: Any, cls: Any, where: str) -> Any:
-    """Rebuild a dataclass from what ``dataclasses.asdict`` and JSON made of it.
+    """Rebuild a dataclass from its ``dataclasses.asdict``, read back from JSON.
 
     Raises:
-        InputError: fields that this version does not know, or values of another type; ``where`` they were found.
+        InputError: unknown fields or values of the wrong type; the message begins with ``where``.
     """
-    import msgspec  # the benchmark, which reads no config, runs where it is missing
+    import msgspec  # imported here, as the benchmark runs without it
 
     try:
         converted = msgspec.convert(values, cls)
@@ -69,10 +69,10 @@ def convert(values: Any, cls: Any, where: str) -> Any:
 
 
 def config_from_json(values: Any, where: str = "config.json") -> Config:
-    """Rebuild a config from what ``dataclasses.asdict`` and JSON made of it.
+    """Rebuild a config from its ``dataclasses.asdict``, read back from JSON.
 
     Raises:
-        InputError: fields that this version does not know, or values of another type.
+        InputError: unknown fields or values of the wrong type.
     """
     return convert(values, Config, where)
 
@@ -98,7 +98,7 @@ def loss_terms(config: LossConfig) -> dict[str, float]:
 
 
 def check_config(config: Config) -> None:
-    """Raise InputError for the first value that is out of its range, or does not go with another, naming its flag."""
+    """Raise InputError, naming the flag, for the first value that is out of range or conflicts with another."""
     values = flatten(config)
 
     def check(name: str, holds: Any, expected: str) -> None:
@@ -122,7 +122,7 @@ def check_config(config: Config) -> None:
     check("data.mask_values", lambda x: 0 <= x <= 255, "in 0 ... 255")
     if len(set(config.data.mask_values or ())) < len(config.data.mask_values or ()):
         raise InputError(
-            f"expected --data.mask-values with a value of its own for each class, got {config.data.mask_values}"
+            f"expected --data.mask-values with a distinct value for each class, got {config.data.mask_values}"
         )
     if config.data.val_fraction is not None and config.data.train == "folder/all":
         raise InputError("--data.train folder/all holds the images that --data.val-fraction draws; give folder/train")
@@ -130,9 +130,11 @@ def check_config(config: Config) -> None:
     check("data.bits", lambda x: x in (8, 16), "8 or 16")
     for name in ("data.mean", "data.std"):
         if values[name] is not None and config.data.channels is None:
-            raise InputError(f"--{name} is of images with --data.channels; give that as well")
+            raise InputError(f"--{name} applies only with --data.channels; give that as well")
         if values[name] is not None and len(values[name]) != config.data.channels:
-            raise InputError(f"expected --{name} with a number for each of --data.channels, got {len(values[name])}")
+            raise InputError(
+                f"expected --{name} with one number per channel (--data.channels), got {len(values[name])}"
+            )
     check("data.val_fraction", lambda x: 0 < x < 1, "between 0 and 1")
     check("optim.momentum", lambda x: 0 <= x < 1, "in 0 ... 1, below 1")
     check("data.eval_multiple", lambda x: x == 1 or (x > 0 and x % MULTIPLE == 0), f"1 or a multiple of {MULTIPLE}")

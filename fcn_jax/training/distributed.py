@@ -1,7 +1,7 @@
-"""The processes of a run: how they find each other, who writes, how they agree, and which signals stop them.
+"""Runs of several processes: start-up, shutdown, which one writes, collective decisions, and signals.
 
-Every process runs the same commands in the same order; what is called here is called by all of them. In a single
-process everything here returns at once.
+Every process runs the same commands in the same order, so all of them must call these functions. In a single process
+everything here returns at once.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ from fcn_jax.errors import InputError, Stopped, first_line
 _HEARTBEAT = 30
 """Seconds without a heartbeat after which JAX's coordination service ends all processes."""
 _SHUTDOWN = 60
-"""Seconds for which the first process that is done waits for the last, which may be drawing figures."""
+"""Seconds of the shutdown barrier: the first finished process waits for the last, which may be drawing figures."""
 _START = 300
-"""Seconds in which all processes have to be there; a cluster does not start them at once."""
+"""Seconds in which all processes have to connect; a cluster does not start them at the same time."""
 _OF_ANOTHER = re.compile("gloo|nccl|connection|coordination|UNAVAILABLE|DEADLINE_EXCEEDED|ABORTED|CANCELLED", re.I)
-"""What the errors of collectives and barriers have in them where another process is gone."""
+"""Matches errors of collectives and barriers when another process has ended."""
 _MESSAGE = 1024
 """Bytes of a message from one process to the others."""
 
@@ -43,30 +43,30 @@ T = TypeVar("T")
 
 
 class AgreedError(InputError):
-    """A user's mistake that every process knows of, so that all of them stop here."""
+    """A user's mistake that is raised in every process, so that all of them stop."""
 
 
 _IN_ORDER = (AgreedError, Stopped)
-"""What all processes raise together."""
+"""Exceptions that all processes raise together."""
 
 
 @contextmanager
 def processes(
     distributed: str | None, num_processes: int | None = None, process_id: int | None = None
 ) -> Iterator[None]:
-    """Be one of the processes of a run for as long as the context lasts.
+    """Connect to the other processes of a run for the duration of the context.
 
-    It has to be entered before anything asks JAX for a device. An error of this process alone ends it at once, without
-    the shutdown barrier, in which it would wait for the others: they notice the lost connection or heartbeat.
+    Enter it before anything asks JAX for a device. An error in this process alone ends it at once, without the shutdown
+    barrier, where it would wait for the others; they notice the lost connection or heartbeat.
 
     Args:
-        distributed: None for a single process; "auto" where the environment tells each process its place (SLURM, TPU
-            pods, Kubernetes, Open MPI); or the HOST:PORT at which process 0 waits for the others.
-        num_processes: how many there are; with HOST:PORT only.
-        process_id: which one this is, 0 ... num_processes - 1; with HOST:PORT only.
+        distributed: None for a single process; "auto" to take address and rank from the environment (SLURM, TPU pods,
+            Kubernetes, Open MPI); or the HOST:PORT at which process 0 waits for the others.
+        num_processes: number of processes; with HOST:PORT only.
+        process_id: index of this process, 0 ... num_processes - 1; with HOST:PORT only.
 
     Raises:
-        InputError: these do not go together, or the processes do not find each other.
+        InputError: invalid combination of arguments, or the processes do not find each other.
     """
     _check(distributed, num_processes, process_id)
     if distributed is None:
@@ -87,7 +87,7 @@ def _check(distributed: str | None, num_processes: int | None, process_id: int |
     if distributed is None or distributed == "auto":
         if num_processes is not None or process_id is not None:
             raise InputError(
-                f"expected {both} with --distributed HOST:PORT alone, got --distributed {distributed}; "
+                f"expected {both} only with --distributed HOST:PORT, got --distributed {distributed}; "
                 "name the address of process 0, or leave them out"
             )
         return
@@ -97,7 +97,7 @@ def _check(distributed: str | None, num_processes: int | None, process_id: int |
     if num_processes is None or process_id is None:
         raise InputError(
             f"--distributed {distributed} needs --num-processes and --process-id, got {both}; "
-            "give both, or --distributed auto where the cluster tells them"
+            "give both, or --distributed auto if the cluster sets them"
         )
     if not 0 <= process_id < num_processes:
         raise InputError(f"expected 0 <= --process-id < --num-processes, got {both}; process ids count from 0")
@@ -114,7 +114,7 @@ def _connect(distributed: str, num_processes: int | None, process_id: int | None
             jax.distributed.initialize(**waits)
         except (ValueError, KeyError) as error:
             raise InputError(
-                "--distributed auto: no SLURM, TPU pod, Kubernetes or Open MPI tells this process its place "
+                "--distributed auto: found no SLURM, TPU pod, Kubernetes or Open MPI environment "
                 f"({error}); start it there, or give --distributed HOST:PORT --num-processes N --process-id I"
             ) from error
         except RuntimeError as error:
@@ -123,7 +123,7 @@ def _connect(distributed: str, num_processes: int | None, process_id: int | None
     if process_id != 0:
         _wait_for_address(distributed)
     try:
-        # Detection is off: inside of a SLURM job it would take all devices but one away, whatever the address.
+        # Without cluster detection, which inside a SLURM job would leave each process one device, whatever the address.
         jax.distributed.initialize(
             distributed, num_processes, process_id, cluster_detection_method="deactivate", **waits
         )
@@ -132,7 +132,7 @@ def _connect(distributed: str, num_processes: int | None, process_id: int | None
 
 
 def _wait_for_address(address: str) -> None:
-    """Return once something listens there: JAX would abort the process, with a stack trace, where nothing does."""
+    """Wait until something listens at the address; otherwise JAX would abort the process with a stack trace."""
     host, _, port = address.rpartition(":")
     until = time.monotonic() + _START
     while True:
@@ -154,10 +154,10 @@ def _not_found(distributed: str, error: Exception) -> InputError:
 
 @contextmanager
 def exit_on_error() -> Iterator[None]:
-    """End this process at once, without clean-up, where it fails and the others do not know.
+    """End this process at once, without clean-up, if it alone fails.
 
-    Whatever it would wait for at its end, a barrier or a checkpoint that is half saved, may need them, and they wait
-    for it. In a single process nothing is changed.
+    A normal exit would wait for a barrier or a checkpoint being saved, which need the other processes, while those wait
+    for this one: a deadlock. With a single process this does nothing.
     """
     try:
         yield
@@ -177,47 +177,47 @@ def _last_words(error: BaseException) -> tuple[str, int]:
     if isinstance(error, InputError):
         return f"error: {error}", 2
     if isinstance(error, KeyboardInterrupt):
-        return "stopped; the same commands go on from the last checkpoint", 130
-    # JAX calls it a ValueError where the program ends before its call returns.
+        return "stopped; the same commands resume from the last checkpoint", 130
+    # JAX raises ValueError if the program ends before its call returns.
     if isinstance(error, jax.errors.JaxRuntimeError | ValueError) and _OF_ANOTHER.search(str(error)):
-        again = "start all of them again, and they go on from the last checkpoint"
-        return f"error: another process of the run ended or cannot be reached; {again} ({first_line(error)})", 1
+        again = "start all of them again to resume from the last checkpoint"
+        return f"error: another process of the run ended or is unreachable; {again} ({first_line(error)})", 1
     return "".join(traceback.format_exception(error)), 1
 
 
 def is_writer() -> bool:
-    """Whether this is the process that writes files and talks to the user."""
+    """Whether this is the process that writes files and prints."""
     return jax.process_index() == 0
 
 
 def share() -> dict[str, int]:
-    """Return which part of the data is this process's, as ``data.pipeline`` takes it."""
+    """Return this process's share of the data, as keyword arguments for ``data.pipeline``."""
     return {"process_index": jax.process_index(), "process_count": jax.process_count()}
 
 
 def gather(values: Any) -> np.ndarray:
-    """Return integers of all processes, (processes, *shape), by process; exact, up to 64 bits.
+    """Gather integers of up to 64 bits from all processes: (processes, *shape), in their order.
 
     Args:
-        values: an array of one shape everywhere.
+        values: an array, of the same shape in every process.
     """
     values = np.asarray(values, np.int64)
     if jax.process_count() == 1:
         return values[None]
-    # As pairs of 32 bits: JAX would cut 64 off unless told otherwise.
+    # As pairs of 32 bits, since JAX truncates 64-bit integers by default.
     halves = np.atleast_1d(values).reshape(-1).view(np.uint32)
     rows = np.asarray(multihost_utils.process_allgather(halves))
     return np.ascontiguousarray(rows).view(np.int64).reshape(-1, *values.shape)
 
 
 def from_writer(value: int | None) -> int | None:
-    """Return what the writer has: one look at a folder that is being written to decides for all."""
+    """Return the writer's value in every process: others may see a shared folder in another state."""
     known, number = gather([value is not None, value or 0])[0].tolist()
     return number if known else None
 
 
 def together(action: Callable[[], T]) -> T:
-    """Run an action in every process; a user's mistake that one of them finds stops all.
+    """Run an action in every process; an InputError in any of them is raised in all.
 
     Raises:
         AgreedError: in every process, with the message of the first that failed.
@@ -237,7 +237,7 @@ def together(action: Callable[[], T]) -> T:
 
 
 def writer_first(action: Callable[[], T]) -> T:
-    """Run an action in the writer and then in the others, who find what it fetched where they share a disk.
+    """Run an action in the writer and then in the others, which on a shared disk find what it downloaded.
 
     Raises:
         AgreedError: as ``together`` does.
@@ -259,7 +259,7 @@ def digest(tree: Any) -> int:
 
 
 def check_same(facts: Mapping[str, Any]) -> None:
-    """Raise where the processes were not started alike: they would compute different things, or wait for each other.
+    """Check that all processes have the same settings; otherwise results would differ or processes deadlock.
 
     Args:
         facts: values by name, compared by their ``repr``; the same names everywhere.
@@ -276,19 +276,19 @@ def check_same(facts: Mapping[str, Any]) -> None:
 
 
 class Agreement:
-    """Whether any process wants something, say to stop, learnt by all of them at the same call.
+    """Tells all processes, at the same call, whether any of them requests something, such as to stop.
 
-    An answer is that to the call before: nobody waits for a number that is still on its way between machines.
+    Each call returns the answer to the previous one, so that no process waits for communication.
     """
 
     def __init__(self, mesh: Mesh):
-        """Ask over the devices of a mesh, which all processes share."""
+        """Communicate over the devices of a mesh, which all processes share."""
         self._spread = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
         self._add = jax.jit(jnp.sum, out_shardings=NamedSharding(mesh, PartitionSpec()))
         self._pending: jax.Array | None = None
 
     def __call__(self, mine: bool) -> bool:
-        """Tell what this process wants; return whether any wanted it at the last call (alone: at this one)."""
+        """Pass this process's request; return whether any process had one at the last call (if alone: at this one)."""
         if jax.process_count() == 1:
             return mine
         flags = np.full(len(self._spread.mesh.local_mesh.devices.flat), mine, np.int32)
@@ -300,37 +300,37 @@ class Agreement:
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _ONE_REQUEST = 0.2
-"""Seconds in which signals count as one: some who stop a process signal it and then its group."""
+"""Seconds in which signals count as one, since some tools signal a process and then its group."""
 
 
 class StopRequested(Exception):
-    """Raised by ``StopRequest.check``; ``number`` is the signal's."""
+    """Raised by ``StopRequest.check``; ``number`` is the signal number."""
 
     def __init__(self, number: int):
-        """Remember the signal."""
+        """Store the signal number."""
         super().__init__(signal.Signals(number).name)
         self.number = number
 
 
 class StopRequest:
-    """Whether a signal has come."""
+    """Records whether a signal has arrived, and which one."""
 
     number: int | None = None
 
     def check(self) -> None:
-        """Raise StopRequested where one has."""
+        """Raise StopRequested if a signal has arrived."""
         if self.number is not None:
             raise StopRequested(self.number)
 
 
 @contextmanager
 def stop_request(say: Callable[[str], None]) -> Iterator[StopRequest]:
-    """Take SIGINT, SIGTERM and SIGHUP (unless ignored, as by nohup) as a request to stop, looked at between steps.
+    """Treat SIGINT, SIGTERM and SIGHUP (unless ignored, as by nohup) as a request to stop between steps.
 
-    The second one ends the process at once, without clearing up: what is on disk is whole at any moment.
+    A second signal ends the process at once, without clean-up; files on disk are intact at any time.
 
     Args:
-        say: is told once that the request was heard.
+        say: called once with a message that confirms the request.
     """
     request = StopRequest()
     heard = 0.0
@@ -343,10 +343,10 @@ def stop_request(say: Callable[[str], None]) -> Iterator[StopRequest]:
                 os._exit(128 + number)
             return
         request.number, heard = number, time.monotonic()
-        say(f"{signal.Signals(number).name}: finishing this step and saving; once more to leave at once")
+        say(f"{signal.Signals(number).name}: finishing this step and saving; send it again to exit at once")
 
     if threading.current_thread() is not threading.main_thread():
-        yield request  # only the main thread may hear signals
+        yield request  # only the main thread may handle signals
         return
     heeded = [number for number in _SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
     before = {number: signal.signal(number, hear) for number in heeded}

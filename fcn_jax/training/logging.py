@@ -1,4 +1,4 @@
-"""What a run says of its steps: rows of metrics.jsonl, TensorBoard events, the progress bar."""
+"""Logging of a run: rows of metrics.jsonl, TensorBoard events, profiler traces, the progress bar."""
 
 from __future__ import annotations
 
@@ -23,33 +23,33 @@ from fcn_jax.training.trainer import Trainer
 T = TypeVar("T")
 
 _MOST_SKIPPED = 20
-"""Steps in a row that are skipped; parameters that are spoiled never recover."""
+"""Consecutive skipped steps after which a run stops: non-finite parameters never recover."""
 _NAMES = 32
-"""Images of a batch that are named."""
+"""Number of a batch's images that an error names."""
 
 
 TIMES = ("step_s", "data_wait", "mfu", "goodput")
-"""Of a row: seconds a step; the share of them spent waiting for data; model FLOPs over the chips' peak; the share of
-the time since the command's start that went into steps, without waiting for data."""
+"""Fields of a row: seconds per step; the share of them spent waiting for data; model FLOPs utilisation; the share of
+the time since the command's start that was spent in steps and not waiting for data."""
 _UPLOAD_EVERY = 60
-"""Seconds between two uploads of the log to an object store, beside those before each checkpoint."""
+"""Seconds between uploads of the log to an object store, in addition to those before each checkpoint."""
 
 
 class Events:
-    """TensorBoard events, which never stop a run: what cannot be written is in metrics.jsonl too.
+    """TensorBoard events. Write errors are ignored, since metrics.jsonl has the same values.
 
-    tensorboardX's own ``SummaryWriter`` writes in a thread, and waits for ever once a full disk has ended that.
+    tensorboardX's own ``SummaryWriter`` writes in a thread, and blocks forever once a full disk has ended it.
     """
 
     def __init__(self, folder: Path | None, step: int):
-        """Begin a file in the folder, for a run that is resumed at a step; events of later steps are superseded.
+        """Start a file in the folder for a run that starts or resumes at ``step``; it supersedes events of later steps.
 
         Without a folder nothing is written.
         """
         self._writer: Any = None
         if folder is None:
             return
-        # imports torch where that is installed, which only training should pay for
+        # imports torch if it is installed, which is slow
         from tensorboardX.event_file_writer import EventsWriter
         from tensorboardX.proto import event_pb2
         from tensorboardX.summary import scalar
@@ -71,7 +71,7 @@ class Events:
             self._writer.write_event(event)
 
     def flush(self) -> None:
-        """Bring what was written to the disk."""
+        """Flush the file to disk."""
         if self._writer is not None:
             with suppress(OSError):
                 self._writer.flush()
@@ -84,7 +84,7 @@ class Events:
 
 
 class Logger:
-    """Averages the loss between two rows without waiting for a step, and writes rows and events."""
+    """Averages the loss over the steps between rows, and writes rows and events, without waiting for a step."""
 
     def __init__(
         self,
@@ -95,7 +95,7 @@ class Logger:
         console: Console,
         unlogged: Sequence[dict[str, Any]] = (),
     ):
-        """Take up steps that an interrupted run had taken and not yet logged, see ``unlogged``."""
+        """Start with the steps that an interrupted run had not logged yet, see ``unlogged``."""
         self._folder, self._events, self._trainer, self._config = folder, events, trainer, config
         self._console = console
         self._fetched = list(unlogged)
@@ -108,20 +108,20 @@ class Logger:
         self._since: float | None = None
 
     def waiting(self, take: Callable[[], Any]) -> Any:
-        """Take a batch and count the time that it took."""
+        """Call ``take`` for a batch, and count its time as waiting for data."""
         before = time.perf_counter()
         batch = take()
         self._waited += time.perf_counter() - before
         return batch
 
     def step(self, step: int, sums: StepSums, names: Sequence[str], advance: Callable[..., None]) -> None:
-        """Take note of a step on the images of these names, and write a row where one is due.
+        """Record a step on the images with these names, and write a row if one is due.
 
         Raises:
-            InputError: a step since the last row was not finite, and the run is to stop there.
+            InputError: a step since the last row was not finite, and the run has to stop.
         """
         if self._since is None:
-            # The first step of this process compiled; what follows is timed from its end.
+            # The first step of this process includes compilation; timing starts after it.
             jax.block_until_ready(sums)
             self.restart_clock()
             first = seconds_since_start()
@@ -129,8 +129,8 @@ class Logger:
             self._console.print(f"first step {first:.1f} s after the start of the command", highlight=False)
         else:
             self._timed += 1
-            # One step runs while the next batch is taken. With more steps ahead, a batch that comes late would hide
-            # behind them, and the time waited for it would say nothing.
+            # One step runs while the next batch is loaded. With more steps queued, a late batch would hide behind them,
+            # and the time spent waiting for it would mean nothing.
             jax.block_until_ready(self._last)
         self._last = sums
         self._pending.append((step, sums, names))
@@ -141,7 +141,7 @@ class Logger:
             advance(step, None)
 
     def restart_clock(self) -> None:
-        """Leave out of the speed what was not training."""
+        """Restart the timing of steps, to exclude time that was not training."""
         self._since, self._timed, self._waited = time.perf_counter(), 0, 0.0
 
     def unlogged(self) -> list[dict[str, Any]]:
@@ -154,10 +154,10 @@ class Logger:
         return self._fetched
 
     def flush(self, step: int) -> dict[str, Any] | None:
-        """Write a row with the means over the finite ones of the steps since the last row.
+        """Write a row with the means over the finite steps since the last row.
 
         Raises:
-            InputError: one was not finite, and the run is to stop there, or 20 in a row were not.
+            InputError: a step was not finite and the run has to stop, or 20 consecutive steps were not.
         """
         steps = self.unlogged()
         if not steps:
@@ -206,13 +206,13 @@ class Logger:
         names = ", ".join(step["names"][:_NAMES]) + (", ..." if len(step["names"]) > _NAMES else "")
         return AgreedError(
             f"step {step['step']}: loss {step['loss']:g} with a gradient of norm {step['grad_norm']:g}, at learning "
-            f"rate {self._lr(step['step']):g}, on {names}; the update was not made, and what was saved in "
-            f"{self._folder.path} before is good: go on with --train.nonfinite skip, or try a lower --optim.lr, "
-            "--optim.clip-norm or --optim.warmup-steps with another --run"
+            f"rate {self._lr(step['step']):g}, on {names}; the update was discarded, and earlier "
+            f"checkpoints in {self._folder.path} are good: continue with --train.nonfinite skip, or try a lower "
+            "--optim.lr, --optim.clip-norm or --optim.warmup-steps with another --run"
         )
 
     def validation(self, step: int, evaluation: Evaluation) -> None:
-        """Write the row of a validation."""
+        """Write the row and events of a validation."""
         scores = evaluation.scores.to_json()
         row = {"kind": "val", "step": step, "epoch": step / self._trainer.length.epoch, "split": self._config.data.val}
         self._folder.append({**row, "scores": scores, "confusion": evaluation.confusion.tolist()})
@@ -229,13 +229,13 @@ class Logger:
 def profiled(
     step: Callable[..., T], folder: Path, steps: tuple[int, int] | None, done: Callable[[], None]
 ) -> Iterator[Callable[..., T]]:
-    """Trace some steps for TensorBoard's profiler; yields ``step`` with the step's number as another first argument.
+    """Trace some steps for TensorBoard's profiler; yields ``step`` with the step number as an extra first argument.
 
     Args:
-        step: runs one.
-        folder: where the trace goes.
-        steps: the first and the last; None: no trace.
-        done: is called once the trace is written.
+        step: runs one step.
+        folder: folder of the trace.
+        steps: first and last step to trace; None: no trace.
+        done: called once the trace is written.
     """
     first, last = steps or (0, 0)
     tracing = False
@@ -251,7 +251,7 @@ def profiled(
         nonlocal tracing
         if number == first:
             options = jax.profiler.ProfileOptions()
-            options.python_tracer_level = 0  # calls of Python fill the trace before the steps do
+            options.python_tracer_level = 0  # Python calls would fill up the trace
             jax.profiler.start_trace(folder, profiler_options=options)
             tracing = True
         with jax.profiler.StepTraceAnnotation("train", step_num=number):
@@ -269,13 +269,13 @@ def profiled(
 
 @contextmanager
 def progress_bar(console: Console, total: int, done: int, every: int) -> Iterator[Callable[..., None]]:
-    """Draw a bar over the steps; yields what moves it: (step, the row that was written or None).
+    """Draw a progress bar; yields the function that advances it: (step, the row just written or None).
 
     Args:
-        console: where.
-        total: steps of the run.
-        done: steps that it has already.
-        every: steps between two rows.
+        console: where to draw.
+        total: number of steps of the run.
+        done: number of steps already done.
+        every: number of steps between rows.
     """
     columns = (
         TextColumn("step"),
@@ -297,7 +297,7 @@ def progress_bar(console: Console, total: int, done: int, every: int) -> Iterato
                 shown = [f"{label} {row[name]:.0%}" for label, name in shares.items() if row[name] is not None]
                 fields["times"] = "  ".join(shown)
             progress.update(task, completed=step, **fields)
-            # where no bar can be drawn, twenty lines say how far it is
+            # without a terminal, print about twenty progress lines instead
             if fields and not console.is_terminal and step * 20 // total > (step - every) * 20 // total:
                 progress_line = f"loss {fields['loss']}  {fields['speed']} images/s  {fields['times']}"
                 console.print(f"step {step}/{total}  {progress_line}", highlight=False)

@@ -1,4 +1,4 @@
-"""The folder of a run: config.json and what of it may differ on resume, metrics.jsonl, checkpoints, figures."""
+"""The folder of a run: config.json and its checks on resume, metrics.jsonl, locking, object stores."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from fcn_jax.models.fcn import FCN
 from fcn_jax.paths import absolute, is_remote, state_of, to_path, upload, write_whole
 from fcn_jax.training.config_checks import check_config, config_from_json, convert, flatten
 
-# Where and how fast, not what: these may change between stop and resume.
+# Fields that do not affect results, which may change when a run is resumed.
 _FREE_FIELDS = frozenset(
     "run profile data.dir data.cache_dir data.download data.workers devices distributed num_processes process_id "
     "parallel mesh train.log_every train.keep_last train.nonfinite train.pictures_every".split()
@@ -35,15 +35,15 @@ _FREE_FIELDS = frozenset(
 _LENGTH_FIELDS = frozenset({"train.steps", "train.epochs", "optim.step_every"})
 
 _SHOWN_AFTER = 60
-"""Seconds in which a file that one machine wrote is visible on another; NFS forgets after 60 that it was not there."""
+"""Seconds until a file that one machine wrote is visible on another; NFS caches its absence for up to 60."""
 _OWNER = "owner"
-"""On an object store, the file that names the process that trains."""
+"""On an object store, the file that names the process training the run."""
 _IMPORTED = time.perf_counter()
 
 
 @dataclasses.dataclass(frozen=True)
 class DatasetInfo:
-    """What a trained model has to know of its data set."""
+    """What a trained model needs to know about its data set."""
 
     name: str
     class_names: tuple[str, ...]
@@ -51,7 +51,7 @@ class DatasetInfo:
 
 
 def environment(*packages: str) -> dict[str, Any]:
-    """Return versions, None for a package that is missing, and the project's commit where it is known."""
+    """Return package versions (None for a missing package) and, if it is known, the project's commit."""
     found: dict[str, Any] = {"python": platform.python_version()}
     for name in ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", *packages):
         try:
@@ -76,7 +76,7 @@ def _commit() -> str | None:
 
 
 def seconds_since_start() -> float:
-    """Return the age of this process, imports included; where the system does not tell it (no /proc), this module's."""
+    """Return the seconds since this process started or, without /proc, since this module was imported."""
     try:
         ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])  # proc(5): starttime
         return time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
@@ -88,7 +88,7 @@ def _check_palette(dataset: DatasetInfo, where: str) -> None:
     if len(dataset.palette) != len(dataset.class_names) or not all(
         0 <= c < 256 for rgb in dataset.palette for c in rgb
     ):
-        raise InputError(f"{where}: expected a colour of three bytes for each class; restore the file or train again")
+        raise InputError(f"{where}: expected three bytes of colour for each class; restore the file or train again")
 
 
 def _json(config: Config) -> dict[str, Any]:
@@ -98,12 +98,12 @@ def _json(config: Config) -> dict[str, Any]:
 class RunFolder:
     """The files of one run.
 
-    On an object store, where nothing can be appended to, logs and figures are written to ``local``, a temporary folder,
-    and uploaded whole.
+    An object store does not support appending. There, logs and figures are written to ``local``, a temporary folder,
+    and uploaded as whole files.
     """
 
     def __init__(self, path: str | Path, writes: bool = True):
-        """Name the folder; nothing is touched yet, and nothing is changed later unless this process ``writes``."""
+        """Set the paths, without touching the folder. Later it is changed only if this process ``writes``."""
         self.path, self.writes, self.local = to_path(path, "--run"), writes, Path(path)
         if is_remote(path):
             self.local = Path(tempfile.mkdtemp(prefix="fcn_jax-"))
@@ -119,10 +119,10 @@ class RunFolder:
         self._upload_time = time.monotonic()
 
     def start(self, config: Config, dataset: DatasetInfo, lengthen: bool = False) -> None:
-        """Write config.json, or check that the one that is there describes the same run.
+        """Write config.json, or check that the existing one describes the same run.
 
-        A resumed run may have moved or got other devices: those fields are brought up to date, the versions and
-        commit that it was started with stay. With ``lengthen`` its length may be another, see ``lengthened``.
+        A resumed run may have moved or use other devices: those fields are updated, while the versions and commit of
+        the first start stay. With ``lengthen`` its length may differ, see ``lengthened``.
 
         Raises:
             InputError: the folder belongs to a run with other settings or classes, or cannot be written.
@@ -154,22 +154,22 @@ class RunFolder:
         return InputError(f"cannot write to {self.path}: {error.strerror or first_line(error)}; give another --run")
 
     def _wait_until_started(self) -> None:
-        """Look for what the process that writes has written; a network disk may show it late."""
+        """Wait for config.json from the process that writes; a network disk may show it late."""
         until = time.monotonic() + _SHOWN_AFTER
         while not self.config_file.exists():
             if time.monotonic() > until:
-                raise InputError(f"{self.path} is not there for every process; give a --run on a disk that all share")
+                raise InputError(f"{self.path} is not visible to every process; give a --run on a shared disk")
             time.sleep(0.1)
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Keep other processes from training in this folder; the lock ends with the process, however it ends.
+        """Lock the folder against other training processes; the lock is released however the process ends.
 
-        An object store has no such locks. There the newest process owns the run, and an older one that still runs
-        stops at its next ``upload``, which comes before each save.
+        An object store has no such locks. There the newest process owns the run, and an older one stops at its next
+        ``upload``, which comes before each save.
 
         Raises:
-            InputError: another process has it, or it cannot be written.
+            InputError: another process holds the lock, or the folder cannot be written.
         """
         if not self.writes:
             yield
@@ -188,11 +188,11 @@ class RunFolder:
             lock.acquire(blocking=False)
         except filelock.Timeout:
             raise InputError(
-                f"{self.path} is being trained by another process; wait for its end, stop it, or give another --run"
+                f"{self.path} is being trained by another process; wait until it ends, stop it, or give another --run"
             ) from None
         except OSError as error:
             raise self._not_writable(error) from error
-        except NotImplementedError:  # a disk without locks: nobody is kept apart there
+        except NotImplementedError:  # a disk without file locks: train without one
             pass
         try:
             yield
@@ -200,13 +200,13 @@ class RunFolder:
             lock.release()
 
     def upload(self, every: float = 0) -> None:
-        """Bring the logs and figures that changed to the object store; on a disk they are in place.
+        """Upload changed logs and figures to the object store; does nothing for a local folder.
 
         Args:
-            every: do nothing within so many seconds of the last time.
+            every: do nothing within this many seconds of the last upload.
 
         Raises:
-            InputError: another process has taken the run over, or the store cannot be written to.
+            InputError: another process has taken over the run, or the store cannot be written to.
         """
         if not self.writes or not is_remote(self.path) or time.monotonic() - self._upload_time < every:
             return
@@ -228,14 +228,14 @@ class RunFolder:
         if changed:
             what = ", ".join(f"{name} {old.get(name)} (now {new[name]})" for name in changed[:4])
             raise InputError(
-                f"{self.path} was started with {what}; give another --run, or the same settings to resume it"
+                f"{self.path} was started with {what}; give another --run, or resume it with the same settings"
             )
 
     def read_config(self) -> tuple[Config, DatasetInfo]:
         """Read back what ``start`` wrote.
 
         Raises:
-            InputError: this is no run's folder, or its config.json is damaged.
+            InputError: this is not a run's folder, or its config.json is damaged.
         """
         try:
             content = json.loads(self.config_file.read_text())
@@ -244,7 +244,9 @@ class RunFolder:
             return config_from_json(content["config"], str(self.config_file)), dataset
         except (FileNotFoundError, NotADirectoryError):
             what = "is a file" if self.path.is_file() else "has no config.json"
-            raise InputError(f"{self.path} {what} and is no run; give the folder that training wrote") from None
+            raise InputError(
+                f"{self.path} {what}, so it is not a run's folder; give the folder that training wrote"
+            ) from None
         except InputError:
             raise
         except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
@@ -260,7 +262,7 @@ class RunFolder:
             file.write(json.dumps(row) + "\n")
 
     def rows(self) -> Iterator[dict[str, Any]]:
-        """Yield the rows of metrics.jsonl; one that was cut short or damaged is left out."""
+        """Yield the rows of metrics.jsonl, without truncated or damaged ones."""
         for line in self._lines():
             with suppress(ValueError, RecursionError):
                 row = json.loads(line)
@@ -274,14 +276,14 @@ class RunFolder:
         return self.metrics_file.read_text(errors="replace").splitlines() if self.metrics_file.exists() else []
 
     def drop_rows_after(self, step: int, with_validation: bool = True) -> int:
-        """Drop the rows of later steps, which a run that is resumed at a step writes again.
+        """Remove the rows after ``step``, which a run resumed there writes again.
 
         Args:
-            step: that was saved.
-            with_validation: whether its validation was done by then; its row goes where it was not.
+            step: the restored step.
+            with_validation: whether that step was validated before it was saved; if not, its validation row is removed.
 
         Returns:
-            How many lines before the last cannot be read, and go as well.
+            The number of unreadable lines before the last one, which are removed as well.
         """
 
         def stays(row: dict[str, Any]) -> bool:
@@ -307,12 +309,12 @@ class TrainedRun:
 
 
 def open_run(run: str | Path, checkpoint: str = "best") -> TrainedRun:
-    """Open a run's network at a checkpoint: "best" by mean IoU, "last", or a step's number.
+    """Load a run's network at a checkpoint: "best" by mean IoU, "last", or a step number.
 
     Raises:
-        InputError: no run, no such checkpoint, or one that does not fit.
+        InputError: not a run, no such checkpoint, or a damaged one.
     """
-    from fcn_jax.training.checkpoint import load_variables  # orbax, which the rest of this module does without
+    from fcn_jax.training.checkpoint import load_variables  # imports orbax
 
     folder = RunFolder(run)
     config, dataset = folder.read_config()
@@ -329,21 +331,21 @@ def open_run(run: str | Path, checkpoint: str = "best") -> TrainedRun:
 
 
 def lengthened(before: Config, config: Config) -> Config:
-    """Return the config of a run that goes on for longer than it was started for.
+    """Return the config for continuing a run beyond its original length.
 
     Args:
-        before: what the run was started with.
+        before: the run's config so far.
         config: the same with other ``train.steps`` or ``train.epochs``.
 
     Raises:
-        InputError: the rate falls to zero at the end of the run ("poly"), so that its past depends on its length.
+        InputError: the schedule is "poly", whose past learning rates depend on the length, or the unit differs.
     """
     length, old = config.train, before.train
     if (length.steps, length.epochs) == (old.steps, old.epochs):
         return config
     if config.optim.schedule == "poly":
         raise InputError(
-            f"{config.run}: a run with --optim.schedule poly cannot be lengthened, since its rate is zero at its end; "
+            f"{config.run}: a run with --optim.schedule poly cannot be lengthened, as its learning rate ends at zero; "
             f"start another from it: --init-from {config.run} with a new --run"
         )
     if length.epochs != old.epochs and length.steps == old.steps:
@@ -353,9 +355,9 @@ def lengthened(before: Config, config: Config) -> Config:
         return config
     if (length.steps is None) != (old.steps is None):
         unit = "epochs" if old.steps is None else "steps"
-        raise InputError(f"{config.run}: its length was given by --train.{unit}; lengthen it by the same")
+        raise InputError(f"{config.run}: its length was given by --train.{unit}; use the same to lengthen it")
     ratio = old.steps / length.steps if old.steps and length.steps else (old.epochs or 0) / (length.epochs or 1)
-    # The rate drops at the steps at which it would have before.
+    # Keep the steps at which the learning rate drops.
     return dataclasses.replace(
         config, optim=dataclasses.replace(config.optim, step_every=config.optim.step_every * ratio)
     )

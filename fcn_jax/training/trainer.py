@@ -1,4 +1,4 @@
-"""A config becomes all that a run needs: checks, data, network, starting weights, loss, optimiser, step."""
+"""Build everything that a run needs from its config: data, network, initial weights, loss, optimiser, step."""
 
 from __future__ import annotations
 
@@ -57,10 +57,10 @@ class Length:
 
 @dataclass(frozen=True)
 class Trainer:
-    """What the loop works with."""
+    """Everything that the training loop uses."""
 
     config: Config
-    """As it was given, with the statistics of the images where they were not."""
+    """As given, with ``data.mean``, ``std`` and ``bits`` filled in from the training images if needed."""
     model: FCN
     train: Split
     val: Split
@@ -68,28 +68,28 @@ class Trainer:
     schedule: optax.Schedule
     parallel: Parallel
     predict: Predictor
-    """On the devices of this process alone; takes the state's variables."""
+    """Runs on the devices of this process only; takes the state's variables."""
     state: TrainState
-    """The start, placed on the devices."""
+    """The initial state, placed on the devices."""
     least_step_s: float | None
     """See ``least_step_time``."""
     notes: Notes
-    """What a user should know before it starts."""
+    """Messages for the user at the start."""
 
 
-# Where a machine keeps its data, and what the launch says of a process.
+# Fields that may differ between processes: data folders, workers, and the process id.
 _OWN_FIELDS = ("data.dir", "data.cache_dir", "data.workers", "process_id")
 
 
 def make_trainer(config: Config, resuming: bool = False) -> Trainer:
-    """Prepare a run; nothing is written but the prepared copy of the data.
+    """Prepare a run; only the prepared copy of the data is written.
 
     Args:
-        config: the whole run.
-        resuming: a checkpoint will replace the starting weights, so those are not read.
+        config: the run's config.
+        resuming: a checkpoint will replace the initial weights, so do not read them.
 
     Raises:
-        InputError: the config asks for something that is not possible.
+        InputError: the config is not valid for these data, weights and devices.
     """
     check_config(config)
     check_same({name: value for name, value in flatten(config).items() if name not in _OWN_FIELDS})
@@ -116,13 +116,13 @@ def make_trainer(config: Config, resuming: bool = False) -> Trainer:
     length = run_length(config, len(train))
     model = model_from_config(config.model, train.num_classes, config.train.remat)
     fetched = config
-    if not resuming:  # names become files, which are fetched and hashed once
+    if not resuming:  # download files by name, and hash them, only once
         fetched = dataclasses.replace(config, init=_fetched(config.init), init_from=_fetched(config.init_from))
-    # Orbax reads a run in all processes at once.
+    # Orbax reads a run in all processes together.
     variables, notes = together(lambda: starting_variables(fetched, model, resuming))
     for name, file in ((config.init, fetched.init), (config.init_from, fetched.init_from)):
         notes = tuple(note.replace(file, name) if name and file else note for note in notes)
-    # The same name may be another file in another process.
+    # The same name may refer to different files in different processes.
     check_same({"training images": len(train), "validation images": len(val), "starting weights": digest(variables)})
     optimizer = make_optimizer(variables["params"], config.optim, length.steps, config.model.freeze_stages)
     loss = run_loss(config, train)
@@ -147,20 +147,20 @@ def make_trainer(config: Config, resuming: bool = False) -> Trainer:
 
 
 def check_bits(config: Config, *splits: Split) -> None:
-    """Raise InputError where the images of a split have other bits than those that the network was trained on."""
+    """Raise InputError if a split's images have another number of bits than the network was trained on."""
     for split in splits:
         if split.statistics is not None and split.statistics[2] != config.data.bits:
             raise InputError(
-                f"{split.dataset}/{split.split} has samples of {split.statistics[2]} bits, the network takes "
+                f"{split.dataset}/{split.split} has samples of {split.statistics[2]} bits, but the network takes "
                 f"{config.data.bits}; convert the images"
             )
 
 
 def least_step_time(config: Config, model: FCN, size: tuple[int, int] | None, mesh: Mesh) -> float | None:
-    """Return the seconds of a step whose chips all run at their peak; None where the peak or the work is not known.
+    """Return the seconds of a step if all chips ran at peak FLOP/s; None if the peak or the FLOPs are not known.
 
-    The work is the model's FLOPs: three times those of the forward pass (see ``summarize``), however the gradient is
-    computed. Frozen stages have no gradient, which that does not count.
+    A step counts as three times the FLOPs of the forward pass (see ``summarize``), however the gradient is computed.
+    With frozen stages, which have no gradient, that would be wrong, so the result is None.
     """
     peak = peak_of(mesh.devices.flat[0])
     if peak is None or size is None or config.model.freeze_stages:
@@ -209,10 +209,10 @@ def run_length(config: Config, examples: int) -> Length:
 
 
 def run_loss(config: Config, train: Split) -> Loss:
-    """Make a run's loss; the pixels of each class are counted where the class weights follow from them.
+    """Make a run's loss; median-frequency class weights are computed from the training labels.
 
     Raises:
-        InputError: the number of class weights is not that of the classes.
+        InputError: the number of class weights differs from the number of classes.
     """
     given = config.loss.class_weights
     class_weights = None
@@ -228,11 +228,11 @@ def run_loss(config: Config, train: Split) -> Loss:
     return make_loss(loss_terms(config.loss), class_weights, config.loss.hard_fraction, config.loss.aux_weight)
 
 
-# --- starting weights
+# --- initial weights
 
-# What a network of another stride, or of other classes, has otherwise or not at all; all the rest has to be there.
+# Parameters that a network of another stride or with other classes may lack; all others have to match.
 _NEW = ("score_*", "upscore*", "classifier.*", "head.score.*", "aux.*")
-# Options whose difference shows in the shapes, changes training alone, or goes with the stride.
+# Options that affect the shapes or only training, or that go with the stride.
 _FREE = frozenset(
     {"encoder", "encoder_norm", "width", "fc_features", "fc6_kernel", "head_features", "aux_head"}
     | {"dropout", "dropout_rate", "crop", "skip_bias", "upsample_bias"}
@@ -242,15 +242,15 @@ _AT_ONCE = 0.1
 
 
 def starting_variables(config: Config, model: FCN, resuming: bool = False) -> tuple[dict[str, Any], Notes]:
-    """Make a run's first variables, and notes for its user: where they come from and what may go wrong with them.
+    """Make a run's initial variables, and notes for the user on their source and possible problems.
 
     Args:
-        config: ``init`` or ``init_from``; with neither, weights are random.
-        model: the network to fill.
-        resuming: a checkpoint will replace them, so that nothing is read.
+        config: the run's config, with ``init`` or ``init_from``; with neither, weights are random.
+        model: the network.
+        resuming: a checkpoint will replace the variables, so read no weights.
 
     Raises:
-        InputError: the weights do not fit the network, or its preprocessing.
+        InputError: the weights do not match the network or the run's preprocessing.
     """
     size = config.data.crop_size or config.data.input_size or (64, 64)
     variables = init_variables(model, jax.random.key(config.train.seed), size, config.data.channels or 3)
@@ -263,16 +263,18 @@ def starting_variables(config: Config, model: FCN, resuming: bool = False) -> tu
         _check_preprocessing(config, report.preprocessing, config.init)
         return filled, (_account(config.init, report), *_warnings(model, filled))
     if config.model.freeze_stages:
-        return variables, ("stages of the encoder are frozen at their random start: give --init or --init-from",)
+        return variables, ("frozen stages of the encoder have random weights: give --init or --init-from",)
     return variables, ()
 
 
 def _carry_over(config: Config, model: FCN, variables: dict[str, Any], given: str) -> tuple[dict[str, Any], Notes]:
-    """Take by name what another network of the family has; allow for new scores and upsampling."""
+    """Load by name the parameters of another network of the family; score and upsampling layers may be new."""
     tensors, preprocessing, source = _open(given, model)
     if source is not None and type(source) is not type(model):
         names = [describe_model(network)[0] for network in (source, model)]
-        raise InputError(f"--init-from {given}: {names[0]} is of another family than {names[1]}; choose one of its own")
+        raise InputError(
+            f"--init-from {given}: {names[0]} is of another family than {names[1]}; choose one of the same family"
+        )
     _check_preprocessing(config, preprocessing, given)
     try:
         filled, report = weights.load_with_report(tensors, model, variables, _NEW, ["*"])
@@ -297,7 +299,7 @@ def _open(given: str, model: FCN) -> tuple[weights.Source, str | None, FCN | Non
         return weights.to_torch(run.model, run.variables), run.config.data.preprocessing, run.model
     elif path and not path.exists():
         raise InputError(
-            f"--init-from {given}: no such run or file; train the run that it names first, give a file, or a name that "
+            f"--init-from {given}: no such run or file; train that run first, or give a file or a name that "
             "`fcn-jax models` lists"
         )
     tensors = weights.open_source(given)
@@ -306,7 +308,7 @@ def _open(given: str, model: FCN) -> tuple[weights.Source, str | None, FCN | Non
         raise weights.unknown_layout(tensors)
     if info.fit is None:
         return tensors, info.preprocessing, None
-    # The names of a published network depend on its stride, so it is read as what it is first.
+    # A published network's names depend on its stride, so first load it as the network that it is.
     name, classes = info.fit.models[0], info.fit.num_classes or model.num_classes
     source = create_model(name, classes, **info.fit.options)
     if type(source) is not type(model):
@@ -320,10 +322,12 @@ def _open(given: str, model: FCN) -> tuple[weights.Source, str | None, FCN | Non
 
 def _check_preprocessing(config: Config, expected: str | None, source: str) -> None:
     if expected == "caffe" and config.data.channels is not None:
-        raise InputError(f"{source} expects caffe preprocessing, which --data.channels has not; take imagenet weights")
+        raise InputError(
+            f"{source} expects caffe preprocessing, which --data.channels does not support; use imagenet weights"
+        )
     if expected is not None and expected != config.data.preprocessing:
         raise InputError(
-            f"{source} expects {expected} preprocessing, the run has {config.data.preprocessing}; "
+            f"{source} expects {expected} preprocessing, but the run has {config.data.preprocessing}; "
             f"set --data.preprocessing {expected}"
         )
 
@@ -335,7 +339,7 @@ def _account(given: str, report: weights.Report) -> str:
 
 
 def _layers(names: Iterable[str], others: Collection[str]) -> str:
-    """Join names by layer; a layer that ``others`` has a part of is listed by its arrays."""
+    """Join names by layer; if ``others`` has some arrays of a layer, list that layer by array."""
     parts = {name.rpartition(".")[0] for name in others}
     shown = (
         name if name.rpartition(".")[0] in parts else name.rpartition(".")[0]
@@ -346,7 +350,7 @@ def _layers(names: Iterable[str], others: Collection[str]) -> str:
 
 
 def _differences(source: FCN | None, model: FCN) -> Notes:
-    """Warn of what the two networks compute otherwise with the same weights."""
+    """Warn of options with which the two networks compute differently from the same weights."""
     if source is None:
         return ()
     theirs, ours = describe_model(source)[1], describe_model(model)[1]
@@ -355,17 +359,17 @@ def _differences(source: FCN | None, model: FCN) -> Notes:
 
 
 def _warnings(model: FCN, variables: dict[str, Any]) -> Notes:
-    """Warn where an 8s has untrained scores on a trained encoder.
+    """Warn if an 8s starts with untrained score layers on a trained encoder.
 
-    At-once scales (the reference's voc-fcn8s-atonce), or score layers that a 16s has trained, keep the features of
-    pool3, which are far larger, from drowning the rest; batch norm makes them of one size.
+    The features of pool3 are far larger than the others and would dominate. At-once scales (the reference's
+    voc-fcn8s-atonce), score layers trained in a 16s, or batch norm prevent that.
     """
     if not isinstance(model, ScoreFCN) or model.stride != 8 or model.encoder_norm is not None:
         return ()
-    untrained = not np.any(variables["params"]["score_fr"]["kernel"])  # zero is where score layers start
+    untrained = not np.any(variables["params"]["score_fr"]["kernel"])  # score layers are initialised at zero
     if not untrained or max(model.skip_scales) <= _AT_ONCE:
         return ()
     return (
-        "an 8s with new score layers learns little: train a 32s and a 16s before and give --init-from, or set "
+        "an FCN-8s with new score layers learns little: train a 32s and a 16s first and give --init-from, or set "
         "--model.skip-scales 0.01 0.0001",
     )

@@ -165,7 +165,7 @@ def test_resume_extends_a_run_from_its_folder_and_rejects_other_settings(fails, 
     assert RunFolder(run).read_config()[0].train.steps == 2
     fails(train_command, ["--resume", run, "--optim.lr", "0.5"], "optim.lr 0.1 (now 0.5)")
     fails(train_command, ["--resume"], "--resume needs the folder of a run")
-    fails(train_command, ["--resume", run / "config.json"], "is a file and is no run")
+    fails(train_command, ["--resume", run / "config.json"], "is a file, so it is not a run's folder")
 
 
 @pytest.mark.parametrize(
@@ -175,7 +175,7 @@ def test_resume_extends_a_run_from_its_folder_and_rejects_other_settings(fails, 
         ("fixed", {"epochs": 2.0, "steps": 10}, {"epochs": 3.0, "steps": 10}, (None, 3.0, 0.4)),
         ("step", {"steps": 10}, {"steps": 20}, (20, None, 0.2)),
         ("poly", {"steps": 10}, {"steps": 20}, "--init-from runs/shapes with a new --run"),
-        ("step", {"epochs": 2.0}, {"epochs": 2.0, "steps": 20}, "--train.epochs; lengthen it by the same"),
+        ("step", {"epochs": 2.0}, {"epochs": 2.0, "steps": 20}, "--train.epochs; use the same to lengthen it"),
     ],
 )
 def test_a_run_can_be_extended_unless_its_past_depends_on_its_length(schedule, before, after, expected):
@@ -270,7 +270,10 @@ def test_own_photographs_are_checked_trained_on_and_predicted(fails, tmp_path, c
     truth = cv2.imread(str(tmp_path / "set/masks/0.png"), cv2.IMREAD_GRAYSCALE)
     assert labels.shape == truth.shape and np.mean(labels == (truth == 255)) > 0.8
     fails(train_command, ["own", *data, "--run", tmp_path / "other", *small], "--data.val-fraction")
-    for wrong, named in (("--data.mask-values 0 0", "own for each class"), ("--data.mask-values 0 300", "255")):
+    for wrong, named in (
+        ("--data.mask-values 0 0", "distinct value for each class"),
+        ("--data.mask-values 0 300", "255"),
+    ):
         fails(main, ["data", "folder/all", *data, *wrong.split()], named)
     fails(main, ["data", "folder/all", *data, "--data.mean", "1", "2"], "--data.channels")
     fails(main, ["predict", tmp_path / "set/*.gif", "--run", run, "--out", tmp_path / "out"], "*.gif")
@@ -330,7 +333,7 @@ DISK = "error: %s: %s; check the path and the disk\n"
 @pytest.mark.parametrize(
     ("error", "code", "message"),
     [
-        (KeyboardInterrupt(), 130, "goes on from its last checkpoint"),
+        (KeyboardInterrupt(), 130, "resumes a run from its last checkpoint"),
         (Stopped("stopped by SIGTERM at step 7, which is saved; the same command goes on", 15), 143, "which is saved"),
         *((OSError(n, os.strerror(n)), 2, DISK % ("a file", os.strerror(n))) for n in (errno.ENOSPC, errno.EROFS)),
         (OSError(errno.ENOENT, "No such file", "/none/a.png"), 2, DISK % ("/none/a.png", "No such file")),

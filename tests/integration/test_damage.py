@@ -63,7 +63,7 @@ def test_damage_to_any_file_of_the_newest_checkpoint_never_restores_a_wrong_stat
             older += 1
             assert names == ["2", "damaged-4"]
             (note,) = notes
-            assert str(folder / "damaged-4") in note and "going on from step 2" in note
+            assert str(folder / "damaged-4") in note and "resuming from step 2" in note
     assert older >= 5 and len(files) > 20
 
 
@@ -86,7 +86,7 @@ def test_a_flipped_bit_that_the_format_does_not_check_is_detected(tmp_path):
         restored = restore_newest(folder, states[2])
         jax.tree.map(np.testing.assert_array_equal, restored.state, states[restored.step])
         noticed += restored.notes
-    assert sum("variables are not what was saved" in note for note in noticed) >= 15
+    assert sum("variables differ from what was saved" in note for note in noticed) >= 15
 
 
 def test_without_an_intact_checkpoint_restoring_fails_and_changes_no_file(folder):
@@ -104,14 +104,14 @@ def test_without_an_intact_checkpoint_restoring_fails_and_changes_no_file(folder
 def test_a_modified_score_is_detected(folder):
     (folder / "4" / "metrics" / "metrics").write_text('{"mean_iu": 0.9}')
     restored = restore_newest(folder, saved_state(0))
-    assert restored.step == 2 and "damaged-4: metrics are not what was saved" in restored.notes[0]
+    assert restored.step == 2 and "damaged-4: metrics differ from what was saved" in restored.notes[0]
 
 
 @pytest.mark.parametrize("damage", [flip, Path.unlink, lambda path: path.write_text('{"mean_iu": "high"}')])
 def test_an_older_checkpoint_without_its_score_does_not_prevent_resuming(damage, folder):
     damage(folder / "2" / "metrics" / "metrics")
     restored = restore_newest(folder, saved_state(0))
-    assert restored.step == 4 and "damaged-2: its score is lost" in restored.notes[0]
+    assert restored.step == 4 and "damaged-2: its score cannot be read" in restored.notes[0]
     checkpoints = Checkpoints(folder)
     checkpoints.save(saved_state(6), {"data": {}, "unlogged": []}, 0.7)
     checkpoints.save(saved_state(8), {"data": {}, "unlogged": []}, 0.6)

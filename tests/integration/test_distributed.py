@@ -56,7 +56,7 @@ def test_invalid_distributed_options_are_rejected(given, message):
 def test_a_run_folder_that_is_not_shared_is_reported(tmp_path, monkeypatch):
     monkeypatch.setattr(runs, "_SHOWN_AFTER", 0.2)
     folder = runs.RunFolder(tmp_path / "run", writes=False)
-    with pytest.raises(InputError, match="on a disk that all share"):
+    with pytest.raises(InputError, match="on a shared disk"):
         folder.start(Config(), runs.DatasetInfo("folder", ("a",), ((0, 0, 0),)))
     folder.append({"step": 1})
     assert not folder.path.exists()

@@ -108,7 +108,7 @@ def begin(name="fcn8s", init=None, init_from=None, preprocessing="imagenet", num
 
 
 def test_an_8s_started_from_an_encoder_warns_unless_scaled_or_staged(uncompiled, encoder, tmp_path):
-    warning = "an 8s with new score layers learns little"
+    warning = "an FCN-8s with new score layers learns little"
     encoder, coarse = encoder[0], tmp_path / "32s.safetensors"
     _, _, notes = begin(init=encoder)
     assert warning in notes and "new: score_fr, score_pool3, score_pool4, upscore2" in notes
@@ -130,7 +130,7 @@ def test_an_8s_started_from_an_encoder_warns_unless_scaled_or_staged(uncompiled,
     with pytest.raises(InputError, match="both --init .* and --init-from"):
         check_config(Config(init=str(encoder), init_from=str(coarse), train=TrainConfig(steps=1)))
     for given in ({"init": encoder}, {"init_from": coarse}):
-        with pytest.raises(InputError, match="expects imagenet preprocessing, the run has caffe"):
+        with pytest.raises(InputError, match="expects imagenet preprocessing, but the run has caffe"):
             begin(**given, preprocessing="caffe")
 
 
@@ -165,7 +165,7 @@ def test_transfer_between_networks_reports_their_differences(uncompiled, tmp_pat
     assert "from a network with skip_scales (0.01, 0.0001) (here (1.0, 1.0))" in notes
     with pytest.raises(InputError, match="fcn8s_pad100_atonce is of another family than fcn8s;"):
         begin("fcn8s", init_from=file)
-    with pytest.raises(InputError, match="no such run or file; train the run"):
+    with pytest.raises(InputError, match="no such run or file; train that run first"):
         begin("fcn8s", init_from="runs/voc-paper-32s")
     with pytest.raises(InputError, match="holds vgg11, the model has vgg13; give both networks the same encoder"):
         begin("fcn8s_pad100", init_from=file, encoder="vgg13")

@@ -40,7 +40,7 @@ def test_an_ignored_signal_stays_ignored(tmp_path, monkeypatch):
 
 def test_a_second_process_in_a_run_folder_is_rejected(tmp_path):
     config = in_folder(tmp_path)
-    message = "is being trained by another process; wait for its end"
+    message = "is being trained by another process; wait until it ends"
     with RunFolder(config.run).locked(), pytest.raises(InputError, match=message):
         train(config)
     train(replace(config, train=replace(config.train, steps=1)))

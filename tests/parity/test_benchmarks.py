@@ -223,7 +223,7 @@ def test_interrupting_a_benchmark_says_where_the_rows_are(monkeypatch, capsys):
 
     monkeypatch.setattr(cli_bench, "_rows", interrupted)
     assert bench("--smoke") == 130
-    assert "rows that were done" in capsys.readouterr().err
+    assert "finished rows are in --out" in capsys.readouterr().err
 
 
 @pytest.mark.slow

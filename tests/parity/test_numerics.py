@@ -247,7 +247,7 @@ def test_exit_code_depends_on_the_limit_and_the_selected_parts(report, monkeypat
     assert re.search(r"and \d+ more", printed)
     monkeypatch.setattr(cli_parity, "against_torch", lambda *_: dataclasses.replace(report, statistics=[]))
     assert parity(*COMMAND, "--max-error", 1e-4, "--max-error-of", "statistics") == 2
-    assert "nothing was compared of statistics" in capsys.readouterr().err
+    assert "nothing to compare in statistics" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -296,7 +296,7 @@ def test_an_unwritable_folder_is_reported_before_computing(tmp_path, fails, monk
     monkeypatch.setattr(cli_parity, "against_torch", lambda *_: pytest.fail("the comparison was run"))
     (tmp_path / "file").write_text("")
     out = ["--out", tmp_path / "file/out"]
-    fails(cli_parity.main, [*COMMAND, *out], "name a folder that can be written to")
+    fails(cli_parity.main, [*COMMAND, *out], "name a writable folder")
 
 
 @pytest.mark.slow
