@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import jax
 import tyro
 
 from fcn_jax import export, weights
@@ -104,12 +105,17 @@ def _print_program(what: str, file: Path, program: export.Program, difference: f
         images += (
             f", normalised as {program.preprocessing!r}" if isinstance(program.preprocessing, str) else ", normalised"
         )
-    result = "classes uint8 (b, h, w)" if program.argmax else "logits float32 (b, h, w, classes)"
+    classes = program.model.num_classes
+    result = f"classes uint8 (b, {h}, {w})" if program.argmax else f"logits float32 (b, {h}, {w}, {classes})"
     print(f"{what}: {file}, {file.stat().st_size / 1e6:.1f} MB; {images} -> {result}")
-    print(f"largest difference from the network on random images: {difference:.1e}")
+    compared = "how far the chosen class lies below the largest logit" if program.argmax else "largest difference"
+    print(f"compared with the network on random images: {compared} {difference:.1e}")
     if file.suffix == ".stablehlo":
         until = datetime.date.today() + datetime.timedelta(days=182)
-        print(f"for {', '.join(export.PLATFORMS)}; JAX reads files of the last six months: export again by {until}")
+        print(
+            f"for {', '.join(export.PLATFORMS)}; JAX reads it for six months after the release of jax {jax.__version__}, "
+            f"not beyond {until}: export again then"
+        )
 
 
 def _scores(run: str | None, info: NetworkInfo) -> dict[str, Any]:
