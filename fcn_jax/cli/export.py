@@ -113,7 +113,7 @@ def _print_program(what: str, file: Path, program: export.Program, difference: f
     if file.suffix == ".stablehlo":
         until = datetime.date.today() + datetime.timedelta(days=182)
         print(
-            f"for {', '.join(export.PLATFORMS)}; JAX reads it for six months after the release of jax {jax.__version__}, "
+            f"for {', '.join(export.PLATFORMS)}; JAX reads it for six months after releasing {jax.__version__}, "
             f"not beyond {until}: export again then"
         )
 
