@@ -136,9 +136,9 @@ def test_fsdp_stores_an_eighth_of_parameters_and_momentum_per_device():
     ("axes", "count", "message"),
     [
         ("data=4,row=2", None, "expected --mesh such as data=4,space=2"),
-        ("data=4,space=2", 4, "--mesh data=4,space=2 has 8 devices, --devices 4"),
+        ("data=4,space=2", 4, "--mesh data=4,space=2 has 8 devices, but --devices is 4"),
         ("data=16", None, "expected devices in 1 ... 8, got 16"),
-        ("space=3", None, "fsdp x space is 3, and a process has 8 devices"),
+        ("space=3", None, "fsdp x space is 3, which does not divide the 8 devices of a process"),
     ],
 )
 def test_invalid_meshes_are_rejected(axes, count, message):

@@ -196,5 +196,5 @@ def test_unknown_losses_and_invalid_fractions_are_named():
         make_loss("hinge")
     with pytest.raises(InputError, match="hard_fraction"):
         make_loss("softmax", hard_fraction=0.0)
-    with pytest.raises(InputError, match="pixels of one pixel loss, got dice"):
+    with pytest.raises(InputError, match="needs a single pixel loss, got dice"):
         make_loss("dice", hard_fraction=0.5)
