@@ -287,7 +287,7 @@ def _read_items(path: Path, targets: dict[str, Any]) -> tuple[list[Any], dict[st
     """Read some items of a checkpoint and its progress.
 
     Raises:
-        _Damaged: the checkpoint is damaged, or of another network.
+        _Damaged: the checkpoint is damaged or does not match the model.
     """
     _check_shapes(path, targets["variables"])
     items = {name: ocp.args.StandardRestore(target) for name, target in targets.items()}

@@ -268,7 +268,7 @@ def starting_variables(config: Config, model: FCN, resuming: bool = False) -> tu
 
 
 def _carry_over(config: Config, model: FCN, variables: dict[str, Any], given: str) -> tuple[dict[str, Any], Notes]:
-    """Load by name the parameters of another network of the family; score and upsampling layers may be new."""
+    """Load by name the parameters of another model of the family; score and upsampling layers may be new."""
     tensors, preprocessing, source = _open(given, model)
     if source is not None and type(source) is not type(model):
         names = [describe_model(network)[0] for network in (source, model)]
