@@ -59,12 +59,15 @@ def write_whole(path: Path, text: str) -> None:
     if is_remote(path):
         path.write_text(text)  # object stores write atomically
         return
-    partial = path.with_suffix(".partial")
-    with partial.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
+    partial = path.with_name(f".{os.getpid()}.{path.name}")
+    try:
+        with partial.open("w", encoding="utf-8", errors="backslashreplace") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def upload(file: Path, target: Path) -> None:

@@ -1,6 +1,7 @@
 """Run folders with a log, scores and example images, without training."""
 
 import dataclasses
+import json
 
 import numpy as np
 
@@ -37,15 +38,18 @@ def evaluate_examples(**options):
     return evaluate(predict_with_errors, {}, [make_batch()], 3, **options)
 
 
-def make_run(path, lr=0.1, examples=True):
+def make_run(path, lr=0.1, examples=True, classes=CLASSES, confusion=CONFUSION, train_rows=10):
     folder = RunFolder(path)
     with folder.locked():
-        folder.start(dataclasses.replace(Config(run=str(path)), optim=OptimConfig(lr=lr)), CLASSES)
-    for step in range(10, 101, 10):
-        folder.append({"kind": "train", "step": step, "loss": lr / step, "images_per_s": 20.0 + step, "step_s": 0.5})
+        folder.start(dataclasses.replace(Config(run=str(path)), optim=OptimConfig(lr=lr)), classes)
+    rows = [
+        {"kind": "train", "step": 10 * i, "loss": lr / i, "images_per_s": 20.0 + 10 * i, "step_s": 0.5}
+        for i in range(1, train_rows + 1)
+    ]
+    folder.metrics_file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     for step in (50, 100):
-        row = {"kind": "val", "step": step, "split": "shapes/val", "scores": scores(CONFUSION * step).to_json()}
-        folder.append({**row, "confusion": (CONFUSION * step).tolist()})
+        row = {"kind": "val", "step": step, "split": "shapes/val", "scores": scores(confusion * step).to_json()}
+        folder.append({**row, "confusion": (confusion * step).tolist()})
     if examples:
         save_examples(folder.path / "examples.json", evaluate_examples(extremes=2), CLASSES.palette)
     return folder.path

@@ -57,9 +57,12 @@ def main(arguments: Sequence[str]) -> int:
         raise InputError(f"{file}: expected a name that ends in .{form}, as --format says")
     if (is_hub or is_program) and given.layout != "fcn_jax":
         raise InputError(f"--format {form} has the names of fcn_jax; leave out --layout {given.layout}")
+    if given.image_size and min(given.image_size) < 1:
+        raise InputError(f"--image-size {given.image_size[0]} {given.image_size[1]}: expected two positive numbers")
     if not is_program and (given.image_size or given.preprocess or given.argmax):
         raise InputError(f"--image-size, --preprocess and --argmax are of programs; {form} has weights alone")
-    if given.network.weights and file.exists() and file.resolve() == Path(given.network.weights).resolve():
+    source = Path(given.network.weights or "")
+    if file.exists() and file.resolve() in (source.resolve(), (source / file.name).resolve()):
         raise InputError(f"{file} is the source and would be overwritten; choose another --out")
     if is_hub:
         check_hub_folder(given.out)
@@ -102,9 +105,7 @@ def _print_program(what: str, file: Path, program: export.Program, difference: f
     h, w = program.size or ("h", "w")
     images = f"images {program.dtype} (b, {h}, {w}, {program.channels})"
     if not program.preprocess:
-        images += (
-            f", normalised as {program.preprocessing!r}" if isinstance(program.preprocessing, str) else ", normalised"
-        )
+        images += f", normalised by {program.preprocessing}"
     classes = program.model.num_classes
     result = f"classes uint8 (b, {h}, {w})" if program.argmax else f"logits float32 (b, {h}, {w}, {classes})"
     print(f"{what}: {file}, {file.stat().st_size / 1e6:.1f} MB; {images} -> {result}")

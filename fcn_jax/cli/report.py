@@ -9,8 +9,9 @@ from typing import Annotated
 
 import tyro
 
-from fcn_jax.cli.process import make_folder
+from fcn_jax.cli.process import check_file
 from fcn_jax.errors import InputError
+from fcn_jax.paths import to_path
 from fcn_jax.training.report import write_report
 
 
@@ -31,7 +32,10 @@ def main(arguments: Sequence[str]) -> int:
         raise InputError("expected the folder of a run, as in fcn-jax report runs/demo")
     if given.out is None and len(given.runs) > 1:
         raise InputError("the report of several runs needs a place of its own; give --out FILE.html")
-    if given.out is not None:
-        make_folder(given.out.parent)
-    print(f"report: {write_report(given.runs, given.out)}")
+    out = to_path(given.out, "--out") if given.out is not None else None
+    if out is not None:
+        if out.suffix != ".html":
+            raise InputError(f"--out {out}: expected a name that ends in .html")
+        check_file(out, "--out")
+    print(f"report: {write_report(given.runs, out)}")
     return 0

@@ -102,7 +102,7 @@ class TrainIterator(Iterator[TrainBatch]):
                 raise
             raise InputError(
                 f"a data worker ended ({first_line(error)}), mostly for want of memory: give --data.workers a smaller "
-                "number, and the same command goes on"
+                "number, and the same command resumes the run"
             ) from error
         self._step += 1
         return batch

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import signal
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import replace
 from typing import Any
@@ -19,7 +19,7 @@ from rich.console import Console
 
 from fcn_jax.config import Config
 from fcn_jax.data.pipeline import EvalBatch, TrainIterator, make_eval_batches, make_train_iterator
-from fcn_jax.errors import InputError, Stopped
+from fcn_jax.errors import InputError, Stopped, first_line
 from fcn_jax.evaluation.evaluate import Evaluation, Sample, evaluate, spread
 from fcn_jax.evaluation.figures import save_confusion, save_curves, save_panel
 from fcn_jax.evaluation.report import score_table
@@ -153,7 +153,7 @@ def train(config: Config, console: Console, lengthen: bool = False) -> Scores:
                 folder.upload()
                 checkpoints.save_interrupted(state, progress())
                 raise Stopped(
-                    f"stopped by {request} at step {step}, which is saved; the same command goes on from there",
+                    f"stopped by {request} at step {step}, which is saved; the same command resumes there",
                     request.number,
                 ) from None
             best = checkpoints.best_step()
@@ -161,10 +161,19 @@ def train(config: Config, console: Console, lengthen: bool = False) -> Scores:
         _save_figures(folder, evaluation, trainer)
         say(f"best checkpoint: step {best}; figures in {folder.path / folder.figures.name}")
         if folder.writes:
-            save_examples(folder.local / "examples.json", evaluation, trainer.val.palette)
-            folder.upload()
-            say(f"report: {write_report([config.run])}")
+            _write_report(config, folder, evaluation, trainer, say)
         return evaluation.scores
+
+
+def _write_report(
+    config: Config, folder: RunFolder, evaluation: Evaluation, trainer: Trainer, say: Callable[[str], None]
+) -> None:
+    try:
+        save_examples(folder.local / "examples.json", evaluation, trainer.val.palette)
+        folder.upload()
+        say(f"report: {write_report([config.run])}")
+    except Exception as error:  # of whatever kind: the run itself has ended well
+        say(f"note: no report ({first_line(error)}); fcn-jax report {config.run} writes it")
 
 
 def validate(trainer: Trainer, config: Config, state: TrainState, stop: StopRequest | None = None) -> Evaluation:
@@ -202,7 +211,7 @@ def _restore(
         batches.set_state(json.dumps(restored.progress["data"]).encode())
         before, now = restored.progress["devices"], trainer.parallel.mesh.size
         if before != now:
-            notes.append(f"saved with {before} devices, going on with {now}: sums may differ in the last bits")
+            notes.append(f"saved with {before} devices, resumed with {now}: sums may differ in the last bits")
     elif sum(row["kind"] == "val" for row in folder.rows()) > 2:
         # Two may come before the first is written; with more, something was saved and is gone.
         raise InputError(
@@ -226,7 +235,7 @@ def _disk_errors(folder: RunFolder) -> Iterator[None]:
     except OSError as error:
         raise InputError(
             f"{error.filename or folder.path}: {error.strerror or error}; what was saved before is good: "
-            "make room or mend the disk, and the same command goes on from there"
+            "free some space or repair the disk; the same command resumes there"
         ) from error
 
 

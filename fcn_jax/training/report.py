@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import math
+import re
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -27,7 +28,20 @@ _COLOURS = ("#3a7ebf", "#d1605e", "#5aa469", "#9a6fb0", "#c98b2b", "#4f9da6", "#
 """Of runs; they can be read on white and on black."""
 _GREY = "#808080"
 """Of axes and labels, for the same reason."""
-_SCORES = ("pixel_accuracy", "mean_accuracy", "mean_iu", "frequency_weighted_iu")
+_POINTS = 2000
+"""Of a plot at most, of all its runs together; a page has 3 MB at most."""
+_CELLS = 2000
+"""Of the confusion matrices at most, of all runs together."""
+_THROUGHPUT = ("images_per_s", "step_s", "data_wait", "mfu", "goodput")
+_PICTURE = re.compile(r"data:image/(jpeg|png);base64,[A-Za-z0-9+/=]*")
+
+
+@dataclass(frozen=True)
+class _Validation:
+    step: int
+    split: str
+    confusion: np.ndarray
+    scores: metrics.Scores
 
 
 @dataclass(frozen=True)
@@ -41,7 +55,7 @@ class _Run:
     class_names: tuple[str, ...]
     palette: Palette
     train: list[dict[str, Any]]
-    val: list[dict[str, Any]]
+    val: list[_Validation]
     evaluations: list[dict[str, Any]]
     examples: list[dict[str, Any]]
 
@@ -59,11 +73,13 @@ def write_report(runs: Sequence[str | Path], out: Path | None = None) -> Path:
     folders = [RunFolder(run) for run in runs]
     read = [_read(folder, _COLOURS[index % len(_COLOURS)]) for index, folder in enumerate(folders)]
     plots = {
-        "loss": _curves(read, "training loss", "train", lambda row: row["loss"]),
-        "scores": _curves(read, "validation mean IoU", "val", lambda row: row["scores"]["mean_iu"]),
-        "throughput": _curves(read, "images per second", "train", lambda row: row["images_per_s"]),
+        "loss": _curves(read, "training loss", [_points(run.train, "loss") for run in read]),
+        "scores": _curves(
+            read, "validation mean IoU", [[(row.step, row.scores.mean_iu) for row in run.val] for run in read]
+        ),
+        "throughput": _curves(read, "images per second", [_points(run.train, "images_per_s") for run in read]),
     }
-    matrices = {f"confusion{index}": _confusion(run) for index, run in enumerate(read)}
+    matrices = {f"confusion{index}": _confusion(run, _CELLS // len(read)) for index, run in enumerate(read)}
     script, figures = components({**plots, **matrices})
     template = Environment(loader=PackageLoader("fcn_jax.training", ""), autoescape=True).get_template("report.html")
     text = template.render(
@@ -113,24 +129,26 @@ def _example(sample: Sample, palette: Palette) -> dict[str, Any]:
 def _read(folder: RunFolder, colour: str) -> _Run:
     config, dataset = folder.read_config()
     rows = list(folder.rows())
-    val = [row for row in rows if row["kind"] == "val"]
+    val = [made for row in rows if row["kind"] == "val" and (made := _validation(row, len(dataset.class_names)))]
     if not val:
-        raise InputError(f"{folder.path} has no validation yet; its report needs one: go on with the run")
+        raise InputError(f"{folder.path} has no validation yet; resume the run until its first one")
     evaluations = []
     for file in sorted(folder.path.glob("eval*.json")):
         with suppress(OSError, ValueError, KeyError, TypeError):
             saved = json.loads(file.read_text())
-            evaluations.append({key: saved[key] for key in ("split", "views", "step", "images", "scores")})
+            scores = {name: _number(saved["scores"][name]) for name in ("mean_iu", "pixel_accuracy")}
+            evaluations.append({**{key: saved[key] for key in ("split", "views", "step", "images")}, "scores": scores})
     examples: list[dict[str, Any]] = []
-    with suppress(OSError, ValueError):  # a run that has not ended, or of an older version
-        examples = json.loads((folder.path / "examples.json").read_text())
-    content = json.loads(folder.config_file.read_text())
+    with suppress(OSError, ValueError, KeyError, TypeError):  # a run that has not ended, or of an older version
+        examples = [_checked(example) for example in json.loads((folder.path / "examples.json").read_text())]
+    environment = json.loads(folder.config_file.read_text()).get("environment")
+    names = dataset.class_names
     return _Run(
         str(folder.path),
         colour,
         flatten(json.loads(json.dumps(asdict(config)))),
-        content.get("environment") or {},
-        dataset.class_names,
+        environment if isinstance(environment, dict) else {},
+        tuple(f"{name} ({i})" if names.count(name) > 1 else name for i, name in enumerate(names)),
         dataset.palette,
         [row for row in rows if row["kind"] == "train"],
         val,
@@ -139,35 +157,65 @@ def _read(folder: RunFolder, colour: str) -> _Run:
     )
 
 
-def _curves(runs: Sequence[_Run], title: str, kind: str, value: Any) -> Any:
+def _number(value: Any) -> float | None:
+    """Return a number of a file, which may be damaged; None for anything else."""
+    return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
+
+
+def _validation(row: dict[str, Any], num_classes: int) -> _Validation | None:
+    """Return a row of the log; None for a damaged one."""
+    with suppress(KeyError, TypeError, ValueError):
+        confusion = np.array(row["confusion"])
+        if confusion.shape == (num_classes, num_classes) and confusion.dtype.kind == "i":
+            return _Validation(row["step"], str(row["split"]), confusion, metrics.scores(confusion))
+    return None
+
+
+def _checked(example: dict[str, Any]) -> dict[str, Any]:
+    """Return an example if its pictures are pictures. Raises ValueError, KeyError or TypeError otherwise."""
+    for name in ("image", "truth", "prediction"):
+        if not _PICTURE.fullmatch(example[name]):
+            raise ValueError(name)
+    return {**example, "name": str(example["name"]), "mean_iu": _number(example["mean_iu"])}
+
+
+def _points(rows: Sequence[dict[str, Any]], name: str) -> list[tuple[int, float]]:
+    return [(row["step"], value) for row in rows if (value := _number(row.get(name))) is not None]
+
+
+def _curves(runs: Sequence[_Run], title: str, curves: Sequence[Sequence[tuple[int, float]]]) -> Any:
     from bokeh.models import HoverTool
     from bokeh.plotting import figure
 
     options: dict[str, Any] = {"height": 280, "sizing_mode": "stretch_width", "tools": "pan,box_zoom,reset,save"}
     plot = figure(title=title, x_axis_label="step", **options)
-    lines = []
-    for run in runs:
-        points = [(row["step"], value(row)) for row in getattr(run, kind) if value(row) is not None]
-        steps, values = zip(*points, strict=True) if points else ((), ())
-        columns = {"step": steps, "value": values, "run": [run.name] * len(points)}
+    lines: list[Any] = []
+    for run, points in zip(runs, curves, strict=True):
+        every = 1 + len(points) * len(runs) // _POINTS
+        shown = np.array(points, float).reshape(-1, 2)[::-every][::-1]  # the last one is among them
+        columns = {"step": shown[:, 0], "value": shown[:, 1], "run": [run.name] * len(shown)}
         lines.append(plot.line("step", "value", source=columns, color=run.colour, line_width=2))
-        if len(points) < 50:
+        if len(shown) < 50:
             plot.scatter("step", "value", source=columns, color=run.colour, size=5)
     tooltips = [("run", "@run"), ("step", "@step"), (title, "@value{0.0000}")]
     plot.add_tools(HoverTool(renderers=lines, tooltips=tooltips, mode="vline", line_policy="nearest"))
     return _readable(plot)
 
 
-def _confusion(run: _Run) -> Any:
+def _confusion(run: _Run, cells: int) -> Any:
+    from bokeh.models import FactorRange
     from bokeh.plotting import figure
     from bokeh.transform import linear_cmap
 
-    confusion, names = np.array(run.val[-1]["confusion"]), [*run.class_names]
+    confusion, names = run.val[-1].confusion, run.class_names
     total = confusion.sum(1, keepdims=True)
     share = np.divide(confusion, total, out=np.zeros(confusion.shape), where=total > 0)
-    truth, predicted = np.nonzero(share >= 0.001)
+    smallest = max(0.001, np.sort(share, axis=None)[-cells:][0])
+    truth, predicted = np.nonzero(share >= smallest)
     plot = figure(
-        x_range=names, y_range=names[::-1], height=min(900, 160 + 24 * len(names)), sizing_mode="stretch_width",
+        x_range=FactorRange(factors=[*names]),
+        y_range=FactorRange(factors=[*names[::-1]]),
+        height=min(900, 160 + 24 * len(names)), sizing_mode="stretch_width",
         x_axis_label="predicted", y_axis_label="truth", tools="save", toolbar_location=None,
         tooltips=[("truth", "@truth"), ("predicted", "@predicted"), ("of the class", "@share{0.0%}"), ("pixels", "@n")],
     )  # fmt: skip
@@ -196,12 +244,13 @@ def _readable(plot: Any) -> Any:
 
 def _facts(run: _Run) -> dict[str, Any]:
     """Return what the template shows of a run."""
-    last, best = run.val[-1], max(run.val, key=lambda row: row["scores"]["mean_iu"] or 0)
-    found = {name: [row[name] for row in run.train if row.get(name) is not None] for name in ("images_per_s", "step_s")}
-    throughput = {name: float(np.median(values)) for name, values in found.items() if values}
-    for name in ("data_wait", "mfu", "goodput"):
-        if run.train and run.train[-1].get(name) is not None:
-            throughput[name] = run.train[-1][name]
+    last, best = run.val[-1], max(run.val, key=lambda row: np.nan_to_num(row.scores.mean_iu, nan=-1))
+    found = {name: [value for _, value in _points(run.train, name)] for name in _THROUGHPUT}
+    throughput = {
+        name: float(np.median(values) if name in ("images_per_s", "step_s") else values[-1])
+        for name, values in found.items()
+        if values
+    }
     half = len(run.examples) // 2
     return {
         "name": run.name,
@@ -209,10 +258,8 @@ def _facts(run: _Run) -> dict[str, Any]:
         "model": f"{run.settings['model.name']} on {run.settings['data.train']}",
         "settings": run.settings,
         "environment": run.environment,
-        "step": last["step"],
-        "scores": {name: last["scores"][name] for name in _SCORES},
-        "split": last["split"],
-        "best": {"step": best["step"], "mean_iu": best["scores"]["mean_iu"]},
+        "last": last,
+        "best": best,
         "evaluations": run.evaluations,
         "throughput": throughput,
         "examples": {"lowest": run.examples[:half], "highest": run.examples[half:]},
@@ -230,8 +277,8 @@ def _classes(runs: Sequence[_Run]) -> list[dict[str, Any]]:
     """Return a row for each class of any run: its share of the pixels and each run's IoU and accuracy."""
     rows: dict[str, dict[str, Any]] = {}
     for index, run in enumerate(runs):
-        confusion = np.array(run.val[-1]["confusion"])
-        scores, pixels = metrics.scores(confusion), confusion.sum(1)
+        confusion, scores = run.val[-1].confusion, run.val[-1].scores
+        pixels = confusion.sum(1)
         accuracy = np.divide(confusion.diagonal(), pixels, out=np.full(len(pixels), np.nan), where=pixels > 0)
         for i, name in enumerate(run.class_names):
             colour = "#" + bytes(run.palette[i]).hex()

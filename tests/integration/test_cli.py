@@ -334,7 +334,11 @@ DISK = "error: %s: %s; check the path and the disk\n"
     ("error", "code", "message"),
     [
         (KeyboardInterrupt(), 130, "resumes a run from its last checkpoint"),
-        (Stopped("stopped by SIGTERM at step 7, which is saved; the same command goes on", 15), 143, "which is saved"),
+        (
+            Stopped("stopped by SIGTERM at step 7, which is saved; the same command resumes", 15),
+            143,
+            "which is saved",
+        ),
         *((OSError(n, os.strerror(n)), 2, DISK % ("a file", os.strerror(n))) for n in (errno.ENOSPC, errno.EROFS)),
         (OSError(errno.ENOENT, "No such file", "/none/a.png"), 2, DISK % ("/none/a.png", "No such file")),
     ],

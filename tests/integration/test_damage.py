@@ -12,6 +12,7 @@ import pytest
 from tiny_run import assert_same, in_folder, in_process, saved_state, saved_variables, signalling, train
 
 from fcn_jax.errors import InputError, Stopped
+from fcn_jax.paths import write_whole
 from fcn_jax.training import loop
 from fcn_jax.training.checkpoint import Checkpoints, load_variables, restore_newest
 
@@ -161,6 +162,24 @@ def test_a_failed_save_is_reported_and_earlier_checkpoints_stay_valid(undisturbe
     aside.rename(checkpoints)
     assert "at step 4" in train(config)
     assert_same(config, undisturbed)
+
+
+def test_a_report_that_cannot_be_written_does_not_fail_the_run(tmp_path):
+    config = in_folder(tmp_path)
+    (Path(config.run) / "examples.json").mkdir(parents=True)
+    text = train(config)
+    assert "best checkpoint: step" in text and "note: no report (" in text
+
+
+def test_a_file_is_written_whole_beside_its_neighbours(tmp_path):
+    for name in ("a.partial", "a.json"):
+        (tmp_path / name).write_text("before")
+    write_whole(tmp_path / "a.json", "after \udc80")  # a file name that is not UTF-8 has such characters
+    (tmp_path / "b.json").mkdir()
+    with pytest.raises(OSError):
+        write_whole(tmp_path / "b.json", "text")
+    assert {file.name for file in tmp_path.iterdir()} == {"a.partial", "a.json", "b.json"}
+    assert (tmp_path / "a.partial").read_text() == "before" and (tmp_path / "a.json").read_text() == "after \\udc80"
 
 
 @pytest.mark.slow

@@ -81,11 +81,13 @@ def test_argmax_and_sixteen_bit_channels_go_into_the_program(tmp_path):
     assert (logits.max(-1) - chosen).max() < 1e-4  # of equal logits either may win
 
 
-@pytest.mark.parametrize("argmax", [False, True])
-def test_a_program_that_differs_is_not_written(argmax, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("argmax", "broken"), [(False, "reversed"), (True, "reversed"), (False, "nan")])
+def test_a_program_that_differs_is_not_written(argmax, broken, tmp_path, monkeypatch):
     model, variables = make_network("fcn8s", 5, False, **FLOAT32)
     program = export.make_program(model, variables, "imagenet", argmax=argmax)
-    wrong = jax.tree.map(lambda x: np.ascontiguousarray(x[..., ::-1]), program.variables)
+    wrong = jax.tree.map(
+        lambda x: x * np.nan if broken == "nan" else np.ascontiguousarray(x[..., ::-1]), program.variables
+    )
     other = export.to_stablehlo(export.make_program(model, wrong, "imagenet", argmax=argmax))
     monkeypatch.setattr(export, "to_stablehlo", lambda program: other)
     with pytest.raises(InputError, match="p.stablehlo is not written: the exported program differs"):
@@ -104,8 +106,13 @@ def test_what_cannot_be_exported_is_one_line(tmp_path, fails, monkeypatch):
     refused("fcn32s_resize", "p.stablehlo", "--image-size HEIGHT WIDTH")
     refused("fcn32s", "p.bin", ".onnx")
     refused("fcn32s", "p.onnx", "--format", "pth", "ends in .pth")
+    refused("fcn32s", "p.stablehlo", "--image-size", "0", "5", "--image-size 0 5: expected two positive numbers")
     refused("fcn32s", "p.pth", "--argmax", "--argmax are of programs")
     refused("fcn32s", "p.onnx", "--layout", "pytorch-fcn", "leave out --layout")
     monkeypatch.setitem(sys.modules, "jax2onnx", None)
     refused("fcn32s", "p.onnx", "--image-size", "64", "64", "pip install 'fcn_jax[onnx]'")
     assert {file.suffix for file in tmp_path.iterdir()} == {".safetensors"}
+
+    hub = tmp_path / "hub"
+    assert main(["--weights", str(tmp_path / "fcn32s.safetensors"), "--format", "hub", "--out", str(hub)]) == 0
+    fails(main, ["--weights", hub, "--out", hub / "model.safetensors"], "is the source and would be overwritten")

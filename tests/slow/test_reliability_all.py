@@ -64,7 +64,7 @@ def test_a_run_stopped_twice_at_one_step_resumes_on_other_devices(undisturbed, t
             signalling(patched, owner, name, number, lambda _, step, *rest: step in (7, 13))
             train(config)
     other = replace(config, devices=4)
-    assert "saved with 2 devices, going on with 4: sums may differ in the last bits" in train(other)
+    assert "saved with 2 devices, resumed with 4: sums may differ in the last bits" in train(other)
     rows, steps, _ = end(other)
     assert steps == undisturbed["steps"]
     for ours, theirs in zip(rows, undisturbed["rows"], strict=True):

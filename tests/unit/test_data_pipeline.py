@@ -149,7 +149,7 @@ def test_worker_processes_give_the_same_batches_and_a_killed_one_is_reported(tmp
     state = iterator.get_state()
     for process in multiprocessing.active_children():
         process.kill()
-    with pytest.raises(InputError, match="a data worker ended .* the same command goes on"):
+    with pytest.raises(InputError, match="a data worker ended .* the same command resumes the run"):
         _take(iterator, 1000)  # prefetched batches come first
     iterator.set_state(state)
     batches += _take(iterator, 3)  # the workers are restarted

@@ -11,6 +11,7 @@ from report_runs import CLASSES, evaluate_examples, make_run
 
 from fcn_jax.cli.report import main
 from fcn_jax.evaluation.figures import colour_labels
+from fcn_jax.training.run import DatasetInfo
 
 
 def text_of(page):
@@ -61,10 +62,48 @@ def test_several_runs_are_shown_with_the_settings_that_differ(tmp_path, capsys):
     assert "star 40.00 60.00 7.14 40.00 60.00 7.14" in text
 
 
+def test_a_report_of_many_classes_and_log_rows_has_3_mb_at_most(tmp_path, capsys):
+    confusion = np.random.default_rng(0).integers(1, 100, (150, 150))
+    names = ("wall", *(f"class {i}" for i in range(148)), "wall")  # a name twice
+    classes = DatasetInfo("many", names, ((1, 2, 3),) * 150)
+    runs = [make_run(tmp_path / name, classes=classes, confusion=confusion, train_rows=20_000) for name in "abc"]
+    assert main([*map(str, runs), "--out", str(tmp_path / "all.html")]) == 0
+    page = (tmp_path / "all.html").read_text()
+    assert len(page) < 3e6 and "wall (149)" in text_of(page)
+
+
+def test_damaged_rows_and_files_are_left_out(tmp_path, capsys):
+    run = make_run(tmp_path / "run")
+    val = (run / "metrics.jsonl").read_text().splitlines()[-1]
+    damaged = [{"confusion": [[1, 2], [3]]}, {"confusion": None}, {"confusion": [["x"] * 3] * 3}, {}]
+    rows = [json.dumps({"kind": "val", "step": 101, "split": "x", **row}) for row in damaged]
+    rows += ['{"kind": "train", "step": 102, "loss": "low", "images_per_s": null}']
+    (run / "metrics.jsonl").write_text("\n".join([val, *rows]) + "\n")
+    for name in ("examples.json", "eval_a.json"):
+        (run / name).write_text('[{"name": 3, "image": "https://example.org/x.png"}]')
+    (run / "eval_b.json").write_text('{"split": 1, "views": 2, "step": 3, "images": 4, "scores": {"mean_iu": "x"}}')
+    config = json.loads((run / "config.json").read_text())
+    (run / "config.json").write_text(json.dumps({**config, "environment": ["x"]}))
+    assert main([str(run)]) == 0
+    page = text_of((run / "report.html").read_text())
+    assert "step 100: 65.54" in page and "example.org" not in page and "lowest mean IoU" not in page
+
+
+def test_the_best_step_is_that_of_the_highest_defined_score(tmp_path, capsys):
+    run = make_run(tmp_path / "run")
+    empty = {"kind": "val", "step": 10, "split": "shapes/val", "confusion": np.zeros((3, 3), int).tolist()}
+    (run / "metrics.jsonl").write_text(json.dumps(empty) + "\n" + (run / "metrics.jsonl").read_text())
+    assert main([str(run)]) == 0
+    assert "step 50: 65.54" in text_of((run / "report.html").read_text())
+
+
 def test_what_has_no_report_is_one_line(tmp_path, fails):
     run = make_run(tmp_path / "run")
     fails(main, [], "the folder of a run")
     fails(main, [run, run], "--out FILE.html")
+    fails(main, [run, "--out", run / "config.json"], "a name that ends in .html")
+    (tmp_path / "folder.html").mkdir()
+    fails(main, [run, "--out", tmp_path / "folder.html"], "is a folder")
     fails(main, [tmp_path / "none"], "none has no config.json")
     rows = (run / "metrics.jsonl").read_text().splitlines()
     (run / "metrics.jsonl").write_text(rows[0] + "\n")
