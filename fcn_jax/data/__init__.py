@@ -1,1 +1,1 @@
-"""Data sets, their prepared copies, augmentation and batches. Only ``pipeline`` needs grain, only ``datasets`` TFDS."""
+"""Data sets, prepared copies, augmentation and batches. Only ``pipeline`` needs grain; only ``datasets`` needs TFDS."""

@@ -13,7 +13,7 @@ from fcn_jax.data.io import Entry, Listing, folder_of, pairs_by_name, read_files
 from fcn_jax.losses import IGNORE
 
 CLASSES = tuple("sky building pole road pavement tree sign fence car pedestrian bicyclist".split())
-"""In the order of the SegNet tutorial's label images."""
+"""Class names in the order of the SegNet tutorial's label images."""
 
 PALETTE = (
     (128, 128, 128), (128, 0, 0), (192, 192, 128), (128, 64, 128), (60, 40, 222), (128, 128, 0), (192, 128, 128),

@@ -14,7 +14,7 @@ from fcn_jax.data.prepared import Examples, Record, Statistics, prepare, read_su
 from fcn_jax.errors import InputError, unknown
 
 _log = logging.getLogger(__name__)
-_SHOWN = 3  # files that were left out, named in a note
+_SHOWN = 3  # number of skipped files that a note names
 
 DATASETS: dict[str, tuple[tuple[str, ...], Callable[[str, DataConfig], Listing]]] = {
     "shapes": (shapes.SPLITS, shapes.listing),
@@ -24,11 +24,11 @@ DATASETS: dict[str, tuple[tuple[str, ...], Callable[[str, DataConfig], Listing]]
     "folder": (folder.SPLITS, folder.listing),
     "tfds": (tfds_folder.SPLITS, tfds_folder.listing),
 }
-"""Each data set's splits, and the function that lists one of them."""
+"""Splits of each data set, and the function that lists a split."""
 
 
 class Source(Protocol):
-    """Random access to encoded examples; workers need it picklable."""
+    """Random access to encoded examples. It must be picklable for worker processes."""
 
     def __len__(self) -> int: ...
     def __getitem__(self, index: int) -> Record: ...
@@ -36,7 +36,7 @@ class Source(Protocol):
 
 @dataclass(frozen=True)
 class Split:
-    """One split of a data set, ready to be read."""
+    """One split of a data set, ready to read."""
 
     dataset: str
     split: str
@@ -45,11 +45,11 @@ class Split:
     """RGB in [0, 255], one colour per class."""
     source: Source
     image_size: tuple[int, int] | None = None
-    """Height and width where all images share them, else None."""
+    """Height and width if all images have the same size, else None."""
     skipped: tuple[str, ...] = ()
-    """Why each image that was left out could not be read."""
+    """The reason for each skipped image."""
     statistics: Statistics | None = None
-    """Of images that are not 8-bit RGB."""
+    """Channel statistics of images that are not 8-bit RGB."""
 
     def __len__(self) -> int:
         """Return the number of examples."""
@@ -57,7 +57,7 @@ class Split:
 
     @property
     def num_classes(self) -> int:
-        """Number of classes, the ignore label not counted."""
+        """Number of classes, without the ignore label."""
         return len(self.class_names)
 
 
@@ -69,27 +69,27 @@ def decode(record: Record) -> dict[str, Any]:
 
 
 def load(spec: str, config: DataConfig) -> Split:
-    """Open DATASET/SPLIT, preparing its copy in ``config.cache_dir`` if need be; log how many images are left out.
+    """Open DATASET/SPLIT and prepare its copy in ``config.cache_dir`` if necessary; log how many images are skipped.
 
     Raises:
-        InputError: an unknown data set or split, a missing folder or file, or files that are not what they should be.
+        InputError: an unknown data set or split, a missing folder or file, or invalid files.
     """
     dataset, slash, split = spec.partition("/")
     if not slash:
-        raise InputError(f"expected DATASET/SPLIT, got {spec!r}; as in 'shapes/train'")
+        raise InputError(f"expected DATASET/SPLIT, such as 'shapes/train', got {spec!r}")
     if dataset not in DATASETS:
         raise unknown("data set", dataset, DATASETS)
     splits, listing_of = DATASETS[dataset]
     if splits and split not in splits:
         raise unknown(f"split of {dataset}", split, splits)
     if config.channels is not None and dataset != "folder":
-        raise InputError(f"--data.channels {config.channels} is of folder alone; leave it out for {dataset}")
+        raise InputError(f"--data.channels {config.channels} applies only to folder; leave it out for {dataset}")
     listing = replace(listing_of(split, config), unreadable=config.unreadable, channels=config.channels)
     copy = prepare(listing, config.cache_dir)
     summary = read_summary(copy)
     if skipped := summary.skipped:
         more = f", and {len(skipped) - _SHOWN} more" if len(skipped) > _SHOWN else ""
         shown = "; ".join(skipped[:_SHOWN]) + more
-        _log.warning("note: %s: %d of %d images are left out: %s", spec, len(skipped), len(listing.entries), shown)
+        _log.warning("note: %s: %d of %d images are skipped: %s", spec, len(skipped), len(listing.entries), shown)
     names, palette = listing.class_names, listing.palette
     return Split(dataset, split, names, palette, Examples(copy), summary.image_size, skipped, summary.statistics)

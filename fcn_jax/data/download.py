@@ -1,4 +1,4 @@
-"""Fetching and unpacking of the archives of VOC and SBD."""
+"""Download and unpack the archives of VOC and SBD."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from fcn_jax.download import download as download_file
 from fcn_jax.errors import InputError, first_line
 
 _log = logging.getLogger(__name__)
-_MOST_GROWTH = 50  # VOC's archives are not compressed, SBD's grows less than twofold
+_MOST_GROWTH = 50  # limit on unpacked size / archive size; VOC's archives are not compressed, SBD's is below 2
 
 
 @dataclass(frozen=True)
 class Archive:
-    """A tar file on the network, and the folder in it that holds the data set."""
+    """A tar file to download, and the folder inside it that contains the data set."""
 
     url: str
     md5: str
@@ -45,20 +45,20 @@ ARCHIVES = {
         f"{_BERKELEY}/semantic_contours/benchmark.tgz", "82b4d87ceb2ed10f6038a1cba92111cb", "benchmark_RELEASE"
     ),
 }
-"""Addresses and checksums, as torchvision's datasets/voc.py and datasets/sbd.py give them."""
+"""URLs and checksums from torchvision's datasets/voc.py and datasets/sbd.py."""
 
 
 def fetch(archive: Archive, folder: Path, download: bool) -> Path:
-    """Return ``folder``/``archive.content``; download and unpack the archive first, to appear whole or not at all.
+    """Return ``folder``/``archive.content``; download the archive and unpack it atomically if it is missing.
 
-    An archive that lies in ``folder`` is used instead of the network.
+    An archive that is already in ``folder`` is not downloaded again.
 
     Raises:
         InputError: ``download`` is False, or the archive cannot be fetched, checked or unpacked.
     """
     if not download:
         raise InputError(
-            f"--data.dir {folder}: holds no {archive.content} with images and masks; "
+            f"--data.dir {folder}: contains no {archive.content} with images and masks; "
             f"unpack {archive.name} there or give --data.download"
         )
     place = folder / archive.content
@@ -86,10 +86,10 @@ def fetch(archive: Archive, folder: Path, download: bool) -> Path:
                 os.replace(Path(work, archive.content), place)
     except InputError:
         raise
-    except (tarfile.TarError, zlib.error, EOFError, ValueError, OverflowError) as error:  # what a damaged file raises
+    except (tarfile.TarError, zlib.error, EOFError, ValueError, OverflowError) as error:  # raised for damaged files
         raise InputError(f"{target}: cannot be unpacked ({first_line(error)}); remove it and fetch it again") from error
     except OSError as error:
         raise InputError(
-            f"--data.dir {folder}: cannot be written to, or {target} does not hold {archive.content} ({error})"
+            f"--data.dir {folder}: cannot be written to, or {target} does not contain {archive.content} ({error})"
         ) from error
     return place

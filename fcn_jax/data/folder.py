@@ -1,13 +1,13 @@
 """A user's own images and masks.
 
-Expected under ``--data.dir`` (either of the two, or neither level for a single set called ``all``)::
+Expected under ``--data.dir``: one of these two layouts, or only ``images`` and ``masks`` for a single split ``all``::
 
     DIR/train/images/a.jpg   DIR/train/masks/a.png        DIR/images/train/a.jpg   DIR/masks/train/a.png
-    DIR/classes.txt          one class name per line, and its colour if it is to have one: road #804080
+    DIR/classes.txt          one class name per line, with an optional colour: road #804080
 
-With ``--data.val-fraction`` train and val are drawn from ``all``. Masks hold class ids (line 1 is class 0) in one 8-bit
-channel or as palette indices, and 255 for pixels to ignore; or other values, which ``--data.mask-values`` maps to
-classes; or the colours of classes.txt, where a line "ignore #RRGGBB" is no class.
+With ``--data.val-fraction`` train and val are drawn from ``all``. Masks contain class ids (line 1 is class 0) in one
+8-bit channel or as palette indices, with 255 for ignored pixels. ``--data.mask-values`` maps other values to classes.
+Masks may also use the colours of classes.txt; there, a line "ignore #RRGGBB" gives the colour of ignored pixels.
 """
 
 from __future__ import annotations
@@ -46,40 +46,40 @@ Color = tuple[int, int, int]
 
 @dataclass(frozen=True)
 class ClassList:
-    """The classes of a list file."""
+    """The classes in a file such as classes.txt."""
 
     names: tuple[str, ...]
     colors: tuple[Color | None, ...]
-    """RGB of each class; None where the file gives none."""
+    """RGB colour of each class; None if the file gives no colour."""
     ignored: Color | None = None
-    """Of pixels to ignore in masks of colours."""
+    """RGB colour of ignored pixels in colour masks."""
 
     @property
     def palette(self) -> tuple[Color, ...]:
-        """The colours, VOC's where there are none."""
+        """The colours, with VOC's for classes that have none."""
         return tuple(own or voc for own, voc in zip(self.colors, palette(len(self.names)), strict=True))
 
 
 def read_classes(path: Path) -> ClassList:
-    """Read class names, one per line with an optional #RRGGBB, the first for id 0, blank lines left out.
+    """Read class names, one per line with an optional #RRGGBB; the first has id 0, and blank lines are skipped.
 
     Raises:
-        InputError: no such file, a name or a colour given twice, or another number of classes than 2 to 254.
+        InputError: a missing file, a duplicate name or colour, or a number of classes outside 2 to 254.
     """
     if not path.is_file():
         raise InputError(
-            f"{path}: not there; write one class name per line (the first is class 0), or give --data.classes"
+            f"{path}: file not found; write one class name per line (the first is class 0), or give --data.classes"
         )
     found: list[tuple[str, Color | None]] = []
     for line in lines_in(path, "class name"):
         match = re.fullmatch(r"(.*?)(?:\s+#([0-9a-fA-F]{6}))?", line)
         if match is None or "#" in match[1]:
-            raise InputError(f"{path}: {line!r} is no class; expected NAME or NAME #RRGGBB, as in road #804080")
+            raise InputError(f"{path}: {line!r} is not a class; expected NAME or NAME #RRGGBB, as in road #804080")
         name, color = match.groups()
         found.append((name, None if color is None else tuple(bytes.fromhex(color))))  # type: ignore[arg-type]
     for shown in ([name for name, _ in found], [f"#{bytes(color).hex()}" for _, color in found if color]):
         if twice := [value for value, count in Counter(shown).items() if count > 1]:
-            raise InputError(f"{path}: lists {twice[0]!r} twice; each class has its own name and colour")
+            raise InputError(f"{path}: lists {twice[0]!r} twice; each class needs a distinct name and colour")
     ignored = next((color for name, color in found if name == "ignore" and color), None)
     classes = [(name, color) for name, color in found if not (name == "ignore" and color)]
     if not 2 <= len(classes) < IGNORE:
@@ -96,13 +96,13 @@ def _folders(root: Path, split: str) -> tuple[Path, Path]:
         if (root / images).is_dir():
             return root / images, root / masks
     raise InputError(
-        f"{root}: holds neither {split}/images nor images/{split}; put images there and masks in {split}/masks or "
-        f"masks/{split}. For a folder with images/ and masks/ alone give --data.val-fraction 0.2, or use folder/all"
+        f"{root}: contains neither {split}/images nor images/{split}; put images there and masks in {split}/masks or "
+        f"masks/{split}. For a folder with only images/ and masks/, give --data.val-fraction 0.2 or use folder/all"
     )
 
 
 def _drawn(entries: tuple[Entry, ...], split: str, fraction: float, seed: int) -> tuple[Entry, ...]:
-    """Return the part of a split; which part an image is in depends little on the others that there are."""
+    """Return the entries of a split, chosen by a hash of their names so that adding images moves few others."""
     order = sorted(entries, key=lambda entry: hashlib.sha256(f"{seed}/{entry.name}".encode()).digest())
     count = min(max(1, round(fraction * len(order))), len(order) - 1)
     part = {entry.name for entry in (order[:count] if split == "val" else order[count:])}
@@ -123,19 +123,19 @@ def _by_value(label: np.ndarray, values: tuple[int, ...], name: str) -> np.ndarr
 
 
 def _by_color(pixels: np.ndarray, indices: np.ndarray | None, classes: ClassList, name: str) -> np.ndarray:
-    """Return the class of each pixel's colour; a palette's ``indices`` where no colour is another class's."""
+    """Return the class of each pixel's colour, or the palette's ``indices`` if no colour contradicts them."""
     packed = pixels.astype(np.int32) @ np.array([1 << 16, 1 << 8, 1])
     label = np.full(packed.shape, -1)
     for index, color in [*enumerate(classes.colors), (IGNORE, classes.ignored)]:
         if color is not None:
             label[packed == int.from_bytes(bytes(color))] = index
     if indices is not None and not np.any((label >= 0) & (label != indices)):
-        return indices  # of a palette that says nothing else
+        return indices  # the palette agrees with them
     if (label < 0).any():
         row, column = np.argwhere(label < 0)[0]
         shown = "#" + bytes(pixels[row, column].tolist()).hex()
         raise InputError(
-            f"{name}: colour {shown} at row {row}, column {column} is of no class; add it to the list of classes "
+            f"{name}: colour {shown} at row {row}, column {column} belongs to no class; add it to the list of classes "
             f"(or as 'ignore {shown}'), or correct the mask"
         )
     return label.astype(np.uint8)
@@ -151,7 +151,7 @@ def _read(entry: Entry, classes: ClassList, values: tuple[int, ...] | None) -> t
 
 
 def listing(split: str, config: DataConfig) -> Listing:
-    """List a split of the folder; image and mask are paired by their names without suffix."""
+    """List a split of the folder; images and masks are paired by file name without suffix."""
     root = folder_of(config, "folder", "images, masks and classes.txt")
     classes = read_classes(to_path(config.classes, "--data.classes") if config.classes else root / "classes.txt")
     values = config.mask_values
@@ -166,7 +166,7 @@ def listing(split: str, config: DataConfig) -> Listing:
     entries = pairs_by_name(*_folders(root, "all" if draws else split), suffixes, _MASKS)
     if draws and config.val_fraction is not None:
         if len(entries) < 2:
-            raise InputError(f"{root}: holds one image, which cannot be in train and val; add more")
+            raise InputError(f"{root}: contains one image, but train and val need one each; add more")
         entries = _drawn(entries, split, config.val_fraction, config.split_seed)
     drawn = (config.val_fraction, config.split_seed) if draws else ()
     version = f"{values} {classes} {drawn}" if draws or values is not None or any(classes.colors) else ""

@@ -1,4 +1,4 @@
-"""Files of a data set: which images and masks a split lists, and how their bytes are read and decoded."""
+"""Files of a data set: listing of the images and masks of a split, reading and decoding."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from fcn_jax.errors import InputError, UnreadableError, first_line
 from fcn_jax.losses import IGNORE
 from fcn_jax.paths import to_path
 
-# Pillow tries only these: its EPS plugin, for one, runs Ghostscript.
+# Pillow tries only these formats; others are unsafe: its EPS plugin runs Ghostscript.
 _FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 
 
@@ -27,7 +27,7 @@ IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
 
 @dataclass(frozen=True)
 class Entry:
-    """One example: a name for messages and figures, and its files (None where it is generated)."""
+    """One example: a name for messages and figures, and its files (None if it is generated)."""
 
     name: str
     image: Path | None = None
@@ -46,11 +46,11 @@ class Listing:
     read: Callable[[Entry], tuple[bytes, np.ndarray]]
     """Returns the encoded image and the label, uint8 (h, w), of class ids with 255 = ignore."""
     unreadable: Literal["error", "skip"] = "error"
-    """Whether a file that cannot be read is an error, or its entry is left out."""
+    """Whether an unreadable file raises an error, or its entry is skipped."""
     channels: int | None = None
-    """Of images that are not 8-bit RGB."""
+    """Number of channels of images that are not 8-bit RGB."""
     version: str = ""
-    """Whatever else decides what ``read`` returns: the version and options of a generator or converter."""
+    """Version and options of a generator or converter that affect what ``read`` returns."""
 
     @property
     def spec(self) -> str:
@@ -59,10 +59,10 @@ class Listing:
 
 
 def read_bytes(path: Path) -> bytes:
-    """Return a file's bytes; an UnreadableError where it cannot be read."""
+    """Return a file's bytes; raise UnreadableError if it cannot be read."""
     try:
         return path.read_bytes()
-    except (OSError, ValueError) as error:  # ValueError: the system takes no such name
+    except (OSError, ValueError) as error:  # ValueError: an invalid file name
         reason = getattr(error, "strerror", None) or first_line(error)
         raise UnreadableError(
             f"{path}: cannot be read ({reason}); put the file there or correct --data.dir (eval.py: --dir)"
@@ -70,7 +70,7 @@ def read_bytes(path: Path) -> bytes:
 
 
 def lines_in(path: Path, what: str) -> list[str]:
-    """Return the lines of a file that lists a ``what`` in each, blank ones left out; an InputError if not UTF-8."""
+    """Return the non-blank lines of a file with one ``what`` per line; raise InputError if it is not UTF-8."""
     try:
         text = read_bytes(path).decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -85,30 +85,30 @@ def read_files(entry: Entry) -> tuple[bytes, np.ndarray]:
 
 
 def folder_of(config: DataConfig, dataset: str, content: str) -> Path:
-    """Return ``config.dir``; an InputError where it is not given, or is missing and nothing is to be downloaded."""
+    """Return ``config.dir``; raise InputError if it is not set, or does not exist and downloads are off."""
     if config.dir is None:
-        raise InputError(f"{dataset} needs the folder that holds {content}: give it with --data.dir (eval.py: --dir)")
+        raise InputError(f"{dataset} needs the folder that contains {content}: give --data.dir (eval.py: --dir)")
     folder = to_path(config.dir, "--data.dir")
     if not folder.is_dir() and not config.download:
-        raise InputError(f"--data.dir {folder}: no such folder; give the one that holds {content}")
+        raise InputError(f"--data.dir {folder}: no such folder; give the one that contains {content}")
     return folder
 
 
 def names_in(path: Path) -> tuple[str, ...]:
-    """Return the names in a list file, one in each line; an InputError where the file is missing or lists nothing."""
+    """Return the names in a list file, one per line; raise InputError if the file is missing or empty."""
     names = tuple(line.split()[0] for line in lines_in(path, "name"))
     if not names:
-        raise InputError(f"{path}: lists no images; put one name in each line")
+        raise InputError(f"{path}: lists no images; write one name per line")
     return names
 
 
 def pairs_by_name(
     images: Path, masks: Path, image_suffixes: tuple[str, ...], mask_suffixes: tuple[str, ...]
 ) -> tuple[Entry, ...]:
-    """Pair the files of two folders by their names without suffix, in the order of the names.
+    """Pair the files of two folders by file name without suffix, sorted by name.
 
     Raises:
-        InputError: a folder is missing or empty, two files share a name, or one has no partner.
+        InputError: a folder is missing or empty, two files share a name, or a file has no partner.
     """
     image_of, label_of = _by_stem(images, image_suffixes), _by_stem(masks, mask_suffixes)
     for one, other, here, there in (
@@ -117,8 +117,8 @@ def pairs_by_name(
     ):
         if alone := sorted(one.keys() - other.keys()):
             raise InputError(
-                f"{here}: {alone[0]!r} has no {there} ({len(alone)} such); an image and its mask have one name, "
-                "as in a.jpg and a.png"
+                f"{here}: {alone[0]!r} has no {there} ({len(alone)} in total); an image and its mask must have the "
+                "same name, as in a.jpg and a.png"
             )
     return tuple(Entry(stem, image_of[stem], label_of[stem]) for stem in sorted(image_of))
 
@@ -130,13 +130,13 @@ def _by_stem(folder: Path, suffixes: tuple[str, ...]) -> dict[str, Path]:
     for path in sorted(folder.iterdir()):
         if path.suffix.lower() in suffixes and not path.name.startswith("."):
             if not path.name.isprintable():  # names are stored and printed, which fails for bytes that are not UTF-8
-                raise InputError(f"{folder}: {ascii(path.name)} cannot be printed; rename it")
+                raise InputError(f"{folder}: {ascii(path.name)} is not a printable name; rename it")
             if path.stem in found:
                 raise InputError(f"{folder}: {found[path.stem].name} and {path.name} share a name; remove one of them")
             found[path.stem] = path
     if not found:
         raise InputError(
-            f"{folder}: holds no {' '.join(suffixes)} files; put them there or correct --data.dir (eval.py: --dir)"
+            f"{folder}: contains no {' '.join(suffixes)} files; put them there or correct --data.dir (eval.py: --dir)"
         )
     return found
 
@@ -146,18 +146,18 @@ def _unreadable(name: str, kind: str, reason: str) -> UnreadableError:
 
 
 def _open(data: bytes, name: str, kind: str) -> Image.Image:
-    """Decode a whole file with Pillow, which refuses one that is cut short or larger than its limit on pixels."""
+    """Decode a whole file with Pillow, which rejects truncated files and images above its pixel limit."""
     try:
-        # OpenCV reserves what a PNG chunk claims to hold, up to 2 GiB; this checks their lengths and checksums.
+        # OpenCV allocates the size that a PNG chunk claims, up to 2 GiB; this checks lengths and checksums.
         Image.open(io.BytesIO(data), formats=_FORMATS).verify()
         image = Image.open(io.BytesIO(data), formats=_FORMATS)
         image.load()
         pages = getattr(image, "n_frames", 1) if image.format == "TIFF" else 1
-    except Exception as error:  # Pillow raises many kinds for a damaged file
+    except Exception as error:  # Pillow raises many exception types for damaged files
         unknown = isinstance(error, UnidentifiedImageError)
-        raise _unreadable(name, kind, "damaged or of another type" if unknown else first_line(error)) from error
+        raise _unreadable(name, kind, "damaged or of an unsupported type" if unknown else first_line(error)) from error
     if pages > 1:
-        raise InputError(f"{name}: a TIFF file of {pages} pages; where they are channels, give --data.channels {pages}")
+        raise InputError(f"{name}: a TIFF file with {pages} pages; if they are channels, give --data.channels {pages}")
     return image
 
 
@@ -179,37 +179,37 @@ def decode_image(data: bytes, name: str, verify: bool = True) -> np.ndarray:
 
     Args:
         data: the whole file.
-        name: what an error calls it.
-        verify: decode the file with Pillow first, since OpenCV may return part of an image that is cut short, or take
-            any amount of memory. Images in a prepared copy have been verified.
+        name: file name for error messages.
+        verify: decode the file with Pillow first, since OpenCV may return part of a truncated image or allocate any
+            amount of memory. Images in a prepared copy are already verified.
 
     Raises:
-        UnreadableError: not a whole image, or larger than Pillow allows (``Image.MAX_IMAGE_PIXELS``).
+        UnreadableError: an incomplete or invalid image, or one larger than Pillow allows (``Image.MAX_IMAGE_PIXELS``).
     """
     if verify:
         _open(data, name, "image")
     elif data.startswith(NPY):
-        return _from_npy(data, name)  # as ``encode_array`` wrote it
+        return _from_npy(data, name)  # written by ``encode_array``
     return cv2.cvtColor(_decode(data, cv2.IMREAD_COLOR, name, "image"), cv2.COLOR_BGR2RGB)
 
 
 def _grey(image: Image.Image) -> Image.Image | None:
-    """Return the first channel of an image whose colour channels are equal."""
+    """Return the first channel of an image if its colour channels are equal, else None."""
     red, green, blue = image.split()[:3]
     return red if red.tobytes() == green.tobytes() == blue.tobytes() else None
 
 
 def decode_channels(data: bytes, name: str, channels: int) -> np.ndarray:
-    """Decode an image of any number of channels, uint8 or uint16 (h, w, channels).
+    """Decode an image with any number of channels, uint8 or uint16 (h, w, channels).
 
     Args:
-        data: the whole file: .npy, TIFF (channels last, first, or as pages), or what OpenCV reads (RGB or RGBA).
-        name: what an error calls it.
-        channels: how many there are.
+        data: the whole file: .npy, TIFF (channels last, first, or as pages), or any OpenCV format (RGB or RGBA).
+        name: file name for error messages.
+        channels: expected number of channels.
 
     Raises:
-        InputError: a compression that tifffile does not know without imagecodecs.
-        UnreadableError: not a whole image, or another number of channels or bits.
+        InputError: a TIFF compression that needs imagecodecs.
+        UnreadableError: an incomplete or invalid image, or an unexpected number of channels or bits.
     """
     if data.startswith(NPY):
         image = _from_npy(data, name)
@@ -217,7 +217,7 @@ def decode_channels(data: bytes, name: str, channels: int) -> np.ndarray:
         image = _from_tiff(data, name)
     else:
         _open(data, name, "image")
-        # OpenCV applies an EXIF orientation where it may drop the alpha channel, which JPEG has not.
+        # OpenCV applies an EXIF orientation only if it may drop the alpha channel; JPEG has none.
         flags = cv2.IMREAD_UNCHANGED if channels == 4 else cv2.IMREAD_ANYCOLOR | cv2.IMREAD_ANYDEPTH
         image = _decode(data, flags, name, "image")
         if image.ndim == 3:
@@ -238,7 +238,7 @@ def _from_npy(data: bytes, name: str) -> np.ndarray:
     try:
         image = np.load(io.BytesIO(data), allow_pickle=False)
         return image.astype(image.dtype.newbyteorder("="), copy=False)
-    except Exception as error:  # of a damaged header as well
+    except Exception as error:  # a damaged header may raise anything
         raise _unreadable(name, "image", first_line(error)) from error
 
 
@@ -247,7 +247,7 @@ def _from_tiff(data: bytes, name: str) -> np.ndarray:
 
     try:
         return tifffile.imread(io.BytesIO(data))
-    except Exception as error:  # tifffile raises many kinds for a damaged file
+    except Exception as error:  # tifffile raises many exception types for damaged files
         if "imagecodecs" in str(error):
             raise InputError(f"{name}: its compression needs another package: pip install imagecodecs") from error
         raise _unreadable(name, "image", first_line(error)) from error
@@ -265,12 +265,12 @@ def decode_label(data: bytes, name: str, verify: bool = True) -> np.ndarray:
 
     Args:
         data: the whole file; grey images of 1, 2, 4 or 8 bits, or of 16 bits with values below 256.
-        name: what an error calls it.
-        verify: False for what ``encode_label`` wrote, which OpenCV alone decodes faster.
+        name: file name for error messages.
+        verify: False for output of ``encode_label``, which OpenCV alone decodes faster.
 
     Raises:
         InputError: an RGB or JPEG mask.
-        UnreadableError: not a whole image, or larger than Pillow allows.
+        UnreadableError: an incomplete or invalid image, or one larger than Pillow allows.
     """
     if not verify:
         return _decode(data, cv2.IMREAD_GRAYSCALE, name, "mask")
@@ -287,16 +287,16 @@ def decode_label(data: bytes, name: str, verify: bool = True) -> np.ndarray:
     label = np.asarray(image)
     if image.mode == "I;16" and label.max() > IGNORE:
         raise InputError(
-            f"{name}: mask value {label.max()} does not fit in 8 bits; masks hold class ids 0..254, 255 = ignore"
+            f"{name}: mask value {label.max()} does not fit in 8 bits; masks contain class ids 0..254, 255 = ignore"
         )
     label = label.astype(np.uint8)
     if image.format == "PNG" and image.mode == "L" and data[24] < 8:  # the bits per sample in a PNG's header
-        label //= np.uint8(255 // (2 ** data[24] - 1))  # Pillow stretches samples of 2 and 4 bits to 0..255
+        label //= np.uint8(255 // (2 ** data[24] - 1))  # Pillow scales samples of 2 and 4 bits to 0..255
     return label
 
 
 def decode_colors(data: bytes, name: str) -> tuple[np.ndarray, np.ndarray | None] | None:
-    """Decode a mask of colours to uint8 (h, w, 3) RGB, and its palette indices (h, w), if any; None for a grey one.
+    """Decode a colour mask to RGB, uint8 (h, w, 3), and its palette indices (h, w), if any; None for a grey mask.
 
     Raises:
         InputError: a JPEG mask.
@@ -316,8 +316,8 @@ def encode_label(label: np.ndarray) -> bytes:
 
 
 def palette(num_classes: int) -> tuple[tuple[int, int, int], ...]:
-    """Return the colour map of PASCAL VOC (VOClabelcolormap.m), (r, g, b) in [0, 255] of each class."""
-    # The bits of the class id are dealt in turn to the top bits of R, G and B.
+    """Return the colour map of PASCAL VOC (VOClabelcolormap.m), (r, g, b) in [0, 255] for each class."""
+    # The bits of the class id are assigned in turn to R, G and B, starting at their highest bits.
     ids = np.arange(num_classes)
     bits = np.arange(8)
     channels = [((ids[:, None] >> (3 * bits + c) & 1) << (7 - bits)).sum(1).tolist() for c in range(3)]

@@ -23,12 +23,12 @@ from fcn_jax.errors import InputError, first_line
 from fcn_jax.losses import IGNORE
 from fcn_jax.preprocessing import fill_color, preprocessing_of
 
-_THREADS = 2  # that decode in one process; OpenCV releases the interpreter lock meanwhile
-_WAITING = 4  # batches' worth of images that evaluation holds back to fill batches of one size
+_THREADS = 2  # decoding threads in each process; OpenCV releases the GIL
+_WAITING = 4  # evaluation buffers up to this many batches to group images by size
 
 
 class TrainBatch(TypedDict):
-    """One training step's rows: image uint8 (b, h, w, 3) RGB, label uint8 (b, h, w) with 255 = ignore, and names."""
+    """Examples of one training step: image uint8 (b, h, w, 3) RGB, label uint8 (b, h, w), 255 = ignore, and names."""
 
     image: np.ndarray
     label: np.ndarray
@@ -36,15 +36,15 @@ class TrainBatch(TypedDict):
 
 
 class EvalBatch(TrainBatch):
-    """Images uint8 (b, h, w, 3), labels (b, H, W) at their own size; rows with ``valid`` False are fillers."""
+    """Images uint8 (b, h, w, 3), labels (b, H, W) at their original size; rows with ``valid`` False are padding."""
 
     valid: np.ndarray
     extent: NotRequired[np.ndarray]
-    """int32 (b, 2), height and width of each image, where it is padded at the bottom and right."""
+    """int32 (b, 2), height and width of each image before padding at the bottom and right."""
 
 
 def _stack(examples: Sequence[Mapping[str, Any]]) -> Any:
-    """Stack examples of one size to a batch."""
+    """Stack examples of equal size into a batch."""
     arrays = {key: np.stack([example[key] for example in examples]) for key in examples[0] if key != "name"}
     return {**arrays, "name": tuple(example["name"] for example in examples)}
 
@@ -54,8 +54,8 @@ def _augmented(record: Any, rng: np.random.Generator, config: DataConfig) -> dic
 
 
 def _start_worker(_index: int, _count: int) -> None:
-    """Leave signals to the process that started this one, and end with it, however it ends."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # sent to all processes of a job, by who stops it
+    """Ignore signals, which the parent process handles, and exit when the parent ends."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # sent to every process of a job
         signal.signal(number, signal.SIG_IGN)
 
     def follow() -> None:
@@ -68,62 +68,62 @@ def _start_worker(_index: int, _count: int) -> None:
 
 
 def _iterate(dataset: Any, buffer: int, workers: int = 0) -> Any:
-    """Iterate over a grain dataset, ``buffer`` elements ahead, in threads or in worker processes."""
+    """Iterate over a grain dataset, prefetching ``buffer`` elements in threads or worker processes."""
     options = grain.ReadOptions(num_threads=_THREADS, prefetch_buffer_size=buffer)
     stream = dataset.to_iter_dataset(options)
     if workers:
         if not flags.FLAGS.is_parsed():
-            flags.FLAGS.mark_as_parsed()  # grain reads its own flags to start workers, and nobody parses them here
+            flags.FLAGS.mark_as_parsed()  # grain reads absl flags to start workers, and nothing parses them here
         processes = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=buffer)
         stream = stream.mp_prefetch(processes, _start_worker)
     return iter(stream)
 
 
 class TrainIterator(Iterator[TrainBatch]):
-    """An endless iterator over training batches, each a function of the seed and its number alone.
+    """An endless iterator over training batches; each batch depends only on the seed and its index.
 
-    A state is JSON, as bytes, and independent of the number of workers.
+    The state is JSON, encoded as bytes, and does not depend on the number of workers.
     """
 
     def __init__(self, batches: Any, identity: dict[str, int], workers: int, step: int):
-        """Iterate over ``batches``, a grain dataset without end, from batch ``step``; use ``make_train_iterator``."""
+        """Iterate over ``batches``, an endless grain dataset, from batch ``step``; use ``make_train_iterator``."""
         self._batches, self._identity, self._workers = batches, identity, workers
         self._step = step
         self._stream: Any = None
 
     def __next__(self) -> TrainBatch:
-        """Return the next batch; an InputError where a worker process has ended."""
+        """Return the next batch; raise InputError if a worker process has ended."""
         if self._stream is None:
             self._stream = _iterate(self._batches[self._step :], 2, self._workers)
         try:
             batch = next(self._stream)
-        except RuntimeError as error:  # grain's, of a worker that is gone
+        except RuntimeError as error:  # grain's error for a worker that died
             if "terminated unexpectedly" not in str(error):
                 raise
             raise InputError(
-                f"a data worker ended ({first_line(error)}), mostly for want of memory: give --data.workers a smaller "
-                "number, and the same command resumes the run"
+                f"a data worker ended ({first_line(error)}), probably for lack of memory: reduce --data.workers, "
+                "and the same command resumes the run"
             ) from error
         self._step += 1
         return batch
 
     def get_state(self) -> bytes:
-        """Return the position, and what it is a position in."""
+        """Return the position, with the seed, number of examples and batch size that it belongs to."""
         return json.dumps({"step": self._step, **self._identity}).encode()
 
     def set_state(self, state: bytes) -> None:
-        """Go to a saved position; an InputError where it belongs to other data, another seed or another batch size."""
+        """Go to a saved position; raise InputError if its number of examples, seed or batch size differs."""
         saved = json.loads(state)
         for key, value in self._identity.items():
             if saved.get(key) != value:
                 raise InputError(
-                    f"the run was saved with {key} {saved.get(key)}, this one has {value}; resume with the same"
+                    f"the run was saved with {key} {saved.get(key)}, this one has {value}; resume with the same value"
                 )
         self.close()
         self._step = saved["step"]
 
     def close(self) -> None:
-        """Stop the workers; the next batch asked for starts them again."""
+        """Stop the workers; the next call for a batch starts them again."""
         if self._stream is not None:
             self._stream.close()
             self._stream = None
@@ -141,20 +141,20 @@ def make_train_iterator(
 ) -> TrainIterator:
     """Return an endless iterator over shuffled, augmented batches.
 
-    Each epoch has its own order; batches run across its end, so that nothing is dropped. The rows of all processes, one
-    after the other, are the rows of one.
+    Each epoch has a different order. Batches cross epoch boundaries, so that no example is dropped. The rows of all
+    processes, concatenated, are those of a single process.
 
     Args:
-        split: what to train on.
+        split: the split to train on.
         config: the augmentation and the number of workers.
-        batch_size: rows over all processes, of which each yields its part.
-        seed: of order and augmentation.
-        process_index: which process this is.
-        process_count: number of processes; it divides ``batch_size``.
-        start_step: number of batches to leave out.
+        batch_size: global batch size, divided among the processes.
+        seed: random seed of order and augmentation.
+        process_index: index of this process.
+        process_count: number of processes; it must divide ``batch_size``.
+        start_step: number of batches to skip.
 
     Raises:
-        InputError: a batch size that the processes cannot share, or images of different sizes without a crop.
+        InputError: a batch size that ``process_count`` does not divide, or images of different sizes without a crop.
     """
     if batch_size < 1 or batch_size % process_count:
         raise InputError(
@@ -169,14 +169,14 @@ def make_train_iterator(
     records = grain.MapDataset.source(split.source).seed(seed).shuffle().repeat()
     examples = records.random_map(partial(_augmented, config=config))
     # Global batch k is parts k x process_count ... (k + 1) x process_count - 1. An endless stream leaves no remainder,
-    # but without drop_remainder grain takes its length through a float, which overflows.
+    # but without drop_remainder grain computes its length as a float, which overflows.
     parts = examples.batch(batch_size // process_count, drop_remainder=True, batch_fn=_stack)
     identity = {"seed": seed, "examples": len(split), "batch_size": batch_size}
     return TrainIterator(parts[process_index::process_count], identity, config.workers, start_step)
 
 
 def _eval_example(record: Any, config: DataConfig, many_sizes: bool) -> dict[str, Any]:
-    """Decode an example, and resize its image to ``input_size`` or, where sizes differ, pad it to ``eval_multiple``."""
+    """Decode an example; resize its image to ``input_size``, or pad it to ``eval_multiple`` if sizes differ."""
     out = decode(record)
     if config.input_size is not None:
         out["image"] = resize_image(out["image"], config.input_size)
@@ -188,7 +188,7 @@ def _eval_example(record: Any, config: DataConfig, many_sizes: bool) -> dict[str
 
 
 def _fill(examples: Sequence[Mapping[str, Any]], batch_size: int) -> EvalBatch:
-    """Stack examples of one size to a batch; copies of the last, with no label, make up for those that are missing."""
+    """Stack examples of equal size into a batch; fill it up with copies of the last, whose labels are ignored."""
     missing = batch_size - len(examples)
     filler = {**examples[-1], "label": np.full_like(examples[-1]["label"], IGNORE)}
     batch: EvalBatch = _stack([*examples, *[filler] * missing])
@@ -199,16 +199,16 @@ def _fill(examples: Sequence[Mapping[str, Any]], batch_size: int) -> EvalBatch:
 def make_eval_batches(
     split: Split, config: DataConfig, batch_size: int, *, process_index: int = 0, process_count: int = 1
 ) -> Iterator[EvalBatch]:
-    """Yield every example once, in batches of one size of images and one of labels; labels keep their own size.
+    """Yield every example once, in batches of equal image and label sizes; labels are not resized.
 
-    Examples of rare sizes wait, for a bounded while, for others to fill their batch. A short batch is filled with
-    copies of its last row, ``valid`` False and the label all ``IGNORE``, so that each size is compiled for once.
+    A bounded buffer groups examples by size. An incomplete batch is filled with copies of its last row, with ``valid``
+    False and every label ``IGNORE``, so that each size is compiled only once.
 
     Args:
-        split: what to evaluate on.
-        config: ``input_size`` is what images are resized to; without it they are padded to ``eval_multiple``.
-        batch_size: rows in each batch, over all processes; a process yields its part of them, rounded up.
-        process_index: which process this is; it has every ``process_count``-th example.
+        split: the split to evaluate.
+        config: images are resized to ``input_size``; without it they are padded to ``eval_multiple``.
+        batch_size: global batch size; each process yields its share, rounded up.
+        process_index: index of this process; it reads every ``process_count``-th example.
         process_count: number of processes.
     """
     batch_size = -(-batch_size // process_count)
@@ -231,8 +231,8 @@ def make_eval_batches(
 def class_frequencies(split: Split) -> np.ndarray:
     """Count a split's pixels for median-frequency balancing (Eigen and Fergus 2015, section 6.3.2): int64 (2, classes).
 
-    Row 0 has the pixels of each class over all labels, row 1 the valid pixels of the images in which it occurs; their
-    quotient is the frequency of the class, and its weight the median frequency over its own.
+    Row 0 counts the pixels of each class, row 1 the valid pixels of the images that contain it. Their quotient is the
+    frequency of the class. The weight of a class is the median frequency divided by its frequency.
     """
     counts = np.zeros((2, split.num_classes), np.int64)
     for index in range(len(split)):

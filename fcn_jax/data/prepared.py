@@ -1,4 +1,4 @@
-"""Prepared copies: each split is checked once and written as ArrayRecord by TFDS, without TensorFlow; their cache."""
+"""Prepared copies of splits, checked once and written as ArrayRecord by TFDS without TensorFlow, and their cache."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ from fcn_jax.paths import absolute, is_remote, state_of, to_path, upload
 _log = logging.getLogger(__name__)
 _SPLIT = "examples"
 SUMMARY = "summary.json"
-UNFINISHED = ".unfinished-"  # prefix of a copy that is being written, or was when its process ended
-_FORMAT = 1  # raise it when prepared copies of an older kind must not be used any more
+UNFINISHED = ".unfinished-"  # prefix of a copy that is being written or was interrupted
+_FORMAT = 1  # increase it to invalidate existing prepared copies
 
 
 Statistics = tuple[tuple[float, ...], tuple[float, ...], int]
-"""Mean and standard deviation of each channel, and the bits of a sample."""
+"""Mean and standard deviation of each channel, and the bits per sample."""
 
 
 class Record(TypedDict):
@@ -43,11 +43,11 @@ class Record(TypedDict):
 
 
 def check_example(image: np.ndarray, label: np.ndarray, num_classes: int, name: str) -> set[int]:
-    """Return the ids in a label (h, w); an InputError for one that is undeclared, or an image of another size."""
+    """Return the ids in a label (h, w); raise InputError for an undeclared id or an image of another size."""
     if image.shape[:2] != label.shape:
         (h, w), (mask_h, mask_w) = image.shape[:2], label.shape
         raise InputError(
-            f"{name}: the image is {w} x {h} pixels, its mask {mask_w} x {mask_h}; they must be equal "
+            f"{name}: the image is {w} x {h} pixels, its mask {mask_w} x {mask_h}; the sizes must match "
             "(an EXIF orientation is applied to the image)"
         )
     ids = set(np.unique(label).tolist())
@@ -62,11 +62,11 @@ def check_example(image: np.ndarray, label: np.ndarray, num_classes: int, name: 
 
 class _Info(tfds.core.DatasetInfo):
     def initialize_from_bucket(self) -> None:
-        """Look for nothing in TFDS's cloud store (the original leaves an empty folder in /tmp each time)."""
+        """Skip TFDS's cloud store; the original method leaves an empty folder in /tmp each time."""
 
 
 class Pairs(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type: ignore[call-arg]
-    """A TFDS builder of a listing's pairs, as encoded bytes: to encode an array, TFDS would import TensorFlow."""
+    """A TFDS builder for a listing's pairs as encoded bytes; to encode arrays, TFDS would import TensorFlow."""
 
     VERSION = tfds.core.Version("1.0.0")
 
@@ -112,13 +112,13 @@ class Pairs(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type: i
             )
 
     def _pixels(self, image: bytes, name: str) -> np.ndarray:
-        """Decode an image; of other images than 8-bit RGB count the sums as well."""
+        """Decode an image; if it is not 8-bit RGB, also update the sums for the statistics."""
         channels = self._listing.channels
         if channels is None:
             return decode_image(image, name)
         pixels = decode_channels(image, name, channels)
         if self._dtype not in (None, pixels.dtype):
-            raise InputError(f"{name}: {pixels.dtype}, the images before are {self._dtype}; give all of them one dtype")
+            raise InputError(f"{name}: {pixels.dtype}, but earlier images are {self._dtype}; use one dtype for all")
         self._dtype = pixels.dtype
         values = pixels.reshape(-1, channels).astype(np.float64)
         self._sums += [np.full(channels, len(values)), values.sum(0), np.square(values).sum(0)]
@@ -133,11 +133,11 @@ class Pairs(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type: i
         return tuple(mean.tolist()), tuple(np.where(std > 0, std, 1).tolist()), 8 * self._dtype.itemsize
 
     def summary(self) -> Summary:
-        """Return the summary once prepared; an InputError where all labels are ignored."""
+        """Return the summary after preparation; raise InputError if the masks contain only 255, or only 0 and 255."""
         if IGNORE in self._ids <= {0, IGNORE}:
             found = " and ".join(map(str, sorted(self._ids)))
             raise InputError(
-                f"{self._listing.spec}: the masks hold only {found}, and {IGNORE} means ignore; "
+                f"{self._listing.spec}: the masks contain only {found}, and {IGNORE} means ignore; "
                 "write class ids (0, 1, 2, ...), or give --data.mask-values with the value of each class, as in 0 255"
             )
         first = self._listing.entries[0]
@@ -152,15 +152,15 @@ class Pairs(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type: i
 
 
 class Examples:
-    """Random access to the stored examples of a prepared copy; what is pickled is its folder alone."""
+    """Random access to the examples of a prepared copy; only its folder is pickled."""
 
     def __init__(self, folder: str | os.PathLike[str]):
-        """Open the prepared copy at ``folder``; an InputError where it is damaged or gone."""
+        """Open the prepared copy at ``folder``; raise InputError if it is damaged or gone."""
         self._folder = os.fspath(folder)
         skip = {"image": tfds.decode.SkipDecoding(), "label": tfds.decode.SkipDecoding()}
         try:
             self._source: Any = tfds.builder_from_directory(self._folder).as_data_source(_SPLIT, decoders=skip)
-        except Exception as error:  # a damaged copy fails anywhere in TFDS and ArrayRecord, with any exception
+        except Exception as error:  # TFDS and ArrayRecord may raise anything for a damaged copy
             raise damaged(self._folder, error) from error
 
     def __len__(self) -> int:
@@ -168,11 +168,11 @@ class Examples:
         return len(self._source)
 
     def __getitem__(self, index: int) -> Record:
-        """Return an example, in the order of the listing; an InputError where the copy is damaged or gone."""
+        """Return an example, in the order of the listing; raise InputError if the copy is damaged or gone."""
         try:
             record = self._source[index]
             return {"image": record["image"], "label": record["label"], "name": record["name"].decode()}
-        except Exception as error:  # as in __init__; a file cut short while it is open gives a record of None
+        except Exception as error:  # as in __init__; a file truncated while it is open gives a record of None
             raise damaged(self._folder, error) from error
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -181,14 +181,14 @@ class Examples:
 
 
 def prepare(listing: Listing, cache_dir: str) -> Path:
-    """Return ``cache_dir``/DATASET/SPLIT-FINGERPRINT, a split's prepared copy; check and write it first if need be.
+    """Return a split's prepared copy, ``cache_dir``/DATASET/SPLIT-FINGERPRINT; check and write it if it is missing.
 
-    It is written to a temporary folder and then moved, so that neither an interruption nor a second process leaves half
-    a copy; to an object store it is uploaded from this machine, its summary last. A changed source has another
-    fingerprint; the copy of what it was before is removed.
+    The copy is written to a temporary folder and then moved, so that an interruption or a second process never leaves a
+    partial copy. For an object store, it is uploaded from this machine, its summary last. A changed source has a new
+    fingerprint, and its previous copy is removed.
 
     Raises:
-        InputError: a missing or unreadable file (unless the listing leaves those out), a wrong label, or a
+        InputError: a missing or unreadable file (unless the listing skips those), an invalid label, or a
             cache folder that cannot be written to.
     """
     parent = to_path(cache_dir, "--data.cache-dir") / listing.dataset
@@ -207,7 +207,7 @@ def prepare(listing: Listing, cache_dir: str) -> Path:
     with work:
         tfds.disable_progress_bar()
         builder = Pairs(listing, work.name)
-        with contextlib.redirect_stdout(io.StringIO()):  # TFDS prints "Downloading ..." of data that lie here already
+        with contextlib.redirect_stdout(io.StringIO()):  # TFDS prints "Downloading ..." for local data too
             builder.download_and_prepare()
         summary = builder.summary()
         (Path(builder.data_dir) / SUMMARY).write_text(json.dumps(asdict(summary)))
@@ -218,7 +218,7 @@ def prepare(listing: Listing, cache_dir: str) -> Path:
             else:
                 os.replace(builder.data_dir, final)
         except OSError as error:
-            if not (final / SUMMARY).is_file():  # else another process was faster, with the same content
+            if not (final / SUMMARY).is_file():  # else another process has written the same copy
                 raise damaged(final, error) from error
         for copy in parent.glob(f"{listing.split}-*"):
             with contextlib.suppress(InputError, OSError):
@@ -228,7 +228,7 @@ def prepare(listing: Listing, cache_dir: str) -> Path:
                 if same and copy != final and is_remote(copy):
                     copy.rmtree()  # type: ignore[attr-defined]  # epath
                 elif same and copy != final:
-                    os.replace(copy, Path(work.name, copy.name))  # in one step: nobody finds half of it
+                    os.replace(copy, Path(work.name, copy.name))  # atomic: no process sees a partial copy
     return final
 
 
@@ -241,28 +241,28 @@ class Summary:
 
     examples: int
     image_size: tuple[int, int] | None
-    """Height and width; None where they differ."""
+    """Height and width of all images; None if they differ."""
     skipped: tuple[str, ...] = ()
-    """Why each entry that was left out could not be read."""
+    """The reason for each skipped entry."""
     source: str | None = None
-    """The folder that the files came from; None where they were generated."""
+    """The folder of the source files; None if they were generated."""
     unreadable: Literal["error", "skip"] = "error"
     statistics: Statistics | None = None
-    """Of images that are not 8-bit RGB."""
+    """Channel statistics of images that are not 8-bit RGB."""
     options: str = ""
-    """Whatever else decides what is in it, see ``Listing.version``."""
+    """``Listing.version`` and the number of channels."""
 
 
 @dataclass(frozen=True)
 class Cached:
-    """A prepared copy, what an interrupted preparation left, or the compiled programs."""
+    """A prepared copy, the remains of an interrupted preparation, or the compiled programs."""
 
     name: str
     count: int
-    """Images, or programs."""
+    """Number of images or programs."""
     paths: tuple[Path, ...]
     size: int
-    """Bytes."""
+    """Size in bytes."""
     changed: float
     """Time of the last change, in seconds since the epoch."""
 
@@ -276,7 +276,7 @@ def damaged(folder: str | os.PathLike[str], error: Exception) -> InputError:
 
 
 def read_summary(folder: Path) -> Summary:
-    """Return the summary of a prepared copy; an InputError where it cannot be read."""
+    """Return the summary of a prepared copy; raise InputError if it cannot be read."""
     try:
         content: Any = json.loads((folder / SUMMARY).read_text())
         size = content["image_size"]
@@ -287,15 +287,15 @@ def read_summary(folder: Path) -> Summary:
         statistics = found and (*(tuple(map(float, values)) for values in found[:2]), int(found[2]))
         options = str(content.get("options", ""))
         return Summary(int(content["examples"]), image_size, skipped, source, unreadable, statistics, options)
-    except Exception as error:  # what a damaged file holds may fail anywhere
+    except Exception as error:  # a damaged file may raise anything
         raise damaged(folder, error) from error
 
 
 def fingerprint(listing: Listing) -> str:
-    """Return 16 hex digits of a split's files (path, size, time of change), classes, version, and treatment of errors.
+    """Return a hash, 16 hex digits, of a split's files (path, size, mtime), classes, version and options.
 
     Raises:
-        UnreadableError: a listed file is missing, and may not be left out.
+        UnreadableError: a listed file is missing and must not be skipped.
     """
     parts = [_FORMAT, listing.dataset, listing.split, listing.version, listing.class_names]
     skips = listing.unreadable == "skip"
@@ -308,11 +308,11 @@ def fingerprint(listing: Listing) -> str:
                 continue
             try:
                 digest.update(f"{absolute(path)}\0{state_of(path)}\0".encode())
-            except (OSError, ValueError) as error:  # ValueError: the system takes no such name
+            except (OSError, ValueError) as error:  # ValueError: an invalid file name
                 if not skips:
                     raise UnreadableError(
-                        f"{path}: {listing.spec} lists {entry.name!r}, but this file is not "
-                        "there; put it there or take the name off the list"
+                        f"{path}: {listing.spec} lists {entry.name!r}, but this file does not "
+                        "exist; add it or remove the name from the list"
                     ) from error
                 digest.update(f"{path!r}\0gone\0".encode())
     return digest.hexdigest()[:16]
@@ -325,7 +325,7 @@ def _cached(name: str, count: int, *paths: Path) -> Cached:
 
 
 def cached(cache_dir: str) -> list[Cached]:
-    """List a cache folder: each prepared copy, what interrupted preparations left, the compiled programs."""
+    """List a cache folder: prepared copies, remains of interrupted preparations, and compiled programs."""
     check_local(cache_dir, "--cache-dir")
     root = to_path(cache_dir, "--cache-dir")
     rows = []
@@ -342,7 +342,7 @@ def cached(cache_dir: str) -> list[Cached]:
 
 
 def empty(cache_dir: str) -> None:
-    """Remove all that ``cached`` lists."""
+    """Remove everything that ``cached`` lists."""
     for path in (path for row in cached(cache_dir) for path in row.paths):
         if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)

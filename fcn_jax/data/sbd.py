@@ -1,8 +1,8 @@
 """SBD, the Semantic Boundaries Dataset (Hariharan et al. 2011): masks of the 21 VOC classes for 11355 VOC images.
 
 Expected under ``--data.dir``: ``benchmark_RELEASE/dataset`` with ``img/NAME.jpg``, ``cls/NAME.mat``, ``train.txt``
-(8498 names) and ``val.txt`` (2857); ``--data.dir`` may also be one of these two folders, or one beside them. The
-masks are GTcls.Segmentation as it is: unlike VOC's they have no ignored border.
+(8498 names) and ``val.txt`` (2857); ``--data.dir`` may also be one of these two folders, or one next to them. The
+masks are GTcls.Segmentation, unchanged; unlike VOC's, they have no ignored border.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ SPLITS = ("train", "val", "trainval")
 def read_segmentation(path: Path) -> np.ndarray:
     """Return GTcls.Segmentation of an SBD ``cls`` file as uint8 (h, w), or raise UnreadableError.
 
-    For the files of the checksummed release: SciPy may take any amount of memory for one made to do harm.
+    Use it only for the checksummed release: SciPy may allocate any amount of memory for a malicious file.
     """
-    from scipy.io import loadmat  # slow to import, and of use for SBD alone
+    from scipy.io import loadmat  # slow to import, and needed only for SBD
 
     data = read_bytes(path)
     try:
         label = np.asarray(loadmat(io.BytesIO(data), variable_names="GTcls")["GTcls"]["Segmentation"].item())
         if label.ndim != 2 or not label.size or not np.isin(label, np.arange(256)).all():
-            raise ValueError(f"Segmentation, {label.dtype} of shape {label.shape}, does not hold class ids")
-    except Exception as error:  # SciPy raises many kinds for a damaged file
+            raise ValueError(f"Segmentation, {label.dtype} of shape {label.shape}, does not contain class ids")
+    except Exception as error:  # SciPy raises many exception types for damaged files
         raise UnreadableError(
             f"{path}: not an SBD mask, a .mat file with GTcls.Segmentation ({first_line(error)}); fetch it again"
         ) from error
@@ -46,7 +46,7 @@ def _read(entry: Entry) -> tuple[bytes, np.ndarray]:
 
 
 def listing(split: str, config: DataConfig) -> Listing:
-    """List a split of SBD by its own train.txt and val.txt."""
+    """List a split of SBD from SBD's train.txt and val.txt."""
     folder = folder_of(config, "sbd", "benchmark_RELEASE")
     root = voc.find_sbd(folder) or fetch(ARCHIVES["sbd"], folder, config.download) / "dataset"
     parts = ("train", "val") if split == "trainval" else (split,)

@@ -1,6 +1,6 @@
-"""`shapes`: generated pictures of two to five overlapping objects that only their outline tells apart.
+"""`shapes`: generated images of two to five overlapping objects whose classes differ only in outline.
 
-Colours and textures of objects and background come from one distribution, so that a network has to look at form. A
+Colours and textures of objects and background come from one distribution, so that a network has to learn shape. A
 border of ignored pixels runs along every outline, as in PASCAL VOC.
 """
 
@@ -15,11 +15,11 @@ from fcn_jax.errors import InputError
 from fcn_jax.losses import IGNORE
 
 VERSION = "1"
-"""Raise it when the same index gives another picture."""
+"""Increase it when the same index generates a different image."""
 
 CLASSES = ("background", "disc", "square", "triangle", "star", "ring")
 SPLITS = ("train", "val", "test")
-_HELD_OUT = 256  # pictures in val and in test
+_HELD_OUT = 256  # images in val and in test
 _SUBPIXEL = 4  # OpenCV's fixed-point coordinates: 1/16 pixel
 _CROSS = np.array([[0, 1, 0], [1, 1, 1], [0, 1, 0]], np.uint8)
 
@@ -43,11 +43,11 @@ _OUTLINES: tuple[tuple[np.ndarray, ...], ...] = (
     (_polygon(10, inner=0.45) * 1.2,),
     (_circle(1.0), _circle(0.55)),
 )
-"""Closed outlines of each object class, about one in radius; an inner one is a hole."""
+"""Closed outlines of each object class, with a radius of about one; an inner outline is a hole."""
 
 
 def _colours(rng: np.random.Generator, count: int) -> np.ndarray:
-    """Return ``count`` RGB colours far apart, in random order, so that background and objects are distributed alike."""
+    """Return ``count`` RGB colours far apart, shuffled, so that background and objects have one distribution."""
     chosen = rng.uniform(30, 225, (1, 3))
     while len(chosen) < count:
         candidates = rng.uniform(30, 225, (8, 3))
@@ -57,7 +57,7 @@ def _colours(rng: np.random.Generator, count: int) -> np.ndarray:
 
 
 def _texture(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
-    """Return brightness to add, float32 (h, w) in about [-25, 25]: plain, stripes, checks or blotches on a slope."""
+    """Return a brightness offset, float32 (h, w) in about [-25, 25]: a pattern or none, on a linear gradient."""
     y, x = np.mgrid[0:height, 0:width].astype(np.float32)
     angle, slope = rng.uniform(0, 2 * np.pi, 2)
     u = np.cos(angle) * x + np.sin(angle) * y
@@ -78,7 +78,7 @@ def _texture(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
 
 
 def _places(rng: np.random.Generator, height: int, width: int) -> list[tuple[float, float, float]]:
-    """Return (x, y, radius) in pixels of two to five objects that overlap a little, never over another's middle."""
+    """Return (x, y, radius) in pixels of two to five objects that overlap slightly but never cover another's centre."""
     side = min(height, width)
     placed: list[tuple[float, float, float]] = []
     wanted = int(rng.integers(2, 6))
@@ -93,7 +93,7 @@ def _places(rng: np.random.Generator, height: int, width: int) -> list[tuple[flo
 
 
 def generate(split: str, index: int, size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
-    """Draw picture ``index`` of a split, which depends on these two and ``size`` (height, width) alone.
+    """Draw image ``index`` of a split; it depends only on ``split``, ``index`` and ``size`` (height, width).
 
     Returns:
         The image, uint8 (h, w, 3) RGB, and the label, uint8 (h, w): 0 background, 1..5 the object, 255 along outlines.
@@ -123,7 +123,7 @@ def generate(split: str, index: int, size: tuple[int, int]) -> tuple[np.ndarray,
 
 
 def listing(split: str, config: DataConfig) -> Listing:
-    """List a split of ``shapes``: ``config.shapes_count`` pictures in train, 256 in val and in test."""
+    """List a split of ``shapes``: ``config.shapes_count`` images in train, 256 in val and in test."""
     size, count = config.shapes_size, config.shapes_count
     if min(size) < 32 or count < 1:
         raise InputError(

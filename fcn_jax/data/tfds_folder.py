@@ -1,7 +1,7 @@
-"""Data sets that TFDS has prepared as ArrayRecord, by the folder that holds dataset_info.json.
+"""Data sets that TFDS has prepared as ArrayRecord, opened from the folder that contains dataset_info.json.
 
-The image is the feature ``image``, the mask ``segmentation_mask``, ``mask`` or ``label``: an image of one channel. The
-names of the classes are read from ``--data.classes``.
+The image is the feature ``image``. The mask is a single-channel image: the feature ``segmentation_mask``, ``mask`` or
+``label``. The class names are read from ``--data.classes``.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from fcn_jax.errors import InputError, first_line
 from fcn_jax.paths import to_path
 
 SPLITS = ()
-"""Any that the data set has."""
+"""Empty, since any split of the data set is accepted."""
 _MASKS = ("segmentation_mask", "mask", "label")
 
 
@@ -32,11 +32,11 @@ def listing(split: str, config: DataConfig) -> Listing:
     """List a split of the prepared data set in ``--data.dir``.
 
     Raises:
-        InputError: no such data set or split, one in another file format, or one without an image and a mask.
+        InputError: an unknown data set or split, another file format, or a missing image or mask feature.
     """
     root = folder_of(config, "tfds", "dataset_info.json and the ArrayRecord files")
     if config.classes is None:
-        raise InputError("tfds needs the names of the classes: give a file with one in each line as --data.classes")
+        raise InputError("tfds needs class names: give a file with one name per line as --data.classes")
     classes = read_classes(to_path(config.classes, "--data.classes"))
     try:
         builder = tfds.builder_from_directory(root)
@@ -49,7 +49,7 @@ def listing(split: str, config: DataConfig) -> Listing:
         info = builder.info
     except InputError:
         raise
-    except Exception as error:  # TFDS raises many kinds
+    except Exception as error:  # TFDS raises many exception types
         raise InputError(
             f"--data.dir {root}: split {split} cannot be opened with TFDS ({first_line(error)})"
         ) from error

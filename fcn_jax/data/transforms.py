@@ -21,7 +21,7 @@ _LUMA = np.array([0.299, 0.587, 0.114], np.float32)  # ITU-R BT.601
 
 
 def resize_image(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Resize an image (h, w, c) to ``size`` = (height, width): area average to shrink, linear to enlarge."""
+    """Resize an image (h, w, c) to ``size`` = (height, width): area averaging to shrink, bilinear to enlarge."""
     height, width = size
     if image.shape[:2] == (height, width):
         return image
@@ -50,7 +50,7 @@ def resize(example: Example, size: tuple[int, int]) -> dict[str, Any]:
 def scale(
     example: Example, rng: np.random.Generator, bounds: tuple[float, float], base_size: int | None = None
 ) -> dict[str, Any]:
-    """Resize an example by a factor drawn uniformly from ``bounds``, of its shorter side or else of ``base_size``."""
+    """Resize by a factor drawn uniformly from ``bounds``; with ``base_size``, factor 1 makes it the shorter side."""
     factor = rng.uniform(*bounds) if bounds[0] != bounds[1] else bounds[0]
     height, width = example["label"].shape
     if base_size is not None:
@@ -59,7 +59,7 @@ def scale(
 
 
 def pad(example: Example, size: tuple[int, int], fill: tuple[int, ...]) -> dict[str, Any]:
-    """Pad an example bottom and right to at least ``size``, the image with a colour and the label with ``IGNORE``."""
+    """Pad an example at the bottom and right to at least ``size``: image with ``fill``, label with ``IGNORE``."""
     height, width = example["label"].shape
     if height >= size[0] and width >= size[1]:
         return dict(example)
@@ -73,7 +73,7 @@ def pad(example: Example, size: tuple[int, int], fill: tuple[int, ...]) -> dict[
 
 
 def crop(example: Example, rng: np.random.Generator, size: tuple[int, int], fill: tuple[int, ...]) -> dict[str, Any]:
-    """Cut a window of ``size`` = (height, width) at a random place; a smaller example is padded, see ``pad``."""
+    """Crop an example to ``size`` = (height, width) at a random position; pad a smaller example as ``pad`` does."""
     image, label = example["image"], example["label"]
     top = int(rng.integers(max(label.shape[0] - size[0], 0) + 1))
     left = int(rng.integers(max(label.shape[1] - size[1], 0) + 1))
@@ -85,9 +85,9 @@ def crop(example: Example, rng: np.random.Generator, size: tuple[int, int], fill
 def jitter(image: np.ndarray, rng: np.random.Generator, strength: float) -> np.ndarray:
     """Change brightness, then contrast, then saturation, each by a factor drawn from [1 - strength, 1 + strength].
 
-    Brightness scales the image (h, w, 3), contrast its distance to its mean grey, saturation each pixel's distance to
-    its own grey. Images that are not 8-bit RGB keep their saturation. Differs from torchvision's ColorJitter, which
-    clips after each and shuffles their order.
+    Brightness scales the image (h, w, 3), contrast its distance from its mean grey, and saturation each pixel's
+    distance from its grey value. Images that are not 8-bit RGB keep their saturation. Differs from torchvision's
+    ColorJitter, which clips after each step and shuffles their order.
     """
     brightness, contrast, saturation = 1 + strength * rng.uniform(-1, 1, 3)
     if image.dtype != np.uint8 or image.shape[2] != 3:
@@ -101,14 +101,14 @@ def jitter(image: np.ndarray, rng: np.random.Generator, strength: float) -> np.n
 
 
 def output_size(config: DataConfig) -> tuple[int, int] | None:
-    """Return (height, width) of every augmented example: the crop, else the input size; None where images differ."""
+    """Return (height, width) of every augmented example: the crop size or else the input size; None if sizes differ."""
     return config.crop_size or config.input_size
 
 
 def augment(example: Example, rng: np.random.Generator, config: DataConfig) -> dict[str, np.ndarray]:
-    """Return a training example, contiguous: resized, colour-jittered, scaled, cropped and mirrored as configured.
+    """Return a contiguous training example: resized, colour-jittered, scaled, cropped and flipped as configured.
 
-    The window is ``crop_size`` or else ``input_size``; without either the whole image is kept. A step that is off draws
+    The crop has ``crop_size`` or else ``input_size``; without either, the image is not cropped. A disabled step draws
     no numbers from ``rng``.
     """
     out: dict[str, Any] = {"image": example["image"], "label": example["label"]}

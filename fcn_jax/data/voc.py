@@ -1,9 +1,9 @@
-"""PASCAL VOC segmentation: 21 classes, the 2012 splits and seg11valid, the one the FCN paper reports on.
+"""PASCAL VOC segmentation: 21 classes, the 2012 splits, and seg11valid, on which the FCN paper reports.
 
 Expected under ``--data.dir``: ``VOCdevkit/VOC2012`` with ``JPEGImages``, ``SegmentationClass`` and
-``ImageSets/Segmentation``; ``--data.dir`` may also be ``VOCdevkit`` or ``VOC2012`` itself. ``seg11valid`` is the 736
-images of VOC2011's val that SBD's train has not: read from ``ImageSets/Segmentation/seg11valid.txt`` where there is
-one, else made from VOC2011 and an SBD in the same folder.
+``ImageSets/Segmentation``; ``--data.dir`` may also be ``VOCdevkit`` or ``VOC2012`` itself. ``seg11valid`` has the 736
+images of VOC2011's val that are not in SBD's train. It is read from ``ImageSets/Segmentation/seg11valid.txt`` if that
+exists, else derived from VOC2011 and SBD in the same folder.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _SETS = Path("ImageSets/Segmentation")
 
 
 def find(folder: Path, year: str) -> Path | None:
-    """Return the VOC tree of ``year`` in, at or beside ``folder``, or None."""
+    """Return the VOC folder of ``year`` inside, at or next to ``folder``, or None."""
     tree = f"VOC{year}"
     # VOC2011's archive has its VOCdevkit in a folder TrainVal.
     places = [folder / tree, folder / "VOCdevkit" / tree, folder / "TrainVal/VOCdevkit" / tree]
@@ -36,15 +36,15 @@ def find(folder: Path, year: str) -> Path | None:
 
 
 def find_sbd(folder: Path) -> Path | None:
-    """Return SBD's ``dataset`` folder in, at or beside ``folder``, or None."""
+    """Return SBD's ``dataset`` folder inside, at or next to ``folder``, or None."""
     places = [folder, folder / "dataset", folder / "benchmark_RELEASE/dataset"]
-    # Beside ROOT/TrainVal/VOCdevkit/VOC2011.
+    # Next to ROOT/TrainVal/VOCdevkit/VOC2011.
     places += [up / "benchmark_RELEASE/dataset" for up in absolute(folder).parents[:3]]
     return next((place for place in places if (place / "cls").is_dir() and (place / "img").is_dir()), None)
 
 
 def _seg11valid(folder: Path, config: DataConfig) -> tuple[Path, tuple[str, ...]]:
-    """Return the tree and the names of seg11valid; VOC2012 has all images and masks of VOC2011."""
+    """Return the VOC folder and the names of seg11valid; VOC2012 has all images and masks of VOC2011."""
     for year in ("2012", "2011"):
         root = find(folder, year)
         if root is not None and (root / _SETS / "seg11valid.txt").is_file():
@@ -53,7 +53,7 @@ def _seg11valid(folder: Path, config: DataConfig) -> tuple[Path, tuple[str, ...]
     if not config.download and (sbd_root is None or find(folder, "2011") is None):
         raise InputError(
             f"--data.dir {folder}: seg11valid needs VOCdevkit/VOC2012/{_SETS}/seg11valid.txt (its 736 names), "
-            "or VOCdevkit/VOC2011 and benchmark_RELEASE (SBD) to make that list from; "
+            "or VOCdevkit/VOC2011 and benchmark_RELEASE (SBD) to derive that list from; "
             "put one of them there or give --data.download"
         )
     root = find(folder, "2011") or fetch(ARCHIVES["voc2011"], folder, config.download)

@@ -1,1 +1,1 @@
-"""Scores over a split, class maps of single images, and their pictures."""
+"""Scores of a split, class maps of single images, and figures."""

@@ -1,4 +1,4 @@
-"""Boundary IoU, which sees thin objects and edges that the IoU of areas does not: counts in, merged by adding."""
+"""Boundary IoU, which is more sensitive to thin objects and edges than the IoU of whole masks."""
 
 from __future__ import annotations
 
@@ -12,9 +12,8 @@ from fcn_jax.losses import IGNORE
 def boundary_counts(labels: np.ndarray, predictions: np.ndarray, num_classes: int, pixels: int) -> np.ndarray:
     """Count the pixels near the boundaries of each class in one image.
 
-    The boundary region of a class has those of its pixels whose distance from a pixel of another class or from outside
-    of the image is at most ``pixels``, diagonal steps counting as one (Cheng et al. 2021, Boundary IoU). Ignored pixels
-    are not counted and bound nothing.
+    The boundary region of a class contains its pixels within ``pixels`` of another class or of the outside of the
+    image, in Chebyshev distance (Cheng et al. 2021, Boundary IoU). Ignored pixels are not counted and form no boundary.
 
     Args:
         labels: integers (h, w), 0 ... num_classes - 1 or 255.
@@ -23,7 +22,7 @@ def boundary_counts(labels: np.ndarray, predictions: np.ndarray, num_classes: in
         pixels: width of the region, at least 1.
 
     Returns:
-        (2, num_classes) int64: pixels in both regions, and in either. Counts of images add.
+        (2, num_classes) int64: pixels in both regions, and in either. Counts of several images can be added.
     """
     valid = labels != IGNORE
     near_true, near_predicted = (_near_boundary(values, valid, pixels) for values in (labels, predictions))
@@ -36,18 +35,18 @@ def boundary_counts(labels: np.ndarray, predictions: np.ndarray, num_classes: in
 
 
 def _near_boundary(classes: np.ndarray, valid: np.ndarray, pixels: int) -> np.ndarray:
-    """Return the valid pixels that see another class or the outside of the image within so many pixels."""
+    """Return which valid pixels are within ``pixels`` of another class or of the outside of the image."""
     import cv2
 
     window = np.ones((2 * pixels + 1, 2 * pixels + 1), np.uint8)
     outside: dict[str, Any] = {"borderType": cv2.BORDER_CONSTANT, "borderValue": (254,)}
     classes = classes.astype(np.uint8)
-    # Ignored pixels are never the largest nor the smallest.
+    # Ignored pixels are never the largest or the smallest.
     largest = cv2.dilate(np.where(valid, classes, np.uint8(0)), window, **outside)
     smallest = cv2.erode(np.where(valid, classes, np.uint8(255)), window, **outside)
     return valid & ((largest != classes) | (smallest != classes))
 
 
 def boundary_iou(counts: np.ndarray) -> np.ndarray:
-    """Reduce the counts of ``boundary_counts`` (2, num_classes) to the IoU of each class; NaN where it has none."""
+    """Return the IoU of each class from ``boundary_counts`` (2, num_classes); NaN for a class without pixels."""
     return np.divide(counts[0], counts[1], out=np.full(counts.shape[1], np.nan), where=counts[1] > 0)

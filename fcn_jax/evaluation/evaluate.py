@@ -1,4 +1,4 @@
-"""One confusion matrix over a whole split, at the labels' own size; the same code in training and in eval.py."""
+"""One confusion matrix over a whole split, at the labels' original size; used in training and in eval.py."""
 
 from __future__ import annotations
 
@@ -26,21 +26,21 @@ from fcn_jax.preprocessing import Preprocessing, normalize
 Predictor = Callable[..., np.ndarray]
 """(variables, RGB images uint8 (b, h, w, 3), label size (H, W), extents) -> classes uint8 (b, H, W).
 
-``extents``, by default None, are height and width (b, 2) of each image where it is padded at the bottom and right."""
+``extents``, by default None, are height and width (b, 2) of each image before padding at the bottom and right."""
 
 
 @dataclass(frozen=True)
 class Views:
-    """The variants of an image over which the softmax is averaged."""
+    """Test-time augmentation: the variants of an image over which the softmax is averaged."""
 
     scales: tuple[float, ...] = (1.0,)
     flip: bool = False
-    """Each scale as it is and mirrored left-right."""
+    """Use each scale both unchanged and flipped left-right."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "scales", tuple(self.scales))
         if not self.scales or not all(0.1 <= scale <= 8 for scale in self.scales):
-            raise InputError(f"expected --scales in 0.1 ... 8, got {self.scales}; 1 is the image's own size")
+            raise InputError(f"expected --scales in 0.1 ... 8, got {self.scales}; 1 is the image's original size")
 
     def __str__(self) -> str:
         """Return "plain" or, for example, "2 views: flip"."""
@@ -57,19 +57,19 @@ PLAIN = Views()
 
 @dataclass(frozen=True)
 class Sample:
-    """One image with its truth and what was predicted."""
+    """One image with its ground truth and prediction."""
 
     name: str
     image: np.ndarray
     label: np.ndarray
     prediction: np.ndarray
     mean_iu: float = math.nan
-    """Over the classes in the label or the prediction."""
+    """Mean over the classes in the label or the prediction."""
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The counts over a split, and a few of its images."""
+    """The pixel counts of a split, and a few of its images."""
 
     confusion: np.ndarray
     samples: tuple[Sample, ...]
@@ -81,12 +81,12 @@ class Evaluation:
 
     @property
     def scores(self) -> metrics.Scores:
-        """The paper's four scores and the IU of each class."""
+        """The FCN paper's four scores and the IU of each class."""
         return metrics.scores(self.confusion)
 
 
 def spread(total: int, count: int = 6) -> frozenset[int]:
-    """Return ``count`` positions spread evenly over ``total`` images; neighbours in a video look alike."""
+    """Return ``count`` positions spread evenly over ``total`` images, since adjacent video frames look alike."""
     return frozenset(np.linspace(0, total - 1, min(count, total), dtype=int).tolist())
 
 
@@ -95,7 +95,7 @@ def _resized(x: jax.Array, size: tuple[int, int]) -> jax.Array:
 
 
 Output = Literal["classes", "probabilities", "confidence"]
-"""Of each pixel: its class, the softmax, or both its class and the softmax of that, as two floats."""
+"""Per pixel: the class, the softmax, or the class and its probability as two floats."""
 
 
 def reduce_scores(scores: jax.Array, output: Output, are_logits: bool = True) -> jax.Array:
@@ -111,7 +111,7 @@ def reduce_scores(scores: jax.Array, output: Output, are_logits: bool = True) ->
 def make_class_maps(
     model: FCN, preprocessing: Preprocessing, views: Views = PLAIN, output: Output = "classes"
 ) -> Callable[..., jax.Array]:
-    """Make the pure function that ``make_predictor`` compiles: (variables, images, label size, extents) -> classes."""
+    """Return the function that ``make_predictor`` compiles: (variables, images, label size, extents) -> classes."""
 
     def logits_of(
         variables: Mapping[str, Any], images: jax.Array, size: tuple[int, int], extents: jax.Array | None = None
@@ -145,14 +145,14 @@ def make_class_maps(
 def make_predictor(
     model: FCN, preprocessing: Preprocessing, mesh: Mesh | None = None, views: Views = PLAIN, output: Output = "classes"
 ) -> Predictor:
-    """Make the function from images to class maps; logits are interpolated to the labels' size first.
+    """Return a function from images to class maps; logits are interpolated to the labels' size first.
 
     Args:
         model: the network.
-        preprocessing: what its weights expect.
-        mesh: devices to spread a batch over, where its size is a multiple of theirs; by default one.
-        views: if not ``PLAIN``, the class of the largest mean softmax is chosen. Only for images without ``extents``.
-        output: what is returned in place of classes uint8 (b, H, W): floats (b, H, W, num_classes) or (b, H, W, 2).
+        preprocessing: the preprocessing that its weights expect.
+        mesh: devices to split a batch over if its size is a multiple of their number; by default one device.
+        views: unless ``PLAIN``, the class with the largest mean softmax is chosen. Only for images without ``extents``.
+        output: what to return: classes uint8 (b, H, W), or floats (b, H, W, num_classes) or (b, H, W, 2).
     """
     kernels = cpu_kernels(jax.default_backend() == "cpu") if mesh is None else kernels_for(mesh)
     compiled = jax.jit(kernels(make_class_maps(model, preprocessing, views, output)), static_argnums=2)
@@ -180,11 +180,11 @@ def evaluate(
     boundary_pixels: int | None = None,
     extremes: int = 0,
 ) -> Evaluation:
-    """Score a split in batches of ``data.pipeline.make_eval_batches``, with a predictor of ``make_predictor``.
+    """Score a split in batches from ``data.pipeline.make_eval_batches``, with a predictor from ``make_predictor``.
 
-    ``samples_at`` are positions, in the order of the batches, of the images to return; with ``boundary_pixels`` the
-    boundary regions of this width are counted as well. ``extremes`` is how many of the images with the lowest and with
-    the highest mean IU to return.
+    ``samples_at`` are the positions, in the order of the batches, of the images to return. With ``boundary_pixels``,
+    boundary regions of this width are counted as well. ``extremes`` is the number of images to return with the lowest
+    mean IU, and with the highest.
     """
     boundary = None if boundary_pixels is None else np.zeros((2, num_classes), np.int64)
     confusion = np.zeros((num_classes, num_classes), np.int64)

@@ -1,4 +1,4 @@
-"""The figures of a run: curves, confusion matrix, panels, label maps. Drawing libraries are imported when used."""
+"""The figures of a run: curves, confusion matrix, panels, label maps. Drawing libraries are imported on first use."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ def _table(palette: Palette) -> np.ndarray:
 
 
 def as_rgb(image: np.ndarray) -> np.ndarray:
-    """Return an image of any channels and bits as uint8 (h, w, 3): the first three stretched, or the first as grey.
+    """Return an image of any channels and bits as uint8 (h, w, 3): the first three rescaled, or the first as grey.
 
-    8-bit RGB is returned as it is.
+    8-bit RGB is returned unchanged.
     """
     if image.dtype == np.uint8 and image.shape[2] == 3:
         return image
@@ -35,16 +35,16 @@ def as_rgb(image: np.ndarray) -> np.ndarray:
 
 
 def colour_labels(labels: np.ndarray, palette: Palette) -> np.ndarray:
-    """Paint labels (h, w) in the palette's RGB colours, 255 in VOC's cream: uint8 (h, w, 3)."""
+    """Return labels (h, w) in the palette's RGB colours, with 255 in VOC's cream: uint8 (h, w, 3)."""
     return np.take(_table(palette), labels, axis=0)
 
 
 def overlay(
     image: np.ndarray, labels: np.ndarray, palette: Palette, class_names: Sequence[str], name: str = ""
 ) -> np.ndarray:
-    """Blend an image (h, w, c) half and half with its labels' colours, "background" excepted.
+    """Blend an image (h, w, c) equally with the colours of its labels, except for "background".
 
-    Its name is written at the bottom, and the classes that it shows at the top, each in its colour.
+    Its name is written at the bottom, and a colour legend of its classes at the top.
     """
     import cv2
     from matplotlib import get_data_path
@@ -66,7 +66,7 @@ def overlay(
         draw.text((side + 6, y), text, (255, 255, 255), font)
     if name:
         name = _printable(name)
-        left = min(3, w - 3 - draw.textlength(name, font))  # the end of a long name is the part that tells more
+        left = min(3, w - 3 - draw.textlength(name, font))  # the end of a long name is more informative
         _, top, right, _ = draw.textbbox((left, h - 3), name, font, anchor="lb")
         draw.rectangle((left - 3, top - 3, right + 3, h), (0, 0, 0))
         draw.text((left, h - 3), name, (255, 255, 255), font, anchor="lb")
@@ -74,7 +74,7 @@ def overlay(
 
 
 def save_class_scores(path: Path, class_names: Sequence[str], scores: Mapping[str, np.ndarray]) -> None:
-    """Draw scores of each class, (num_classes,) fractions by the score's name, as bars side by side."""
+    """Draw a grouped bar chart of ``scores``: score names to fractions of each class, (num_classes,)."""
     figure = _figure((7, 1 + 0.35 * len(class_names)))
     axes = figure.subplots()
     rows, height = np.arange(len(class_names)), 0.8 / len(scores)
@@ -88,7 +88,7 @@ def save_class_scores(path: Path, class_names: Sequence[str], scores: Mapping[st
 
 
 def thumbnail(sample: Sample, side: int = 240) -> Sample:
-    """Return a sample whose longer side has so many pixels."""
+    """Return a sample resized so that its longer side has ``side`` pixels."""
     import cv2
 
     factor = side / max(sample.label.shape)
@@ -99,7 +99,7 @@ def thumbnail(sample: Sample, side: int = 240) -> Sample:
 
 
 def save_sheet(path: Path, samples: Sequence[Sample], palette: Palette, class_names: Sequence[str]) -> None:
-    """Write a contact sheet: thumbnails with their labels laid over them, four in a row."""
+    """Write a contact sheet: thumbnails with label overlays, four per row."""
     from PIL import Image
 
     columns, side = 4, max(max(sample.label.shape) for sample in samples)
@@ -113,7 +113,7 @@ def save_sheet(path: Path, samples: Sequence[Sample], palette: Palette, class_na
 
 
 def save_palette_png(path: Path, labels: np.ndarray, palette: Palette) -> None:
-    """Write labels (h, w) as a palette PNG whose indices are the class ids, as VOC's masks are."""
+    """Write labels (h, w) as a palette PNG whose indices are the class ids, like VOC's masks."""
     from PIL import Image
 
     picture = Image.fromarray(labels.astype(np.uint8))
@@ -122,7 +122,7 @@ def save_palette_png(path: Path, labels: np.ndarray, palette: Palette) -> None:
 
 
 def _printable(name: str) -> str:
-    """Return a name that every font can draw on one line."""
+    """Return a name with unprintable characters replaced, so that it fits on one line."""
     return "".join(letter if letter.isprintable() else "?" for letter in name)
 
 
@@ -135,7 +135,7 @@ def _figure(size: tuple[float, float]) -> Any:
 def _save(figure: Any, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph")  # names may hold letters that matplotlib's font lacks
+        warnings.filterwarnings("ignore", "Glyph")  # names may contain characters that matplotlib's font lacks
         figure.savefig(path, dpi=110, bbox_inches="tight")
 
 
@@ -162,7 +162,7 @@ def save_curves(path: Path, rows: Iterable[dict[str, Any]]) -> None:
 
 
 def save_confusion(path: Path, confusion: np.ndarray, class_names: Sequence[str]) -> None:
-    """Draw a confusion matrix, each row divided by its pixels; rows are truth."""
+    """Draw a confusion matrix, normalised by row; rows are the ground truth."""
     n = len(class_names)
     total = confusion.sum(1, keepdims=True)
     share = np.divide(confusion, total, out=np.zeros(confusion.shape), where=total > 0)
@@ -170,7 +170,7 @@ def save_confusion(path: Path, confusion: np.ndarray, class_names: Sequence[str]
     figure = _figure((side, side))
     axes = figure.subplots()
     axes.imshow(share, cmap="Blues", vmin=0, vmax=1)
-    axes.set_xticks(range(n), class_names, rotation=90, fontsize=8, parse_math=False)  # a name may hold any signs
+    axes.set_xticks(range(n), class_names, rotation=90, fontsize=8, parse_math=False)  # a name may contain $
     axes.set_yticks(range(n), class_names, fontsize=8, parse_math=False)
     axes.set(xlabel="predicted", ylabel="truth")
     for i, j in np.ndindex(n, n):
@@ -181,7 +181,7 @@ def save_confusion(path: Path, confusion: np.ndarray, class_names: Sequence[str]
 
 
 def save_panel(path: Path, samples: Sequence[Sample], palette: Palette, class_names: Sequence[str]) -> None:
-    """Draw a column for each sample: image, truth and prediction, below its name; the classes shown are the legend."""
+    """Draw a column for each sample with its name, image, ground truth and prediction, and a legend of classes."""
     if not samples:
         return
     seen = {int(i) for sample in samples for labels in (sample.label, sample.prediction) for i in np.unique(labels)}
@@ -191,14 +191,14 @@ def save_panel(path: Path, samples: Sequence[Sample], palette: Palette, class_na
         h, w = sample.label.shape
         maps = (colour_labels(labels, palette) for labels in (sample.label, sample.prediction))
         for axes, picture in zip(column, (as_rgb(sample.image), *maps), strict=True):
-            # The network may have seen the image at another size than its label's.
+            # The image may have been resized for the network, unlike its label.
             axes.imshow(picture, interpolation="nearest", extent=(0, w, h, 0))
     _legend(figure, seen, palette, class_names)
     _save(figure, path)
 
 
 def save_predictions(path: Path, samples: Sequence[Sample], palette: Palette, class_names: Sequence[str]) -> None:
-    """Draw the predictions alone, in two rows, for data sets whose images must not be published."""
+    """Draw only the predictions, in two rows, for data sets whose images must not be published."""
     if not samples:
         return
     seen = {int(i) for sample in samples for i in np.unique(sample.prediction)}
@@ -228,7 +228,7 @@ def _grid(shapes: Sequence[tuple[int, ...]], rows: Sequence[str], gap: float = 0
 
 
 def _title(axes: Any, name: str) -> None:
-    """Write a name above a picture, without its start where it is wider than the picture."""
+    """Write a name above an image; cut off its start if it is wider than the image."""
     fits = max(4, int(axes.get_window_extent().width / 6.5))
     name = _printable(name if len(name) <= fits else "..." + name[3 - fits :])
     axes.set_title(name, fontsize=8, parse_math=False)

@@ -1,7 +1,7 @@
-"""Images of many sizes in arrays of few, with the logits that each has alone, since every new shape is compiled anew.
+"""Images padded to a few array sizes, to avoid recompilation, with the same logits as without padding.
 
-An image lies in the top left of a larger array. What a layer computes beyond the image's own edge is set to zero before
-the next one reads it, which is what its padding would have been.
+An image occupies the top left of a larger array. Values that a layer computes beyond the image's edge are set to zero
+before the next layer reads them, like the zero padding of the image alone.
 """
 
 from __future__ import annotations
@@ -18,19 +18,19 @@ from fcn_jax.models.layers import BatchNorm
 from fcn_jax.models.upsample import TransposedConv
 
 MULTIPLE = 32
-"""Sides of the arrays are multiples of this, so that every map of theirs tells its stride by its size."""
+"""Sides of the arrays are multiples of this, so that the size of a feature map determines its stride."""
 
 _Edges = dict[int, jax.Array]
-"""Side of a whole array's map -> that side of each image's own map (b,)."""
+"""Side of a padded array's feature map -> side of each unpadded image's feature map (b,)."""
 
 
 def padded_logits(model: FCN, variables: Mapping[str, Any], images: jax.Array, extents: jax.Array) -> jax.Array:
-    """Return logits (b, h, w, num_classes) that equal, within each image, those of the image alone, up to rounding.
+    """Return logits (b, h, w, num_classes) that equal, within each image, its logits without padding, up to rounding.
 
     Args:
-        model: any network; eval mode.
+        model: any network, run in eval mode.
         variables: its variables.
-        images: normalised (b, h, w, 3), h and w multiples of ``MULTIPLE``; what lies outside of an image is not read.
+        images: normalised (b, h, w, 3), h and w multiples of ``MULTIPLE``; values outside an image are not read.
         extents: int32 (b, 2), height and width of each image.
     """
     if isinstance(model, InterpolatedFCN):
@@ -41,12 +41,12 @@ def padded_logits(model: FCN, variables: Mapping[str, Any], images: jax.Array, e
 def padded_maps(
     model: InterpolatedFCN, variables: Mapping[str, Any], images: jax.Array, extents: jax.Array
 ) -> list[jax.Array]:
-    """Return the score maps, one for each stride down to the model's; arguments as of ``padded_logits``."""
+    """Return the score maps, one for each stride down to the model's; same arguments as ``padded_logits``."""
     return _apply(model, variables, images, extents, merge=False)
 
 
 def merge_padded_maps(model: InterpolatedFCN, maps: Sequence[jax.Array], extents: jax.Array) -> jax.Array:
-    """Return the logits of score maps (b, h / s, w / s, c), interpolated within each image's own."""
+    """Return the logits of score maps (b, h / s, w / s, c), interpolated within each image."""
     h, w = (model.coarsest * n for n in maps[0].shape[1:3])
     edges = _edges(model, h, extents[:, 0])[0], _edges(model, w, extents[:, 1])[0]
 
@@ -75,7 +75,7 @@ def _apply(model: FCN, variables: Mapping[str, Any], images: jax.Array, extents:
         if isinstance(context.module, TransposedConv):
             return call(_cut(args[0], up_rows, up_columns), *args[1:], **kwargs)
         if isinstance(context.module, nn.Conv):
-            # Floor pooling leaves a cell behind the edge that holds half of what is there.
+            # With floor pooling, the cell beyond the edge contains pixels that the unpadded image drops.
             return _cut(call(_cut(args[0], conv_rows, conv_columns)), conv_rows, conv_columns)
         y = call(*args, **kwargs)
         return _cut(y, conv_rows, conv_columns) if isinstance(context.module, BatchNorm) else y
@@ -87,13 +87,13 @@ def _apply(model: FCN, variables: Mapping[str, Any], images: jax.Array, extents:
 
 
 def _edges(model: FCN, n: int, extents: jax.Array) -> tuple[_Edges, _Edges]:
-    """Return the edges of what convolutions read and write and of what transposed convolutions read."""
+    """Return the edges of the inputs and outputs of convolutions, and of the inputs of transposed convolutions."""
     whole, own = map_sides(model, n), map_sides(model, extents)
     return dict(zip(whole[0], own[0], strict=True)), dict(zip(whole[1], own[1], strict=True))
 
 
 def _cut(x: jax.Array, rows: _Edges, columns: _Edges) -> jax.Array:
-    """Zero x (b, h, w, c) beyond the edges; the image itself, which a margin goes around, is as it should be."""
+    """Set x (b, h, w, c) to zero beyond the edges; the input image, which has a margin, is left unchanged."""
     _, h, w, _ = x.shape
     if h not in rows:
         return x
@@ -102,9 +102,9 @@ def _cut(x: jax.Array, rows: _Edges, columns: _Edges) -> jax.Array:
 
 
 def _interpolation(n: jax.Array, new_n: jax.Array, size: int, new_size: int, align_corners: bool) -> jax.Array:
-    """Return (b, new_size, size) matrices that interpolate n cells to new_n; further rows are zero."""
+    """Return (b, new_size, size) matrices that interpolate n cells to new_n; the remaining rows are zero."""
     i, cells = jnp.arange(new_size), jnp.arange(size)
-    # Positions are quotients of integers: rounded ones would be off in the last bits of every logit.
+    # Positions are quotients of integers: rounding them would change the last bits of every logit.
     if align_corners:
         at, unit = i * (n - 1)[:, None], jnp.maximum(new_n - 1, 1)[:, None]
     else:

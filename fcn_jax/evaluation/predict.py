@@ -1,4 +1,4 @@
-"""Class maps of single images of any size, padded to few shapes: whole, or tile by tile with the same logits."""
+"""Class maps of single images of any size, padded to a few shapes: whole, or in tiles with the same logits."""
 
 from __future__ import annotations
 
@@ -20,24 +20,24 @@ from fcn_jax.models.vgg import ENCODERS
 from fcn_jax.preprocessing import Preprocessing, normalize
 
 WHOLE_PIXELS = 1_500_000
-"""Images of more pixels are cut into tiles: at width 1 each map of the first stage takes 256 bytes a pixel."""
+"""Images with more pixels are cut into tiles: at width 1 each map of the first stage takes 256 bytes per pixel."""
 TILE = 1024
-"""Side of a tile's own pixels; a multiple of 32, so that pooling windows fall as in the whole image."""
+"""Side of a tile without margins; a multiple of 32, so that pooling windows align with the whole image's."""
 MULTIPLE = 64
-"""Sides of whole images are padded to multiples of this, as ``DataConfig.eval_multiple`` does in evaluation."""
+"""Sides of whole images are padded to multiples of this, like ``DataConfig.eval_multiple`` in evaluation."""
 
 ImagePredictor = Callable[[Mapping[str, Any], np.ndarray], np.ndarray]
 
 
 class _Window(NamedTuple):
-    """A tile on one axis: start of the network's input, first and last + 1 of the pixels that are used."""
+    """A tile on one axis: start of the network's input, and first and last + 1 of the pixels that are used."""
 
     start: int
     first: int
     last: int
 
     def kept(self, stride: int = 1) -> tuple[slice, slice]:
-        """Return where the kept part lies in the whole map of a stride, and in the tile's own."""
+        """Return slices of the used part: in the whole image's map at a stride, and in the tile's map."""
         start, first, last = (-(-n // stride) for n in self)
         return slice(first, last), slice(first - start, last - start)
 
@@ -50,8 +50,8 @@ def context(model: FCN) -> int:
         two, three, four = RESNETS[model.encoder][1:]
         reach = 3 + 2 + 4 * RESNETS[model.encoder][0] + 4 + 8 * (two - 1) + 8 + 16 * (three - 1) + 16 + 32 * (four - 1)
         return -(-(reach + 8) // 32) * 32
-    # A 3x3 convolution at stride s reaches s pixels further, a pooling as well, fc6 half its kernel at stride 32, and
-    # the way back up at most two cells of stride 32 on either side.
+    # Each 3x3 convolution or pooling at stride s adds s pixels, and fc6 half its kernel at stride 32. Upsampling adds
+    # at most two cells of stride 32 on either side.
     reach = sum((convs + 1) * 2**stage for stage, convs in enumerate(ENCODERS[model.encoder]))
     if isinstance(model, ScoreFCN):
         reach += model.fc6_kernel // 2 * 32
@@ -63,9 +63,9 @@ def _round_up(size: int, multiple: int = MULTIPLE) -> int:
 
 
 def _windows(size: int, tile: int, margin: int, multiple: int = MULTIPLE) -> tuple[int, list[_Window]]:
-    """Cut an axis into tiles with margins, which start at multiples of 32; return the side of all arrays, and where.
+    """Cut an axis into tiles with margins that start at multiples of 32; return the arrays' side and the windows.
 
-    Windows stay within the image, but for at most 31 pixels of the last one.
+    Windows stay within the image, except for at most 31 pixels of the last one.
     """
     side = tile + 2 * margin
     if size <= side:
@@ -85,24 +85,24 @@ def make_image_predictor(
     whole_pixels: int = WHOLE_PIXELS,
     tile: int = TILE,
 ) -> ImagePredictor:
-    """Make the function from one image to its class map.
+    """Return a function from one image to its class map.
 
-    Tiles see enough around them that their logits are the whole image's up to rounding. Networks that interpolate do so
-    over the whole image, so there the score maps are computed by tiles and merged whole. Views are averaged tile by
-    tile: a tile is scaled on its own.
+    Tiles have enough context that their logits equal the whole image's up to rounding. Networks that interpolate do so
+    over the whole image, from score maps merged from all tiles. Views are averaged tile by tile: each tile is scaled
+    separately.
 
     Args:
         model: the network.
-        preprocessing: what its weights expect.
-        output: what is returned of each pixel.
-        views: over which the softmax is averaged.
+        preprocessing: the preprocessing that its weights expect.
+        output: what to return for each pixel.
+        views: the variants of an image over which the softmax is averaged.
         mesh: splits the height of whole images over its axis ``space``; by default one device.
-        whole_pixels: images that are larger, or are in a view, for each device of ``space``, are cut into tiles.
+        whole_pixels: images with more pixels for each device of ``space``, in any view, are cut into tiles.
         tile: side of a tile in pixels, a multiple of 32.
 
     Returns:
-        (variables, image (h, w, channels)) -> classes uint8 (h, w), or floats (h, w, num_classes) or (h, w, 2); an
-        InputError for a size that is not served.
+        (variables, image (h, w, channels)) -> classes uint8 (h, w), or floats (h, w, num_classes) or (h, w, 2). It
+        raises InputError for an unsupported size.
     """
     network: Any = model
     plain = views == PLAIN
@@ -128,7 +128,7 @@ def make_image_predictor(
         enlarged = max(1.0, *views.scales)
         side = max(32, int(tile / enlarged) // 32 * 32)
         whole = h * w * enlarged**2 <= whole_pixels * space
-        # A side below 32 has one cell of stride 32, too.
+        # A side below 32 also has one cell of stride 32.
         (height, rows), (width, columns) = (
             _windows(n, n, 0, m if plain else 1) if whole else _windows(n, side, margin, MULTIPLE if plain else 1)
             for n, m in ((max(h, 32), math.lcm(MULTIPLE, 32 * space)), (max(w, 32), MULTIPLE))
@@ -146,7 +146,7 @@ def make_image_predictor(
         for row, column in tiles:
             part = image[row.start : row.start + height, column.start : column.start + width]
             extents = np.array([part.shape[:2]], np.int32)
-            if plain:  # a part that is padded has no mirror image
+            if plain:  # padding would break flipped views
                 part = np.pad(part, ((0, height - part.shape[0]), (0, width - part.shape[1]), (0, 0)))
             found = (maps_of if by_maps else classes_of)(variables, part[None], extents)
             for stride, to, piece in zip(strides, wholes, found, strict=True):

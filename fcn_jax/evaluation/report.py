@@ -1,4 +1,4 @@
-"""How an evaluation is shown and what its files are called."""
+"""Score table of an evaluation, and the names of its files."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from fcn_jax.metrics import Scores, mean_of_defined
 
 
 def score_table(scores: Scores, class_names: Sequence[str], title: str, boundary: np.ndarray | None = None) -> Table:
-    """Return a table of the four scores and the IoU of each class, in per cent; "-" where there is nothing to score.
+    """Return a table of the four scores and the IoU of each class, in per cent; "-" if a score is undefined.
 
-    ``boundary`` are the boundary IoU of each class, if they are to be shown.
+    ``boundary`` is the boundary IoU of each class, or None to omit it.
     """
     table = Table(title=escape(title))
     table.add_column("score")
@@ -45,9 +45,9 @@ def score_table(scores: Scores, class_names: Sequence[str], title: str, boundary
 
 
 def evaluation_name(split: str, views: Views, validation_split: str | None) -> str:
-    """Return the stem of an evaluation's files: "eval" for the plain one of the run's validation split.
+    """Return the stem of an evaluation's files: "eval" for the run's validation split and plain views.
 
-    Others are called like "eval_camvid-test" or "eval_camvid-test_flip_scales-0.75-1-1.25". Splits are DATASET/SPLIT.
+    Others are named like "eval_camvid-test" or "eval_camvid-test_flip_scales-0.75-1-1.25". Splits are DATASET/SPLIT.
     """
     if split == validation_split and views == PLAIN:
         return "eval"

@@ -58,7 +58,7 @@ def test_an_unreadable_file_is_an_error_or_skipped_and_counted(config, skipping,
         split = datasets.load("folder/train", skipping)
     assert len(split) == COUNT - 1 and "003" not in _names(split)
     (note,) = [record.getMessage() for record in caplog.records]
-    assert note.startswith(f"note: folder/train: 1 of {COUNT} images are left out: ") and said in note
+    assert note.startswith(f"note: folder/train: 1 of {COUNT} images are skipped: ") and said in note
 
 
 def test_a_second_run_logs_the_same_skipped_files(skipping, caplog):
@@ -104,7 +104,9 @@ def test_a_missing_file_is_an_error_or_skipped(tmp_path):
     names = [f"2007_{i:03d}" for i in range(4)]
     tree = trees.voc(tmp_path, "2012", {"train": names})
     (tree / "JPEGImages/2007_002.jpg").unlink()
-    with pytest.raises(UnreadableError, match=r"2007_002\.jpg: voc/train lists '2007_002', but this file is not there"):
+    with pytest.raises(
+        UnreadableError, match=r"2007_002\.jpg: voc/train lists '2007_002', but this file does not exist"
+    ):
         datasets.load("voc/train", config)
     split = datasets.load("voc/train", dataclasses.replace(config, unreadable="skip"))
     assert _names(split) == ["2007_000", "2007_001", "2007_003"] and "2007_002.jpg: cannot be read" in split.skipped[0]

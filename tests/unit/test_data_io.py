@@ -87,7 +87,9 @@ def test_text_and_eps_files_are_rejected_as_images():
     postscript = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n%%EOF\n"
     for data in (b"not an image", postscript):  # Pillow would hand the second to Ghostscript
         for decode, kind in ((decode_image, "image"), (decode_label, "mask")):
-            with pytest.raises(UnreadableError, match=rf"a\.png: not a readable {kind} \(damaged or of another type\)"):
+            with pytest.raises(
+                UnreadableError, match=rf"a\.png: not a readable {kind} \(damaged or of an unsupported type\)"
+            ):
                 decode(data, "a.png")
 
 

@@ -109,7 +109,7 @@ def test_a_folder_without_splits_is_loaded_as_folder_all(root, config):
 def test_the_class_list_may_be_in_another_folder(root, config, tmp_path):
     trees.folder(root, {"train": 1})
     (root / "classes.txt").rename(tmp_path / "names.txt")
-    with pytest.raises(InputError, match=r"classes\.txt: not there; .* --data\.classes"):
+    with pytest.raises(InputError, match=r"classes\.txt: file not found; .* --data\.classes"):
         datasets.load("folder/train", config)
     elsewhere = dataclasses.replace(config, classes=str(tmp_path / "names.txt"))
     assert datasets.load("folder/train", elsewhere).num_classes == 3
@@ -118,7 +118,7 @@ def test_the_class_list_may_be_in_another_folder(root, config, tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [(b"one\n", "lists 1 classes"), (b"a\nb\na\n", "lists 'a' twice"), (b"\n\n", "lists 0 classes")]
-    + [(b"a #000000\nb #000000\n", "lists '#000000' twice"), (b"a #12345\nb\n", "'a #12345' is no class")]
+    + [(b"a #000000\nb #000000\n", "lists '#000000' twice"), (b"a #12345\nb\n", "'a #12345' is not a class")]
     + [(b"\xff\xfe\x00", "UTF-8")],
 )
 def test_an_invalid_class_list_is_rejected(root, config, text, message):
@@ -240,7 +240,7 @@ def test_unknown_data_sets_and_splits_list_the_known_ones(config):
     for spec, message in (
         ("coco/train", "unknown data set 'coco'; choose one of: shapes, camvid, voc, sbd, folder, tfds"),
         ("voc/tset", "unknown split of voc 'tset'; choose one of: train, val, trainval, seg11valid"),
-        ("voc", "expected DATASET/SPLIT, got 'voc'"),
+        ("voc", "expected DATASET/SPLIT, such as 'shapes/train', got 'voc'"),
     ):
         with pytest.raises(InputError, match=message):
             datasets.load(spec, config)
@@ -300,12 +300,12 @@ BLACK_AND_WHITE = np.triu(ALL_IGNORED)
     [
         (lambda root: _mask(root, 3), r"masks/001\.png: class ids 3 are not among the 3 classes"),
         (lambda root: _mask(root, 0, 15), r"masks/001\.png: the image is 16 x 12 pixels, its mask 15 x 12"),
-        (_without("masks/001.png"), r"train/images: '001' has no mask in .*train/masks \(1 such\)"),
-        (_without("images/001.jpg"), r"train/masks: '001' has no image in .*train/images \(1 such\)"),
-        (_no_images, r"train/images: holds no \.jpg"),
+        (_without("masks/001.png"), r"train/images: '001' has no mask in .*train/masks \(1 in total\)"),
+        (_without("images/001.jpg"), r"train/masks: '001' has no image in .*train/images \(1 in total\)"),
+        (_no_images, r"train/images: contains no \.jpg"),
         (_two_of_a_name, r"train/images: 001\.jpg and 001\.png share a name"),
-        (lambda root: _masks(root, BLACK_AND_WHITE), r"train: the masks hold only 0 and 255, and 255 means ignore"),
-        (lambda root: _masks(root, ALL_IGNORED), r"folder/train: the masks hold only 255, and 255 means ignore"),
+        (lambda root: _masks(root, BLACK_AND_WHITE), r"train: the masks contain only 0 and 255, and 255 means ignore"),
+        (lambda root: _masks(root, ALL_IGNORED), r"folder/train: the masks contain only 255, and 255 means ignore"),
     ],
 )
 def test_invalid_files_are_rejected_by_name_and_leave_no_copy(root, config, damage, message, tmp_path):
