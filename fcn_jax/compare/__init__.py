@@ -1,4 +1,4 @@
-"""Comparing with PyTorch: ``import_torch_adapter`` alone imports torch, and only when it is called."""
+"""Compare networks with PyTorch. Only ``import_torch_adapter`` imports torch, and only when it is called."""
 
 from __future__ import annotations
 
@@ -39,11 +39,11 @@ __all__ = [
 
 
 def import_torch_adapter() -> Any:
-    """Import the module ``torch_adapter``; an InputError where torch is not installed."""
+    """Import the module ``torch_adapter``; raise an InputError if torch is not installed."""
     try:
-        import torch  # noqa: F401  (an error in an import of ours must not be reported as a missing torch)
+        import torch  # noqa: F401  (alone, so that an import error of our own is not reported as a missing torch)
     except ImportError as error:
-        message = "comparing with PyTorch needs torch; pip install 'fcn_jax[torch]', or bench with --against none"
+        message = "comparing with PyTorch needs torch; run pip install 'fcn_jax[torch]', or bench with --against none"
         raise InputError(message) from error
     from fcn_jax.compare import torch_adapter
 
@@ -51,10 +51,10 @@ def import_torch_adapter() -> Any:
 
 
 def make_twin(model: FCN) -> Any:
-    """Build the ``torch.nn.Module`` that computes what ``model`` computes, see ``twins.make_twin``."""
+    """Build the ``torch.nn.Module`` equivalent to ``model``; see ``twins.make_twin``."""
     return import_torch_adapter().make_twin(model)
 
 
 def make_torch_side(module: Any, *args: Any, **options: Any) -> Side:
-    """Make one side of a comparison of any ``torch.nn.Module``, see ``torch_adapter.make_torch_side``."""
+    """Make one side of a comparison from any ``torch.nn.Module``; see ``torch_adapter.make_torch_side``."""
     return import_torch_adapter().make_torch_side(module, *args, **options)

@@ -1,4 +1,4 @@
-"""Benchmark a row: set both sides up, check that they compute the same, time them in turn; describe the machine."""
+"""Run a benchmark row: set up both sides, check that their results agree, time them in turn. Describe the machine."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ from fcn_jax.errors import InputError, first_line
 from fcn_jax.training.run import environment
 
 NETWORKS = ("fcn8s", "fcn32s_pad100", "fcn8s_pad100", "fcn8s_ladder", "fcn8s_resize", "fcn_resnet50")
-"""One of each family, and the largest map of scores."""
+"""One network per family, and the one with the largest score map."""
 NUM_CLASSES = 21
-"""PASCAL VOC with its background."""
+"""PASCAL VOC, background included."""
 OURS = "jax"
 _MAX_CALLS = 1024
 Numbers = Mapping[str, Mapping[str, np.ndarray]]
-"""Quantity -> name -> array, in the same axes on both sides; each quantity is compared by one norm."""
+"""Quantity -> name -> array, in the same axis order on both sides. Each quantity is compared by one norm."""
 
 
 @dataclass(frozen=True)
@@ -39,9 +39,9 @@ class Settings:
     """What a run of the benchmark measures: device, sizes, repetitions."""
 
     kind: Literal["cpu", "gpu"]
-    """How it is computed: float32, or bfloat16 with every option that PyTorch offers on a GPU."""
+    """Precision and options: float32, or bfloat16 with the options that make PyTorch fast on a GPU."""
     on_gpu: bool
-    """Whether a GPU computes it; a smoke run may use the GPU's settings on a CPU."""
+    """Whether it runs on a GPU; a smoke run may use the GPU's settings on a CPU."""
     image_size: int = 256
     """Height and width of the networks' images, and of the first encoder stage, in pixels."""
     upsampled_size: int = 512
@@ -50,20 +50,20 @@ class Settings:
     encoder: str = "vgg16"
     width: float = 1.0
     matmul_size: int = 4096
-    """Side of the square matrix product that measures the machine's rate."""
+    """Side of the square matrices whose product measures the machine's FLOP rate."""
     rounds: int = 7
     sample_seconds: float = 0.2
-    """A sample is the mean of as many calls as fill this time."""
+    """Length of a sample, which is the mean time of as many calls as fill it."""
     smoke: bool = False
 
     @property
     def dtype(self) -> str:
-        """The compute dtype; parameters of networks stay in float32."""
+        """The compute dtype; network parameters stay in float32."""
         return "float32" if self.kind == "cpu" else "bfloat16"
 
     @property
     def jax_dtype(self) -> Any:
-        """The same for JAX."""
+        """The compute dtype as a JAX type."""
         return jnp.dtype(self.dtype).type
 
 
@@ -76,7 +76,7 @@ _SMOKE |= {"matmul_size": 256, "rounds": 2, "sample_seconds": 0.0, "smoke": True
 def make_settings(device: str | None, smoke: bool = False, **given: Any) -> Settings:
     """Make the settings of a run on "cpu", "gpu", or JAX's default; fields ``given`` as None keep their default.
 
-    A smoke run has tiny sizes and few rounds, and "gpu" runs on the CPU where there is no GPU.
+    A smoke run has tiny sizes and few rounds. It runs "gpu" on the CPU if there is no GPU.
 
     Raises:
         InputError: there is no GPU, or a size is out of range.
@@ -106,27 +106,27 @@ class Runner:
     numbers: Callable[[Any], Numbers]
     """Convert the result of the first call; called before the second."""
     compile: Callable[[], int | None] = lambda: None
-    """Compile ahead; return the bytes that the program plans to use, where known."""
+    """Compile ahead of time; return the memory that the compiler plans, in bytes, if known."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """A piece of work that two implementations do."""
+    """A workload that both implementations run."""
 
     name: str
     group: str
     open: Callable[[Any], tuple[Callable[[], Runner], Callable[[str], Runner]]]
-    """(``torch_adapter`` or None) -> how to set up our side, and the other one by variant; draws weights and inputs."""
+    """(``torch_adapter`` or None) -> functions to set up our side, and the other by variant; draws weights, inputs."""
     tolerances: Mapping[str, float]
     """By quantity: the largest |x - y| / |y| at which both sides count as equal."""
     variants: tuple[str, ...]
-    """How torch computes it; the fastest counts."""
+    """The torch configurations to time; the fastest counts."""
     flops: int | None = None
-    """Of one call: two for each multiplication with its addition."""
+    """FLOPs per call, two per multiply-add."""
     images: int | None = None
-    """Of one call."""
+    """Images per call."""
     about: Mapping[str, Any] = field(default_factory=dict)
-    """Sizes, for the record."""
+    """Sizes, for the JSON record."""
 
 
 @dataclass
@@ -134,19 +134,19 @@ class SideResult:
     """The measurements of one side of a row."""
 
     first_s: float
-    """Seconds of compilation and the first call."""
+    """Time of compilation and the first call, in seconds."""
     planned_bytes: int | None = None
     """Memory that the compiled program plans to use."""
     peak_bytes: int | None = None
-    """Peak of the device's allocator above its state before the side was set up."""
+    """Peak memory of the device's allocator above its use before the side was set up."""
     calls: int = 0
-    """In each sample."""
+    """Calls per sample."""
     samples_s: list[float] = field(default_factory=list)
-    """Mean seconds of a call, one for each round."""
+    """Mean seconds per call, one value per round."""
 
     @property
     def median_s(self) -> float:
-        """The reported time."""
+        """The median seconds per call."""
         return float(np.median(self.samples_s))
 
     def to_json(self) -> dict[str, Any]:
@@ -166,18 +166,18 @@ class Result:
     errors: dict[str, dict[str, float]] = field(default_factory=dict)
     """Variant -> quantity -> |ours - theirs| / |theirs|."""
     status: str = "ok"
-    """"ok", "wrong" (the sides computed different things and were not timed), or "failed" (a side did not run)."""
+    """"ok", "wrong" (the results differ, so nothing was timed), or "failed" (a side did not run)."""
     notes: list[str] = field(default_factory=list)
 
     @property
     def ours(self) -> SideResult | None:
-        """Our side, where it was timed."""
+        """Our side, if it was timed."""
         side = self.sides.get(OURS)
         return side if side and side.samples_s else None
 
     @property
     def theirs(self) -> tuple[str, SideResult] | None:
-        """The fastest of the other side's variants, where any was timed."""
+        """The fastest timed variant of the other side, if any."""
         timed = {name: side for name, side in self.sides.items() if name != OURS and side.samples_s}
         return min(timed.items(), key=lambda item: item[1].median_s) if timed else None
 
@@ -196,25 +196,25 @@ class Result:
 
 
 def differences(ours: Numbers, theirs: Numbers) -> dict[str, float]:
-    """Return |ours - theirs| / |theirs| of each quantity; ValueError where shapes differ or a side lacks an array."""
+    """Return |ours - theirs| / |theirs| per quantity; ValueError if shapes differ or a side lacks an array."""
     lacking = ours.keys() ^ theirs.keys()
     lacking |= {name for key in ours.keys() & theirs.keys() for name in ours[key].keys() ^ theirs[key].keys()}
     if lacking:
-        raise ValueError(f"expected the same numbers of both sides, got {sorted(lacking)} of one only")
+        raise ValueError(f"expected the same arrays from both sides; only one has {sorted(lacking)}")
     return {quantity: joint_error(ours[quantity], arrays, arrays) for quantity, arrays in theirs.items()}
 
 
 def alternate(names: Sequence[str], rounds: int) -> Iterator[str]:
-    """Yield every name once a round, in reversed order every other round, so that a drift affects all alike."""
+    """Yield every name once per round, in reverse order every other round, so that drift affects all equally."""
     for index in range(rounds):
         yield from names if index % 2 == 0 else reversed(names)
 
 
 def run_row(row: Row, settings: Settings, torch: Any = None) -> Result:
-    """Set a row up, check and time it; ``torch`` is the module ``torch_adapter``, or None to measure our side alone.
+    """Set up, check and time a row; ``torch`` is the module ``torch_adapter``, or None to measure our side alone.
 
-    Nothing was timed where the result's ``status`` is not "ok". A side that runs out of memory or does not compile
-    makes the row a failed one; it is only a note where another variant of torch ran.
+    Nothing is timed unless the result's ``status`` is "ok". The row fails if a side runs out of memory or does not
+    compile. For a variant of torch this is only a note, provided that another variant ran.
     """
     result = Result(row)
     try:
@@ -224,7 +224,7 @@ def run_row(row: Row, settings: Settings, torch: Any = None) -> Result:
         for variant in row.variants if torch else ():
             try:
                 runner, numbers = _set_up(result, variant, functools.partial(theirs, variant), torch.meter)
-            except RuntimeError as error:  # torch's own, those of its allocator and its compiler included
+            except RuntimeError as error:  # includes errors of torch's allocator and compiler
                 result.notes.append(f"{variant}: {first_line(error)}")
                 continue
             result.errors[variant] = differences(expected, numbers)
@@ -236,15 +236,15 @@ def run_row(row: Row, settings: Settings, torch: Any = None) -> Result:
         else:
             del expected
             _time(result, runners, settings)
-    except RuntimeError as error:  # XLA's errors included
+    except RuntimeError as error:  # includes XLA's errors
         result.status = "failed"
         result.notes.append(first_line(error))
     return result
 
 
 def _set_up(result: Result, name: str, make: Callable[[], Runner], meter: Callable[[], Any]) -> tuple[Runner, Numbers]:
-    """Compile and call once, and once more for the memory of a call that follows another."""
-    used = meter()  # before weights and inputs are placed on the device: they count
+    """Compile and call once; call again to measure the memory of consecutive calls."""
+    used = meter()  # before weights and inputs are on the device, so that they count
     runner = make()
     began = time.perf_counter()
     planned = runner.compile()
@@ -260,11 +260,11 @@ def _set_up(result: Result, name: str, make: Callable[[], Runner], meter: Callab
 
 def _time(result: Result, runners: Mapping[str, Runner], settings: Settings) -> None:
     def sample(name: str, calls: int) -> float:
-        """Return the mean seconds of some calls; on a GPU they are queued and awaited together, as in training."""
+        """Return the mean seconds per call. On a GPU the calls are queued and awaited together, as in training."""
         runner, out = runners[name], None
         began = time.perf_counter()
         for _ in range(calls):
-            out = None  # as in training, free the previous result first, so that its memory is used again
+            out = None  # as in training, free the previous result first, so that its memory is reused
             out = runner.call()
             if not settings.on_gpu:
                 runner.wait(out)
@@ -281,20 +281,20 @@ def _time(result: Result, runners: Mapping[str, Runner], settings: Settings) -> 
     for name in alternate(list(runners), settings.rounds):
         side = result.sides[name]
         if side.calls > 1:
-            # The cores have to wake and the other framework's threads to stop spinning: up to 10 ms, seen on a virtual
-            # machine. A single call that fills a sample alone hides it.
+            # Warm up: the cores wake and the other framework's threads stop spinning, which took up to 10 ms on a
+            # virtual machine. If one call fills the sample, this delay does not matter.
             sample(name, math.ceil(side.calls / 4))
         side.samples_s.append(sample(name, side.calls))
 
 
 def pipeline_rates(config: Config, workers: Sequence[int] = (0, 2), seconds: float = 10.0) -> Iterator[dict[str, Any]]:
-    """Take training batches (decoded, augmented, stacked) from a config's input pipeline as fast as they come.
+    """Measure how fast a config's input pipeline yields training batches (decoded, augmented, stacked).
 
-    Each number of worker processes (0: threads of this one) runs for some ``seconds``, after the first ten batches.
+    Each number of worker processes (0: threads of this one) runs for ``seconds`` after ten warmup batches.
 
     Yields:
-        "workers", "batches", "images_per_s" and "images_per_core_s" (by the processor time of this process; None where
-        worker processes do the work).
+        "workers", "batches", "images_per_s" and "images_per_core_s" (per second of this process's CPU time; None
+        with worker processes).
     """
     from fcn_jax.data.datasets import load  # imports grain and tfds, which the other benchmarks do not need
     from fcn_jax.data.pipeline import make_train_iterator
@@ -341,14 +341,14 @@ def cores_allowed() -> int | None:
 
 
 def load() -> list[float] | None:
-    """Return the load averages over 1, 5 and 15 minutes: a value above this process's own shows other work."""
+    """Return the load averages over 1, 5 and 15 minutes: a value above this process's own shows other load."""
     return list(os.getloadavg()) if hasattr(os, "getloadavg") else None
 
 
 def meter() -> Callable[[], int | None]:
-    """Return a function that gives the peak memory of JAX's first device since now, in bytes above its present use.
+    """Return a function that returns the peak memory of JAX's first device from now on, in bytes above current use.
 
-    It gives None on the CPU, which has no such counter, and where an earlier peak was higher: XLA's never falls.
+    It returns None on the CPU, which has no such counter, and if an earlier peak was higher: XLA's peak never falls.
     """
     device = jax.devices()[0]
     before = device.memory_stats()

@@ -1,4 +1,4 @@
-"""The rows of the benchmark: single operators at the sizes at which the networks use them, and whole networks."""
+"""The benchmark rows: single operators at the sizes that occur in the networks, and whole networks."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from fcn_jax.models.layers import Compute, conv, scaled
 from fcn_jax.models.upsample import transposed_conv
 from fcn_jax.models.vgg import ENCODERS, STAGE_CHANNELS, VGG
 
-# float32: other orders of sums of up to 10^5 products; bfloat16: both sides round each result to 8 bits.
+# float32: sums of up to 10^5 products in a different order; bfloat16: both sides round each result to 8 bits.
 _OPERATOR_TOLERANCE = {"float32": 1e-5, "bfloat16": 1e-2}
-# "update" is how far one step moved all parameters. float32: two computations already differ by 2e-4 in gradients,
-# where a rounding flips a ReLU or the winner of a pool. bfloat16 flips many more: by 0.2 in `ladder`, whose five batch
-# norms follow each other; a wrong layer is off by about 1.
+# "update" is the change of all parameters in one step. In float32, gradients of two computations already differ by
+# 2e-4, because rounding changes the sign of a ReLU's input or the maximum of a pooling window. In bfloat16 this happens
+# more often: the error is 0.2 in `ladder`, which has five batch norms in a row. A wrong layer gives about 1.
 _TOLERANCES: dict[str, dict[str, float]] = {
     "float32": {"pool5": 1e-5, "logits": 1e-4, "statistics": 1e-4, "loss": 1e-4, "update": 5e-3},
     "bfloat16": {"pool5": 5e-2, "logits": 5e-2, "statistics": 5e-2, "loss": 1e-2, "update": 0.5},
@@ -32,7 +32,7 @@ _NETWORK_VARIANTS = {"cpu": ("contiguous", "channels_last"), "gpu": ("channels_l
 _OPERATOR_VARIANTS = {"cpu": _NETWORK_VARIANTS["cpu"], "gpu": ("contiguous", *_NETWORK_VARIANTS["gpu"])}
 _QUANTITIES = {"encoder": ["pool5"], "inference": ["logits"], "train": ["loss", "update", "statistics"]}
 _OPTIM = OptimConfig(lr=0.01, momentum=0.9, weight_decay=5e-4)
-# Our axes of an array in the order of torch's.
+# Permutations from our axis order to torch's.
 _IMAGE, _KERNEL, _UPSAMPLE_KERNEL, _MATRIX = (0, 3, 1, 2), (3, 2, 0, 1), (2, 3, 0, 1), (0, 1)
 Function = Callable[..., tuple[Any, ...]]
 
@@ -46,10 +46,10 @@ def _operator(
     results: Sequence[str],
     flops: int | None,
 ) -> Row:
-    """Make the row of an operator, in torch ``torch_adapter.operator_runner``'s of that name.
+    """Make the row of an operator; ``operator`` is its name in ``torch_adapter.operator_runner``.
 
-    Each of the ``arguments`` of ``ours`` is a shape, in our axes, and torch's order of these axes. Of the named
-    ``results``, "dx" and "dw" are shaped like the first two arguments, any other like the last.
+    Each of the ``arguments`` of ``ours`` is a shape in our axis order and its permutation to torch's. The ``results``
+    "dx" and "dw" have the shapes of the first two arguments, any other that of the last.
     """
     shapes, orders = zip(*arguments, strict=True)
 
@@ -87,20 +87,20 @@ def _with_gradients(forward: Callable[..., Any]) -> Function:
 
 
 def matmul_row(settings: Settings) -> Row:
-    """Make the row of one large square matrix product: the rate that the other rows' rates are divided by."""
+    """Make the row of one large square matrix product, whose FLOP rate is the reference for the other rows."""
     n = settings.matmul_size
     arguments = [((n, n), _MATRIX)] * 2
     return _operator(f"matmul-{n}", "matmul", settings, lambda a, b: (a @ b,), arguments, ["out"], 2 * n**3)
 
 
 def operator_rows(settings: Settings) -> Iterator[Row]:
-    """Yield the rows: transposed convolutions, poolings, and the three parts of 3x3 convolutions."""
+    """Yield the rows of transposed convolutions, max poolings, and 3x3 convolutions (forward, dx, dw)."""
     for stride in (32, 16, 8):
         yield _upsample_row(settings, stride)
     channels = [scaled(count, settings.width) for count in STAGE_CHANNELS]
     for stage, count in enumerate(channels):
         yield _pool_row(settings, settings.image_size >> stage, count)
-    # The first stage's second layer, the second's first, and the heaviest of the third and fourth.
+    # The second layer of stage 1, the first of stage 2, and the most expensive of stages 3 and 4.
     for stage, c_in in enumerate((channels[0], channels[0], channels[2], channels[3])):
         for part in ("forward", "dx", "dw"):
             yield _conv_row(settings, settings.image_size >> stage, c_in, channels[stage], part)
@@ -141,14 +141,14 @@ def _conv_row(settings: Settings, size: int, c_in: int, c_out: int, part: str) -
 def make_network(name: str, settings: Settings, **options: Any) -> FCN:
     """Make a network of the catalogue with the benchmark's encoder, width, dtype and classes."""
     options |= {"width": settings.width, "dtype": settings.jax_dtype}
-    if MODELS[name].family is not DilatedFCN:  # whose name says its encoder
+    if MODELS[name].family is not DilatedFCN:  # its name implies the encoder
         options["encoder"] = settings.encoder
     return create_model(name, NUM_CLASSES, **options)
 
 
 def network_rows(settings: Settings) -> Iterator[Row]:
     """Yield the rows of the encoder's forward pass, and of each network's inference and training step."""
-    # The encoder of the smallest head: torch's twin has one.
+    # The head is as small as possible; torch's twin always has one.
     yield _network("encoder", settings.encoder, make_network("fcn32s", settings, fc_features=1, fc6_kernel=1), settings)
     for name in NETWORKS:
         model = without_dropout(make_network(name, settings))
@@ -161,7 +161,7 @@ def _network(kind: str, name: str, model: FCN, settings: Settings) -> Row:
     vgg = VGG(ENCODERS[settings.encoder], model.compute, width=settings.width)
     part = "vgg/" if kind == "encoder" else ""
     layers = [r for r in summarize(model, size, batch_size) if r.kind != "BatchNorm" and r.path.startswith(part)]
-    # The gradients of kernels and of inputs are as many products again, each.
+    # The gradients of kernels and of inputs cost as many products each.
     flops = sum(layer.flops for layer in layers) * (3 if kind == "train" else 1)
 
     def forward(variables: Any, images: jax.Array) -> Any:
@@ -190,7 +190,7 @@ def _network(kind: str, name: str, model: FCN, settings: Settings) -> Row:
 
     tolerances = {quantity: _TOLERANCES[settings.dtype][quantity] for quantity in _QUANTITIES[kind]}
     if kind == "train" and isinstance(model, DilatedFCN):
-        # Fifty layers of batch norm amplify rounding: torch's two memory formats differ by 0.035 from each other.
+        # Fifty batch norms amplify rounding: even torch's two memory formats differ by 0.035.
         tolerances["update"] = 0.1
     about = {"encoder": model.encoder, "width": settings.width, "num_classes": NUM_CLASSES}
     about |= {"images_shape": [batch_size, *size, 3], "dtype": settings.dtype}

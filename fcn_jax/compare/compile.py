@@ -1,6 +1,6 @@
-"""Compile what train.py and predict would run for accelerators that need not be there, and read it from the programs.
+"""Compile the programs of train.py and predict for accelerators that need not be present, and analyse them.
 
-XLA's compilers for TPUs and GPUs run on any Linux x86-64 machine. What they do not tell is left out.
+XLA's compilers for TPUs and GPUs run on any Linux x86-64 machine. Values that they do not report are left out.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ from fcn_jax.step import new_state
 from fcn_jax.training.config_checks import loss_terms
 from fcn_jax.training.trainer import make_parallel_step
 
-# In training the loss's gather goes to the SparseCores of v5p and v6e, and libtpu cannot print such a program.
+# In training, v5p and v6e run the loss's gather on the SparseCores, and libtpu cannot print such a program.
 _PRINTABLE = {"xla_tpu_offload_gather_to_sparsecore": False}
-# The GPU's compiler times kernels on the device, which is not there; Triton's gemms need that.
+# Autotuning times kernels on the GPU, which is not present; Triton's GEMMs need autotuning.
 _GPU_OPTIONS = {"xla_gpu_autotune_level": 0, "xla_gpu_enable_triton_gemm": False}
 DEFAULT_PRECISION = {"tpu": "one bfloat16 pass", "gpu": "TF32", "cpu": "float32"}
-"""How products of float32 are computed by platform, where no precision is asked for."""
+"""How each platform computes float32 products at the default precision."""
 
 
 @dataclass(frozen=True)
@@ -56,21 +56,22 @@ class Target:
         return self.devices[0].platform
 
     def mesh(self, config: Config, inference: bool) -> Mesh:
-        """Arrange the devices as a config says; without ``config.mesh``, inference takes one."""
+        """Arrange the devices in the config's mesh; without ``config.mesh``, inference uses one device."""
 
         def pick(count: int | None) -> list[Any]:
             if count not in (None, len(self.devices)):
-                raise InputError(f"--mesh {config.mesh} has {count} devices, --target {self.name} {len(self.devices)}")
+                target = f"--target {self.name} has {len(self.devices)}"
+                raise InputError(f"--mesh {config.mesh} has {count} devices, but {target}")
             return self.devices[:1] if inference and config.mesh is None else self.devices
 
         return pick_mesh(config.mesh, None, pick)
 
 
 def open_target(name: str) -> Target:
-    """Make the devices of a target; ``FAMILY:AxB[xC]`` for TPUs, ``h100:N``, ``cpu:N``.
+    """Describe the devices of a target: ``FAMILY:AxB[xC]`` for TPUs, ``h100:N`` or ``cpu:N``.
 
     Raises:
-        InputError: an unknown target, or its compiler is not installed.
+        InputError: the target is unknown, or its compiler is not installed.
     """
     family, _, shape = name.partition(":")
     side = r"[1-9]\d*"
@@ -81,13 +82,13 @@ def open_target(name: str) -> Target:
     ):
         known = ", ".join(chip.example for chip in CHIPS.values() if chip.example)
         raise InputError(f"unknown target {name!r}; choose a family and its shape, as in {known}")
-    # All devices are described here; JAX need not look for any of its own.
+    # The target describes all devices, so JAX need not look for real ones.
     jax.config.update("jax_platforms", "cpu")
     if family == "cpu":
-        with contextlib.suppress(RuntimeError):  # JAX runs already
+        with contextlib.suppress(RuntimeError):  # JAX is already initialised
             jax.config.update("jax_num_cpu_devices", int(shape))
         if len(devices := jax.devices("cpu")) < int(shape):
-            raise InputError(f"target {name}: JAX runs with {len(devices)} CPU devices already; start another process")
+            raise InputError(f"target {name}: JAX already runs with {len(devices)} CPU devices; start another process")
         return Target(name, CHIPS[family], devices[: int(shape)])
     os.environ.update(TPU_SKIP_MDS_QUERY="1", ALLOW_MULTIPLE_LIBTPU_LOAD="1")
     plugins = "jax-cuda12-pjrt jax-cuda12-plugin nvidia-cuda-nvcc-cu12"
@@ -100,8 +101,8 @@ def open_target(name: str) -> Target:
     except jax.errors.JaxRuntimeError as error:
         raise InputError(f"target {name}: {first_line(error)}; choose another shape") from error
     except (RuntimeError, OSError, KeyError, AttributeError) as error:
-        packages = f"pip install --no-deps {plugins}, of jaxlib's version" if family == "h100" else "pip install libtpu"
-        raise InputError(f"target {name}: no compiler for it here ({first_line(error)}); {packages}") from error
+        packages = f"pip install --no-deps {plugins}, in jaxlib's version" if family == "h100" else "pip install libtpu"
+        raise InputError(f"target {name}: its compiler is not available ({first_line(error)}); {packages}") from error
     return Target(name, CHIPS[family], list(described.devices))
 
 
@@ -114,7 +115,7 @@ class Work:
     size: tuple[int, int]
     """Height and width of the images."""
     batch_size: int
-    """Of all devices together."""
+    """The global batch size, over all devices."""
     inference: bool = False
 
     @property
@@ -138,11 +139,11 @@ def lower(work: Work, target: Target) -> Any:
         class_maps = kernels_for(mesh)(make_class_maps(model, preprocessing_of(config.data)))
         return jax.jit(class_maps, static_argnums=2).lower(variables, placed(images), work.size, None)
     optimizer = make_optimizer(variables["params"], config.optim, 1000, config.model.freeze_stages)
-    # Weights that follow from the data are numbers like any others.
+    # Only whether there are class weights matters here, not their values.
     class_weights = None if config.loss.class_weights == "none" else np.ones(work.num_classes)
     loss = make_loss(loss_terms(config.loss), class_weights, config.loss.hard_fraction, config.loss.aux_weight)
     parallel = make_parallel_step(config, model, optimizer, loss, mesh)
-    step: Any = parallel.step  # the results of jit and pmap have more methods than their type says
+    step: Any = parallel.step  # jit and pmap return objects with more methods than their annotated type
     state = jax.eval_shape(lambda v: new_state(v, optimizer), variables)
     batch = {"image": images, "label": jax.ShapeDtypeStruct(images.shape[:3], jnp.uint8)}
     if config.parallel == "pmap" and config.mesh is None:
@@ -155,34 +156,34 @@ def lower(work: Work, target: Target) -> Any:
 
 @dataclass
 class CompileReport:
-    """What a compiled program says of itself; per device where not said otherwise."""
+    """The analysis of a compiled program; values are per device unless stated otherwise."""
 
     memory: dict[str, int] = field(default_factory=dict)
-    """Bytes that the compiler plans: arguments, outputs, temporaries, reused (outputs in arguments' place), total."""
+    """Bytes that the compiler plans: arguments, outputs, temporaries, reused (outputs that alias arguments), total."""
     flops: float | None = None
     bytes_accessed: float | None = None
     cycles: dict[str, dict[str, int]] = field(default_factory=dict)
     """Layer -> "forward" and "backward": the TPU compiler's own estimate, without waiting for other chips."""
     largest: list[dict[str, Any]] = field(default_factory=list)
-    """The instructions of the most estimated cycles."""
+    """The instructions with the most estimated cycles."""
     collectives: list[dict[str, Any]] = field(default_factory=list)
     products: list[dict[str, Any]] = field(default_factory=list)
-    """Convolutions and matrix products by dtype of their operands and the precision that they ask for."""
+    """Convolutions and matrix products, by operand dtype and requested precision."""
     text: str = field(default="", repr=False)
     """The compiled program."""
     notes: list[str] = field(default_factory=list)
-    """What a reader of the numbers has to know."""
+    """Caveats about the numbers."""
 
 
 class DoesNotFit(InputError):
-    """The program needs more memory than the chip has, as its compiler says."""
+    """The compiler reports that the program needs more memory than the chip has."""
 
 
 def compile_work(work: Work, target: Target) -> CompileReport:
-    """Compile for a target and read the program.
+    """Compile for a target and analyse the program.
 
     Raises:
-        DoesNotFit: the program does not fit; the compiler's first line says why.
+        DoesNotFit: the program does not fit in memory; the compiler's first line says why.
         InputError: it does not compile.
     """
     lowered = lower(work, target)
@@ -190,7 +191,7 @@ def compile_work(work: Work, target: Target) -> CompileReport:
         compiled = lowered.compile(_GPU_OPTIONS if target.platform == "gpu" else None)
     except jax.errors.JaxRuntimeError as error:
         kind = DoesNotFit if "RESOURCE_EXHAUSTED" in str(error) else InputError
-        message = f"{target.name} does not compile a batch of {work.batch_size}: {first_line(error)}"
+        message = f"a batch of {work.batch_size} does not compile for {target.name}: {first_line(error)}"
         raise kind(f"{message}; choose a smaller batch or --train.remat") from error
     report = CompileReport(products=count_products(lowered.as_text()))
     if (plan := compiled.memory_analysis()) is not None:
@@ -206,10 +207,10 @@ def compile_work(work: Work, target: Target) -> CompileReport:
     except jax.errors.JaxRuntimeError:
         compiled = lowered.compile(_PRINTABLE)
         report.text = compiled.as_text()
-        report.notes.append("below, the loss's gather is on the TensorCore: the compiler cannot print it elsewhere")
+        report.notes.append("below, the loss's gather is on the TensorCore: libtpu cannot print SparseCore programs")
     report.collectives = count_collectives(report.text)
     if work.config.train.accumulate > 1 and not work.inference:
-        report.notes.append("accumulated parts are a loop, which the compiler counts once: no FLOPs, bytes or cycles")
+        report.notes.append("no FLOPs, bytes or cycles: the compiler counts the loop of gradient accumulation once")
     elif target.platform == "tpu":
         costs = compiled.cost_analysis()
         report.flops, report.bytes_accessed = costs["flops"], costs["bytes accessed"]
@@ -219,7 +220,7 @@ def compile_work(work: Work, target: Target) -> CompileReport:
 
 
 def fits(work: Work, target: Target) -> bool:
-    """Tell whether the program compiles and its planned memory is within the chip's."""
+    """Return whether the program compiles and its planned memory fits on the chip."""
     try:
         report = compile_work(work, target)
     except DoesNotFit:
@@ -228,7 +229,7 @@ def fits(work: Work, target: Target) -> bool:
 
 
 def largest(fits: Callable[[int], bool], unit: int, start: int) -> int:
-    """Return the largest multiple of ``unit`` that fits, by doubling ``start`` and halving; 0 if none does."""
+    """Return the largest multiple of ``unit`` that fits, by doubling ``start`` and bisection; 0 if none fits."""
     low, high = 0, start
     while fits(high):
         low, high = high, 2 * high
@@ -238,7 +239,7 @@ def largest(fits: Callable[[int], bool], unit: int, start: int) -> int:
     return low
 
 
-# Reading programs
+# Analysis of programs
 
 _KINDS = "all-reduce|all-gather|reduce-scatter|collective-permute|all-to-all|collective-broadcast"
 _OPERATION = re.compile(rf"^\s*(?:ROOT )?%?\S+ = (.+?) ({_KINDS})(-start)?\((.*)$", re.MULTILINE)
@@ -251,12 +252,12 @@ _NAMES = re.compile(r'^\s*(?:ROOT )?%?(\S+) = (\(?[^\s{(]+)|op_name="([^"]*)"')
 
 
 def count_collectives(hlo: str) -> list[dict[str, Any]]:
-    """Count the collective operations of a compiled program that connect two devices or more.
+    """Count the collective operations of a compiled program that connect two or more devices.
 
-    An operation within a loop counts once, and so does one that lies in several fusions, by its channel. Of an
-    asynchronous pair the start is counted; its tuple holds operands and results except for all-reduce, whose tuple is
-    the results. ``hlo`` is ``compiled.as_text()``. The entries have "kind", "dtype", "count" (of operations with such a
-    result) and "bytes" (of the results on one device).
+    An operation in a loop counts once, and so does one that appears in several fusions (with the same channel). Of an
+    asynchronous pair only the start counts. Its tuple holds operands and results, for all-reduce the results alone.
+    ``hlo`` is ``compiled.as_text()``. The entries have "kind", "dtype", "count" (operations with such a result) and
+    "bytes" (of the results on one device).
     """
     counts: Counter[tuple[str, str]] = Counter()
     sizes: Counter[tuple[str, str]] = Counter()
@@ -264,8 +265,8 @@ def count_collectives(hlo: str) -> list[dict[str, Any]]:
     for shape, kind, start, rest in _OPERATION.findall(hlo):
         channel = _CHANNEL.search(rest)
         if _SINGLE.search(rest) or (channel and channel[1] in channels):
-            continue  # a device's sum with itself, or a part of an asynchronous operation that was counted
-        channels |= {channel[1]} if channel and kind != "all-reduce" else set()  # ``psum`` has the same for all
+            continue  # a group of one device, or part of an asynchronous operation already counted
+        channels |= {channel[1]} if channel and kind != "all-reduce" else set()  # all of ``psum`` share one
         arrays = _ARRAY.findall(shape)
         if start and kind != "all-reduce":
             arrays = arrays[len(arrays) // 2 :] if kind != "collective-permute" else arrays[1:2]
@@ -280,7 +281,7 @@ def count_collectives(hlo: str) -> list[dict[str, Any]]:
 
 
 def count_products(stablehlo: str) -> list[dict[str, Any]]:
-    """Count convolutions and matrix products of a lowered program, ``lowered.as_text()``."""
+    """Count the convolutions and matrix products of a lowered program, given ``lowered.as_text()``."""
     found: Counter[tuple[str, str, str]] = Counter()
     for line in stablehlo.splitlines():
         if match := _PRODUCT.search(line):
@@ -294,10 +295,10 @@ def count_products(stablehlo: str) -> list[dict[str, Any]]:
 
 
 def estimated_cycles(hlo: str, layers: list[str]) -> tuple[dict[str, dict[str, int]], list[dict[str, Any]]]:
-    """Add up the cycles that the TPU's compiler notes beside instructions, by layer, and list the largest ten.
+    """Add up the TPU compiler's cycle estimates by layer, and list the ten most expensive instructions.
 
-    What belongs to no layer is "other": loss, preprocessing, optimiser. Loops are not counted: their bodies have no
-    estimate as a whole.
+    Instructions outside the layers (loss, preprocessing, optimiser) count as "other". Loops are left out, because the
+    compiler gives no estimate for a whole loop.
     """
     cycles: dict[str, dict[str, int]] = defaultdict(lambda: {"forward": 0, "backward": 0})
     rows = []
@@ -315,7 +316,7 @@ def estimated_cycles(hlo: str, layers: list[str]) -> tuple[dict[str, dict[str, i
 
 
 def to_json(work: Work, target: Target, report: CompileReport) -> Mapping[str, Any]:
-    """Return the report without the program's text, with what was compiled."""
+    """Return the report without the program's text, and a description of what was compiled."""
     numbers = {name: value for name, value in vars(report).items() if name != "text"}
     what = {"target": target.name, "devices": len(target.devices), "size": work.size, "batch_size": work.batch_size}
     what |= {"network": work.config.model.name, "dtype": work.config.model.dtype, "parallel": work.config.parallel}

@@ -25,7 +25,7 @@ from fcn_jax.models.catalog import init_variables
 from fcn_jax.models.fcn import FCN, DilatedFCN, InterpolatedFCN, encoder_stage
 
 THRESHOLDS = {"float64": 1e-9, "float32": 1e-5, "bfloat16": 5e-2}
-"""The error over which a layer is named: a few thousand roundings of each dtype."""
+"""The error above which a layer is named, by dtype."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,14 +42,14 @@ class Case:
     dtype: str = "float32"
     """A key of ``THRESHOLDS``."""
     steps: int = 20
-    """Of SGD."""
+    """Steps of SGD."""
     optim: OptimConfig | None = None
-    """Of both sides."""
+    """The optimiser settings of both sides."""
     threshold: float | None = None
-    """By default that of the dtype."""
+    """By default the dtype's, from ``THRESHOLDS``."""
 
     def jax_side(self, name: str, model: FCN, dtype: str | None = None, **options: Any) -> Side:
-        """Make the side of a variant of the network, see ``make_jax_side``; parameters of bfloat16 are float32."""
+        """Make the side of a variant of the network; see ``make_jax_side``. With bfloat16, parameters are float32."""
         dtype = dtype or self.dtype
         variables = jax.tree.map(lambda x: jnp.asarray(x, _param_dtype(dtype)), self.variables)
         model = model.clone(dtype=jnp.dtype(dtype).type, param_dtype=_param_dtype(dtype))
@@ -71,9 +71,9 @@ def _shapes(model: FCN) -> Any:
 
 
 def random_variables(model: FCN, seed: int = 0) -> dict[str, Any]:
-    """Draw every array of a network, so that nothing compared is zero and no two layers are alike.
+    """Draw all arrays of a network at random, so that no compared value is zero and no two layers are equal.
 
-    Kernels are He normal (over the taps that an output pixel of a transposed convolution meets), biases and running
+    Kernels are He normal (for transposed convolutions, with the fan-in of an output pixel), biases and running
     means N(0, 0.1^2), scales N(1, 0.2^2), running variances uniform in [0.5, 1.5). All are NumPy float32, which every
     dtype but bfloat16 holds exactly.
     """
@@ -104,16 +104,16 @@ def random_batch(size: tuple[int, int], num_classes: int, batch_size: int = 2, s
 
 def cancelled_biases(model: FCN) -> list[str]:
     """Return the biases whose true gradient is zero, because the batch norm after them subtracts the mean."""
-    if model.encoder_norm is None or isinstance(model, DilatedFCN):  # the convolutions of ResNets have none
+    if model.encoder_norm is None or isinstance(model, DilatedFCN):  # ResNet convolutions have no bias
         return []
     convs = [name for name in _shapes(model)["params"]["vgg"] if name.startswith("conv")]
     return [f"vgg.{name}.bias" for name in convs if encoder_stage(("vgg", name)) > model.freeze_stages]
 
 
 def against_torch(case: Case, devices: int = 1) -> Report:
-    """Compare a network with its PyTorch twin, and below float64 both with the twin in float64.
+    """Compare a network with its PyTorch twin; below float64, also compare both with the twin in float64.
 
-    Our side splits the batch over ``devices`` (pmap). An InputError: torch is missing, or a side rejects the input.
+    Our side splits the batch over ``devices`` (pmap). Raises an InputError if torch is missing or the input invalid.
     """
     torch = import_torch_adapter()
     twin = torch.load_twin(case.model.clone(param_dtype=_param_dtype(case.dtype)), case.variables)
@@ -128,15 +128,15 @@ def against_torch(case: Case, devices: int = 1) -> Report:
     except ValueError as error:
         if "more than 1 value per channel" not in str(error):
             raise
-        raise InputError("torch normalises no single value; give a larger image or more images") from error
+        raise InputError("torch's batch norm needs several values per channel; give a larger image or more") from error
 
 
 def against_jax(case: Case, devices: int = 2) -> Iterator[Report]:
-    """Compare a network with itself, computed in other ways; yield one report for each pair.
+    """Compare a network with itself, computed differently; yield one report for each pair.
 
-    The ways: pmap and mesh on ``devices`` against one device; float32 against float64; the precisions "default" and
-    "high" against "highest"; polyphase upsampling against the dilated convolution; rematerialised stages against kept
-    ones. An InputError: the batch does not split over the devices, or float64 is turned off in JAX.
+    The pairs: pmap and mesh on ``devices`` against one device; float32 against float64; the precisions "default" and
+    "high" against "highest"; polyphase upsampling against the dilated convolution; rematerialised against stored
+    stages. Raises an InputError if the batch does not split over the devices, or float64 is turned off in JAX.
     """
     if len(case.images) % devices:
         raise InputError(f"expected a batch that splits over {devices} devices, got {len(case.images)} images")
@@ -160,14 +160,14 @@ def against_jax(case: Case, devices: int = 2) -> Iterator[Report]:
         yield pair(at(precision), highest)
     if not isinstance(model, InterpolatedFCN):
         yield pair(renamed("polyphase"), case.jax_side("dilated", model, interceptor=dilated_upsampling))
-    names = ("kept", "remat") if model.remat else ("remat", "kept")
+    names = ("stored", "remat") if model.remat else ("remat", "stored")
     yield pair(case.jax_side(names[0], model.clone(remat=not model.remat)), renamed(names[1]))
 
 
 def save_record(case: Case, path: Path, about: Mapping[str, Any]) -> None:
-    """Write what our side computes to a .safetensors file: layers, loss, gradient, statistics, every step of training.
+    """Write our side's results to a .safetensors file: layers, loss, gradient, statistics, every training step.
 
-    ``about`` says what was computed; ``against_record`` refuses to compare other work.
+    ``about`` describes the computation; ``against_record`` rejects a file with another description.
     """
     import safetensors.numpy
 
@@ -190,7 +190,7 @@ def save_record(case: Case, path: Path, about: Mapping[str, Any]) -> None:
 
 
 def against_record(case: Case, path: Path, about: Mapping[str, Any]) -> Report:
-    """Compare our side with a file of ``save_record``; an InputError where the file is none, or of other work."""
+    """Compare our side with a file of ``save_record``; InputError if it is not one, or describes other work."""
     import safetensors
 
     try:
@@ -198,12 +198,12 @@ def against_record(case: Case, path: Path, about: Mapping[str, Any]) -> Report:
             metadata, arrays = file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         theirs, order = json.loads(metadata["about"]), json.loads(metadata["order"])
     except (OSError, KeyError, ValueError, safetensors.SafetensorError) as error:
-        message = f"--against {path}: not a file of fcn-jax parity --save ({first_line(error)})"
-        raise InputError(f"{message}; give one, or torch or jax") from error
+        message = f"--against {path}: not a file written by fcn-jax parity --save ({first_line(error)})"
+        raise InputError(f"{message}; give such a file, torch or jax") from error
     mine = json.loads(json.dumps(about))
     if differs := [key for key in mine if key != "name" and theirs.get(key) != mine[key]]:
         pairs = ", ".join(f"{key} {theirs.get(key)} (here {mine[key]})" for key in differs)
-        raise InputError(f"--against {path} has other work: {pairs}; give the same options")
+        raise InputError(f"--against {path} was saved with {pairs}; give the same options")
 
     def under(prefix: str) -> dict[str, np.ndarray]:
         return {name.removeprefix(prefix): arrays[name] for name in order if name.startswith(prefix)}

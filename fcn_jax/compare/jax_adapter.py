@@ -1,4 +1,4 @@
-"""A network of the catalogue, trained by train.py's step: sides of comparisons, benchmarks, collective operations."""
+"""Comparison sides and benchmark runners for networks of the catalogue, with the training step of train.py."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ def without_dropout(model: FCN) -> FCN:
 def dilated_upsampling(next_call: Any, args: Any, kwargs: Any, context: Any) -> Any:
     """Compute transposed convolutions as ``jax.lax.conv_transpose`` does, as a convolution of the dilated input.
 
-    An interceptor: out[o] = sum over j of dilated[o + j - (k - 1 - padding)] kernel[k - 1 - j], the sum of
-    ``models.upsample.transposed_conv`` with its zeros.
+    A Flax interceptor: out[o] = sum over j of dilated[o + j - (k - 1 - padding)] kernel[k - 1 - j], which is the sum of
+    ``models.upsample.transposed_conv`` with the zero terms included.
     """
     layer = context.module
     if not isinstance(layer, TransposedConv) or context.method_name != "__call__":
@@ -53,7 +53,7 @@ def dilated_upsampling(next_call: Any, args: Any, kwargs: Any, context: Any) -> 
 
 
 def _apply(model: FCN, axis_name: AxisName | None, interceptor: Any) -> Callable[..., Any]:
-    """Return the ``apply`` of a model, its layers replaced by the interceptor where there is one."""
+    """Return a model's ``apply``, with its layers intercepted if there is an interceptor."""
     apply = model.clone(axis_name=axis_name).apply
     if interceptor is None:
         return apply
@@ -86,25 +86,25 @@ def make_jax_side(
     devices: int = 1,
     interceptor: Callable[..., Any] | None = None,
 ) -> Side:
-    """Make the side of a network: names and axes are torch's, those of ``weights.to_torch``.
+    """Make the side of a network, with torch's names and axes as in ``weights.to_torch``.
 
     Args:
         model: a network of the catalogue; its dropout is turned off.
         variables: its weights; they are not changed.
-        optim: of the training; by default ``OptimConfig()``.
-        name: what reports call this side.
+        optim: settings of SGD; by default ``OptimConfig()``.
+        name: the side's name in reports.
         mode: "pmap" or "mesh", as in ``devices``; on one device "mesh" is plain jit.
-        devices: over how many devices the batch is split.
-        interceptor: replaces calls of layers, see ``flax.linen.intercept_methods``.
+        devices: number of devices that the batch is split over.
+        interceptor: replaces calls of layers; see ``flax.linen.intercept_methods``.
 
     Raises:
         InputError: unknown mode, too few devices, or float64 requested where JAX has it turned off.
     """
     if jnp.dtype(model.param_dtype) == np.float64 and not jax.config.read("jax_enable_x64"):
-        raise InputError("float64 is turned off in JAX; jax.config.update('jax_enable_x64', True) at the start")
+        raise InputError("float64 is turned off in JAX; call jax.config.update('jax_enable_x64', True) at the start")
     model, chosen = without_dropout(model), pick_devices(devices)
     sgd = make_optimizer(variables["params"], optim or OptimConfig(), 1, model.freeze_stages)
-    # Passes the gradient on and keeps it in the state, for ``gradient``.
+    # Stores the gradient in the state, for ``gradient``, and passes it on unchanged.
     recorder = optax.GradientTransformation(
         lambda params: jax.tree.map(jnp.zeros_like, params), lambda grads, state, params=None: (grads, grads)
     )
@@ -135,9 +135,9 @@ def make_jax_side(
         return {layer: y.reshape(-1, *y.shape[2:]) for layer, y in found.items()} if mode == "pmap" else found
 
     def steps(images: np.ndarray, labels: np.ndarray) -> Iterator[tuple[Any, Any]]:
-        """Yield state and sums after each step on one batch, without end."""
+        """Yield state and sums after each step on one batch, endlessly."""
         batch = parallel.place_batch({"image": np.asarray(images, model.param_dtype), "label": np.int32(labels)})
-        # The step consumes its state, the caller's weights must survive.
+        # The step donates its state; the copy preserves the caller's weights.
         state = parallel.place_state(new_state(jax.tree.map(jnp.copy, variables), optimizer))
         while True:
             state, sums = parallel.step(state, batch)
@@ -161,7 +161,7 @@ def _running_statistics(model: FCN, state: Any) -> Arrays:
 
 
 def _planned_bytes(jitted: Any, *arguments: Any) -> int | None:
-    """Compile, and return arguments, outputs and temporaries of the program; donated arrays count once."""
+    """Compile; return the bytes of arguments, outputs and temporaries. Donated arrays count once."""
     plan = jitted.lower(*arguments).compile().memory_analysis()
     if plan is None:
         return None
@@ -178,7 +178,7 @@ def function_runner(function: Callable[..., Any], arguments: Any, numbers: Calla
 
 
 def train_runner(model: FCN, variables: Any, batch: tuple[Any, Any], optim: OptimConfig) -> Runner:
-    """Make the runner of the training step: under pmap, on the first device."""
+    """Make the runner of the training step, under pmap on the first device."""
     optimizer = make_optimizer(variables["params"], optim, 1)
     parallel = step_on_devices(model, optimizer, "pmap", jax.devices()[:1])
     state = parallel.place_state(new_state(jax.tree.map(jnp.array, variables), optimizer))

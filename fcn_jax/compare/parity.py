@@ -1,4 +1,4 @@
-"""Two implementations side by side: layer by layer, gradient by gradient, step by step. The result is plain data."""
+"""Compare the layers, gradients and training steps of two implementations. The result is plain data."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ class Gradient:
     """The loss of a batch in training mode, its gradient, and the running statistics afterwards."""
 
     loss: float | np.ndarray
-    """A number, or an array () in the dtype of its computation."""
+    """A number, or a scalar array in the dtype of its computation."""
     gradients: Arrays
-    """Of every parameter, in one framework's axes on both sides."""
+    """Gradients of all parameters, in the same axis order on both sides."""
     statistics: Arrays
     """Running statistics of batch norms after the step."""
 
@@ -40,9 +40,9 @@ class TrainedStep:
     """One step of training."""
 
     loss: float
-    """Of the batch before the step."""
+    """Loss of the batch before the step."""
     parameters: Arrays
-    """After the step; valid until the next step is requested."""
+    """Parameters after the step; valid until the next step is requested."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +56,7 @@ class Side:
 
     name: str
     layers: Callable[[np.ndarray, bool], Arrays]
-    """(images, train) -> outputs of layers, the last of them the logits."""
+    """(images, train) -> outputs of layers; the last one is the logits."""
     gradient: Callable[[np.ndarray, np.ndarray], Gradient] | None = None
     """(images, labels) -> mean softmax cross-entropy over valid pixels, its gradient, statistics."""
     train: Callable[[np.ndarray, np.ndarray, int], Iterator[TrainedStep]] | None = None
@@ -74,19 +74,19 @@ class Row:
     """Largest |x - y| of an element."""
     ulp_median: float
     ulp_max: int
-    """Floating-point numbers between two elements, counted in the coarser of the two dtypes."""
+    """Distance between two elements, in floating-point numbers of the coarser dtype."""
     name: str = ""
     of_global: bool = False
-    """The error is |x - y| over the norm of the whole gradient: the true value is zero."""
+    """The error is |x - y| over the norm of the whole gradient, because the true value is zero."""
     ours_off: float | None = None
-    """Error of our side against the reference (float64), where there is one."""
+    """Error of our side against the reference (float64), if there is one."""
     theirs_off: float | None = None
     noise: float | None = None
-    """Error between two ways in which the other side computes the same (torch's memory formats), where given."""
+    """Error between two computations of the other side (torch's two memory formats), if given."""
 
     @property
     def judged(self) -> float:
-        """The error that limits apply to: from the reference if there is one, else from the other side."""
+        """The error that limits apply to: against the reference if there is one, else against the other side."""
         return self.error if self.ours_off is None else self.ours_off
 
 
@@ -108,12 +108,12 @@ class StepRow:
 
 @dataclasses.dataclass(frozen=True)
 class Predictions:
-    """How far the classes of two sides' logits agree, over all pixels."""
+    """The agreement of both sides' predictions, over all pixels."""
 
     agreement: float
     """Share of pixels with the same class."""
     kl_mean: float
-    """Mean of sum_c q_c log(q_c / p_c), q the other side's softmax and p ours, in nats."""
+    """Mean of sum_c q_c log(q_c / p_c), in nats; q is the other side's softmax, p ours."""
     kl_max: float
 
 
@@ -125,7 +125,7 @@ class Report:
     theirs: str
     threshold: float
     layers: dict[str, list[Row]] = dataclasses.field(default_factory=dict)
-    """By mode, "eval" and "train", in the order in which they run."""
+    """By mode, "eval" and "train", in order of execution."""
     predictions: dict[str, Predictions] = dataclasses.field(default_factory=dict)
     """By mode, of the logits."""
     loss: Row | None = None
@@ -136,7 +136,7 @@ class Report:
     """Names that only one side has."""
 
     def errors(self, part: Part) -> dict[str, float]:
-        """Return the errors of a part that limits apply to, by name."""
+        """Return the errors of a part to which limits apply, by name."""
         if part == "layers":
             return {f"{row.name} ({mode})": row.judged for mode, rows in self.layers.items() for row in rows}
         if part == "steps":
@@ -145,11 +145,11 @@ class Report:
         return {row.name: row.judged for row in rows[part]}
 
     def worst(self, part: Part) -> tuple[str, float] | None:
-        """Return the name and size of the largest error of a part; NaN is larger than all."""
+        """Return the name and size of the largest error of a part; NaN counts as the largest."""
         return max(self.errors(part).items(), key=lambda item: _rank(item[1]), default=None)
 
     def to_json(self) -> dict[str, Any]:
-        """Return dicts, lists and numbers."""
+        """Return the report as dicts, lists and numbers."""
         over = {mode: first_over(rows, self.threshold) for mode, rows in self.layers.items()}
         return {**dataclasses.asdict(self), "first_over": over, "worst": {part: self.worst(part) for part in PARTS}}
 
@@ -159,19 +159,19 @@ def _rank(error: float) -> float:
 
 
 def first_over(rows: list[Row], threshold: float) -> str | None:
-    """Return the name of the first row whose error is over the threshold, or not a number."""
+    """Return the name of the first row whose error is above the threshold or NaN."""
     return next((row.name for row in rows if not row.judged <= threshold), None)
 
 
 def _blocks(*arrays: np.ndarray) -> Iterator[tuple[np.ndarray, ...]]:
-    """Cut arrays of one size into parts that fit the cache: fc6 at full width has 10^8 elements."""
+    """Split arrays of one size into blocks that fit in the cache: fc6 at full width has 10^8 elements."""
     flat = [np.asarray(array).reshape(-1) for array in arrays]
     for start in range(0, flat[0].size, _BLOCK):
         yield tuple(array[start : start + _BLOCK] for array in flat)
 
 
 def square_sums(ours: np.ndarray, theirs: np.ndarray) -> tuple[float, float]:
-    """Return the sums of (x - y)^2 and of y^2 over all elements in float64; InputError where the shapes differ."""
+    """Return the sums of (x - y)^2 and of y^2 over all elements in float64; InputError if the shapes differ."""
     if np.shape(ours) != np.shape(theirs):
         raise InputError(f"expected arrays of one shape, got {np.shape(ours)} and {np.shape(theirs)}")
     difference = size = 0.0
@@ -185,14 +185,14 @@ def square_sums(ours: np.ndarray, theirs: np.ndarray) -> tuple[float, float]:
 def error_norm(ours: np.ndarray, theirs: np.ndarray, scale: float | None = None) -> float:
     """Return |ours - theirs| / |theirs| in Euclidean norms, computed in float64; ``scale`` replaces |theirs|.
 
-    A scale is e.g. the norm of a whole gradient, for a part of it that is zero but for rounding. The result is 0 where
-    both are equal, infinity where only the divisor is zero, NaN where one holds NaN or infinity. Shapes must agree.
+    Example of a scale: the norm of the whole gradient, for a part whose true value is zero. The result is 0 if both are
+    equal, infinity if only the divisor is zero, NaN if either has NaN or infinity. Shapes must agree.
     """
     return joint_error({"": ours}, {"": theirs}, [""], scale)
 
 
 def joint_error(ours: Arrays, theirs: Arrays, names: Collection[str], scale: float | None = None) -> float:
-    """Return |ours - theirs| / |theirs|, one norm over the named arrays together; see ``error_norm``."""
+    """Return |ours - theirs| / |theirs|, with one norm over all named arrays; see ``error_norm``."""
     sums = [square_sums(ours[name], theirs[name]) for name in names]
     squares, size = sum(pair[0] for pair in sums), sum(pair[1] for pair in sums)
     divisor = math.sqrt(size) if scale is None else scale
@@ -202,8 +202,8 @@ def joint_error(ours: Arrays, theirs: Arrays, names: Collection[str], scale: flo
 def ulp_distance(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     """Count the steps of ``nextafter`` from each element of x to that of y, in uint64; +0 and -0 are equal.
 
-    Both are float64, float32, float16 or bfloat16 of any one shape, otherwise it is an InputError. The result is
-    2^64 - 1 where exactly one of the two is NaN, 0 where both are.
+    Both must have one shape and one dtype: float64, float32, float16 or bfloat16; anything else raises an InputError.
+    The result is 2^64 - 1 where exactly one of the two is NaN, and 0 where both are.
     """
     x, y = np.asarray(x), np.asarray(y)
     if x.dtype != y.dtype or x.shape != y.shape or not jnp.issubdtype(x.dtype, jnp.floating):
@@ -212,7 +212,7 @@ def ulp_distance(x: np.ndarray, y: np.ndarray) -> np.ndarray:
         )
     integer = np.dtype(f"i{x.dtype.itemsize}")
     bits = (np.ascontiguousarray(value).view(integer).astype(np.int64) for value in (x, y))
-    # Without its sign the bits of a number count upwards from zero: turned into signed integers they are in order.
+    # Without the sign bit, the bits order floats by magnitude; negated for negative numbers, they order all floats.
     a, b = (np.where(value < 0, np.iinfo(integer).min - value, value) for value in bits)
     distance = np.maximum(a, b).astype(np.uint64) - np.minimum(a, b).astype(np.uint64)
     nan_x, nan_y = np.isnan(x), np.isnan(y)
@@ -221,7 +221,7 @@ def ulp_distance(x: np.ndarray, y: np.ndarray) -> np.ndarray:
 
 
 def measure(ours: np.ndarray, theirs: np.ndarray, scale: float | None = None, **more: Any) -> Row:
-    """Measure how far ``ours`` is from ``theirs``, see ``error_norm``; ULPs are those of the coarser dtype.
+    """Measure how far ``ours`` is from ``theirs``; see ``error_norm``. ULPs are those of the coarser dtype.
 
     ``more`` are further fields of the row.
     """
@@ -248,8 +248,8 @@ def compare_arrays(
 ) -> list[Row]:
     """Measure the arrays that both sides have, in our order.
 
-    ``reference`` has the exact values, ``noise`` the other side's, computed in another way. ``cancelled`` names arrays
-    whose true value is zero: their difference is divided by the norm of all. Shapes that differ are an InputError.
+    ``reference`` has the exact values, ``noise`` the other side's from another computation. ``cancelled`` names arrays
+    whose true value is zero; their difference is divided by the norm of all. Raises an InputError if shapes differ.
     """
     whole = math.sqrt(sum(square_sums(y, y)[1] for y in theirs.values())) if cancelled else None
     rows = []
@@ -269,10 +269,10 @@ def compare_arrays(
 
 
 def compare_predictions(ours: np.ndarray, theirs: np.ndarray) -> Predictions:
-    """Compare logits (..., num_classes) of one shape by what is predicted from them."""
+    """Compare logits (..., num_classes) of one shape by the classes and probabilities that they predict."""
     x, y = (np.asarray(logits, np.float64) for logits in (ours, theirs))
     log_p, log_q = (z - np.logaddexp.reduce(z, axis=-1, keepdims=True) for z in (x, y))
-    kl = np.maximum(np.sum(np.exp(log_q) * (log_q - log_p), axis=-1), 0.0)  # below zero by rounding alone
+    kl = np.maximum(np.sum(np.exp(log_q) * (log_q - log_p), axis=-1), 0.0)  # negative only by rounding
     return Predictions(float(np.mean(x.argmax(-1) == y.argmax(-1))), float(kl.mean()), float(kl.max()))
 
 
@@ -296,12 +296,12 @@ def compare(
         theirs: the other; errors are relative to it.
         images: float (b, h, w, 3), normalised.
         labels: integers (b, h, w), 255 is ignored.
-        steps: of training, at most; 0 leaves them out.
-        modes: in which layers are compared: batch norms by their running statistics, or by the batch's.
-        threshold: the first layer over it is named.
+        steps: maximum number of training steps; 0 for none.
+        modes: in which layers are compared. Batch norm uses running statistics in "eval", the batch's in "train".
+        threshold: the report names the first layer whose error is above it.
         reference: a third side, in float64, that gives the exact values.
-        noise: the other side once more, computed in another way: its own rounding noise.
-        cancelled: parameters whose true gradient is zero, see ``compare_arrays``.
+        noise: the other side computed in another way, to measure its rounding noise.
+        cancelled: parameters whose true gradient is zero; see ``compare_arrays``.
 
     Raises:
         InputError: a side does not accept the images, or two arrays of one name have different shapes.
@@ -323,12 +323,12 @@ def compare(
         report.statistics = compare_arrays(g.statistics, h.statistics, r.statistics, n.statistics)
         unmatched |= (g.gradients.keys() ^ h.gradients.keys()) | (g.statistics.keys() ^ h.statistics.keys())
         del g, h, r, n
-    # Both in the order in which the layers run.
+    # Sort both in the layers' order of execution.
     depth = {row.name: index for rows in report.layers.values() for index, row in enumerate(rows)}
     for rows in (report.gradients, report.statistics):
         rows.sort(key=lambda row: depth.get(row.name.rpartition(".")[0], len(depth)))
     if steps and ours.train and theirs.train:
-        # Both train in step, and map drops a step before it requests the next: one of each is in memory.
+        # Both sides train in lockstep; map drops a step before it requests the next, so one of each is in memory.
         trained = (ours.train(images, labels, steps), theirs.train(images, labels, steps))
         report.steps = list(map(functools.partial(_compare_step, {}), itertools.count(1), *trained))
     report.unmatched = sorted(unmatched)
@@ -339,7 +339,7 @@ def _compare_step(start: dict[str, np.ndarray], number: int, ours: TrainedStep, 
     """Compare one step of both trainings; the first fills ``start`` with the other side's parameters."""
     shared = [name for name in ours.parameters if name in theirs.parameters]
     if not shared:
-        raise InputError("the two sides share no parameter's name; give the names of one in the other's")
+        raise InputError("the two sides share no parameter names; rename the parameters of one side")
     if not start:
         start.update((name, np.array(theirs.parameters[name])) for name in shared)
     loss_error = error_norm(np.asarray(ours.loss), np.asarray(theirs.loss))

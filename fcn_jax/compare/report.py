@@ -20,7 +20,7 @@ def _error(value: float | None) -> str:
 
 
 def _number(value: float | None) -> str:
-    """Write a figure with three significant digits, a large one without decimals."""
+    """Format a number with three significant digits; large ones have no decimals."""
     return "" if value is None else f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
 
 
@@ -32,8 +32,8 @@ def _table(title: str, *columns: str, left: int = 1) -> Table:
 
 
 def _arrays(title: str, rows: Sequence[Row], report: Report, ulp: bool = False, mark: bool = False) -> Table:
-    """Make the table of some arrays; columns that no row fills are left out."""
-    off = [f"{report.ours} off float64", f"{report.theirs} off float64"]
+    """Make the table of some arrays, without empty columns."""
+    off = [f"{report.ours} vs float64", f"{report.theirs} vs float64"]
     columns = {
         "shape": [" ".join(map(str, row.shape)) for row in rows],
         "error": [_error(row.error) + ("*" if row.of_global else "") for row in rows],
@@ -42,7 +42,7 @@ def _arrays(title: str, rows: Sequence[Row], report: Report, ulp: bool = False, 
         "ULP max": [f"{row.ulp_max:.3g}" if ulp else "" for row in rows],
         off[0]: [_error(row.ours_off) for row in rows],
         off[1]: [_error(row.theirs_off) for row in rows],
-        f"{report.theirs}'s two formats": [_error(row.noise) for row in rows],
+        f"{report.theirs} memory formats": [_error(row.noise) for row in rows],
     }
     columns = {name: cells for name, cells in columns.items() if any(cells)}
     table = _table(title, "", *columns)
@@ -58,7 +58,7 @@ def parity_tables(report: Report) -> Iterator[Table]:
     for mode, rows in report.layers.items():
         yield _arrays(f"layers, {mode} mode: {report.ours} against {report.theirs}", rows, report, True, True)
     if report.predictions:
-        table = _table("predictions", "mode", "pixels of one class", "KL mean", "KL max")
+        table = _table("predictions", "mode", "pixel agreement", "KL mean", "KL max")
         for mode, each in report.predictions.items():
             table.add_row(mode, f"{each.agreement:.4%}", _error(each.kl_mean), _error(each.kl_max))
         yield table
@@ -71,7 +71,7 @@ def parity_tables(report: Report) -> Iterator[Table]:
     if report.statistics:
         yield _arrays("running statistics", report.statistics, report)
     if report.steps:
-        columns = (f"loss {report.ours}", f"loss {report.theirs}", "loss error", "parameters' error")
+        columns = (f"loss {report.ours}", f"loss {report.theirs}", "loss error", "parameter error")
         table = _table("SGD", "step", *columns, "moved since step 1")
         for step in report.steps:
             errors = map(_error, (step.loss_error, step.error, step.moved))
@@ -90,7 +90,7 @@ def summary_table(reports: Sequence[Report]) -> Table:
 
 
 def save_figure(path: Path, reports: Sequence[Report]) -> None:
-    """Draw the errors by depth (training mode) and by step of SGD; an error of 0 is not on the logarithmic axis."""
+    """Plot the errors by depth (training mode) and by step of SGD; the logarithmic axis omits errors of 0."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(14, 5.5), layout="constrained")
@@ -106,8 +106,8 @@ def save_figure(path: Path, reports: Sequence[Report]) -> None:
         depth.set_xticks(range(1, len(rows) + 1), [row.name for row in rows], rotation=90, fontsize=7)
         plot(depth, label, [row.error for row in rows])
         if rows[0].ours_off is not None:
-            plot(depth, f"{report.ours} off float64", [row.ours_off for row in rows])
-            plot(depth, f"{report.theirs} off float64", [row.theirs_off for row in rows])
+            plot(depth, f"{report.ours} vs float64", [row.ours_off for row in rows])
+            plot(depth, f"{report.theirs} vs float64", [row.theirs_off for row in rows])
         plot(step, f"{label}: parameters", [row.error for row in report.steps])
         plot(step, f"{label}: loss", [row.loss_error for row in report.steps])
     depth.axhline(reports[0].threshold, color="grey", linewidth=0.8, linestyle=":")
@@ -121,13 +121,13 @@ def save_figure(path: Path, reports: Sequence[Report]) -> None:
 
 
 def matmul_rate(results: Sequence[Result]) -> float | None:
-    """Return the machine's FLOP/s: of the large matrix product, by whichever framework was faster."""
+    """Return the machine's FLOP/s in the large matrix product, with the faster framework."""
     sides = [(r.row.flops or 0, side) for r in results if r.row.group == "machine" for side in r.sides.values()]
     return max((flops / side.median_s for flops, side in sides if side.samples_s), default=None)
 
 
 def pool_sum(results: Sequence[Result]) -> tuple[float, float | None] | None:
-    """Return the seconds of all pools together, ours and torch's, where every one was timed."""
+    """Return the total seconds of all poolings, ours and torch's, if every one was timed."""
     pools = [result for result in results if result.row.name.startswith("pool-")]
     ours = [result.ours.median_s for result in pools if result.ours]
     theirs = [result.theirs[1].median_s for result in pools if result.theirs]
@@ -145,8 +145,8 @@ def _times(ours: float, theirs: float | None, by: str) -> list[str]:
 
 
 def bench_tables(results: Sequence[Result], title: str) -> Iterator[Table]:
-    """Make the table of times, and that of memory and set-up; a row that is wrong or failed says so."""
-    columns = ("ours ms", "torch ms", "torch by", "ours/torch", "GFLOP/s", "of matmul", "images/s", "error")
+    """Make the tables of times and of memory and set-up; wrong and failed rows are marked."""
+    columns = ("ours ms", "torch ms", "variant", "ours/torch", "GFLOP/s", "of matmul", "images/s", "error")
     times, rate, group = _table(title, "", *columns), matmul_rate(results), results[0].row.group
     first_call = ("ours MB", "torch MB", "ours first s", "torch first s")
     setup = _table("memory, and time to the end of the first call", "", *first_call)
@@ -175,7 +175,7 @@ def bench_tables(results: Sequence[Result], title: str) -> Iterator[Table]:
 
 
 def pipeline_table(recipe: str, rates: Sequence[Mapping[str, Any]]) -> Table:
-    """Make the table of an input pipeline's speed, see ``bench.pipeline_rates``."""
+    """Make the table of an input pipeline's speed; see ``bench.pipeline_rates``."""
     table = _table(f"input pipeline of {recipe}", "workers", "images/s", "images/s per core", left=0)
     for rate in rates:
         table.add_row(str(rate["workers"]), _number(rate["images_per_s"]), _number(rate["images_per_core_s"]))
@@ -183,5 +183,5 @@ def pipeline_table(recipe: str, rates: Sequence[Mapping[str, Any]]) -> Table:
 
 
 def save_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Write a record whole; numbers that JSON cannot represent become their names."""
+    """Write a record atomically; NaN and infinities become strings."""
     write_whole(path, json.dumps(json.loads(json.dumps(content), parse_constant=str), indent=2) + "\n")

@@ -1,4 +1,4 @@
-"""PyTorch modules in a comparison, and PyTorch's work in a benchmark. Imported only where torch is needed."""
+"""Comparison sides and benchmark runners for PyTorch modules. Imported only where torch is needed."""
 
 from __future__ import annotations
 
@@ -29,24 +29,24 @@ from fcn_jax.models.fcn import FCN
 
 Function = Callable[..., Any]
 _DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.float32}
-"""Of parameters, by the dtype of the computation."""
+"""Parameter dtype, by compute dtype."""
 
 
 @dataclass(frozen=True)
 class Way:
-    """How PyTorch computes."""
+    """The settings of a PyTorch computation."""
 
     dtype: str = "float32"
     """"float64", "float32", or "bfloat16" (autocast over float32 parameters)."""
     format: torch.memory_format = torch.contiguous_format
-    """Of images and kernels."""
+    """Memory format of images and kernels."""
     device: str = "cpu"
     backend: str | None = None
-    """Of ``torch.compile``; None: not compiled."""
+    """Backend of ``torch.compile``; None for eager mode."""
 
     def tensor(self, x: Any) -> Tensor:
         """Copy an array, in torch's axes, to the device."""
-        low = x.dtype.name == "bfloat16"  # which torch does not know as a dtype of NumPy
+        low = x.dtype.name == "bfloat16"  # torch does not know this NumPy dtype
         tensor = torch.from_numpy(np.array(x, np.float32 if low else None)).to(self.device)
         tensor = tensor.to(torch.bfloat16) if low else tensor
         return tensor.contiguous(memory_format=self.format) if tensor.ndim == 4 else tensor
@@ -56,7 +56,7 @@ class Way:
         return self.tensor(images.transpose(0, 3, 1, 2).astype("float64" if self.dtype == "float64" else "float32"))
 
     def place(self, module: nn.Module, train: bool) -> nn.Module:
-        """Copy a module to the device, dropout off."""
+        """Copy a module to the device, with dropout off."""
         module = copy.deepcopy(module).to(self.device, _DTYPES[self.dtype]).train(train)
         module.to(memory_format=self.format)  # type: ignore[call-overload]  # torch's stubs do not know the argument
         for layer in module.modules():
@@ -65,7 +65,7 @@ class Way:
         return module
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
-        """Return the context of a forward pass."""
+        """Return the autocast context of a forward pass."""
         return torch.autocast(self.device, torch.bfloat16) if self.dtype == "bfloat16" else contextlib.nullcontext()
 
     def wait(self, _: Any) -> None:
@@ -74,11 +74,11 @@ class Way:
             torch.cuda.synchronize()
 
     def compiled(self, function: Function) -> Function:
-        """Compile a function where that is chosen."""
+        """Compile a function if a backend is set."""
         return function if self.backend is None else torch.compile(function, backend=self.backend)
 
     def loss(self, module: nn.Module, x: Tensor, target: Tensor) -> Tensor:
-        """Return the mean softmax cross-entropy, and add that of auxiliary logits times Tramac's 0.4."""
+        """Return the mean softmax cross-entropy, plus 0.4 times that of auxiliary logits, as in Tramac."""
         with self.autocast():
             out = module(x)
         main, *aux = out if isinstance(out, tuple) else (out,)
@@ -96,12 +96,12 @@ def _sgd(module: nn.Module, optim: OptimConfig, fused: bool | None = None) -> to
 def _step(loss: Tensor, sgd: torch.optim.SGD) -> Tensor:
     loss.backward()
     sgd.step()
-    sgd.zero_grad()  # frees the gradients, so that their memory serves until the next backward pass
+    sgd.zero_grad()  # frees the gradients, so that their memory is reused until the next backward pass
     return loss.detach()
 
 
 def _numpy(x: Tensor) -> np.ndarray:
-    """Copy a tensor: on the CPU ``numpy`` gives a view, which follows the parameters that it was taken from."""
+    """Copy a tensor to NumPy; on the CPU ``Tensor.numpy`` returns a view, which changes with the parameters."""
     x = x.detach().cpu()
     return x.float().numpy().astype(jnp.bfloat16) if x.dtype == torch.bfloat16 else np.array(x.numpy())
 
@@ -125,15 +125,15 @@ def make_torch_side(
 ) -> Side:
     """Make the side of a module: images (b, 3, h, w) -> logits (b, num_classes, h, w), or (logits, auxiliary logits).
 
-    The module itself is not touched; copies of it run on the CPU with dropout off. An unknown dtype is an InputError.
+    The module is not changed; copies of it run on the CPU with dropout off. An unknown dtype raises an InputError.
 
     Args:
         module: any segmentation network; convolutions, transposed convolutions and batch norms are its layers.
-        optim: of the training, at a fixed rate for all parameters; by default ``OptimConfig()``.
-        name: what reports call this side.
+        optim: settings of SGD, with one fixed rate for all parameters; by default ``OptimConfig()``.
+        name: the side's name in reports.
         dtype: "float64", "float32", or "bfloat16" (autocast over float32 parameters).
-        channels_last: keep images and kernels in torch's other memory format.
-        names: the other side's name of a submodule, by the module's own; submodules not named keep theirs.
+        channels_last: use this memory format for images and kernels.
+        names: own name of a submodule -> the other side's; submodules not listed keep their own.
     """
     if dtype not in _DTYPES:
         raise unknown("dtype", dtype, _DTYPES)
@@ -183,7 +183,7 @@ def make_torch_side(
 
 
 def prepare(settings: Settings) -> None:
-    """Use all cores, and on a GPU the convolutions that are fastest when tried; InputError where torch sees no GPU."""
+    """Use all cores, and on a GPU cuDNN's autotuner; InputError if torch sees no GPU."""
     torch.set_num_threads(cores_allowed() or torch.get_num_threads())
     if settings.on_gpu:
         if not torch.cuda.is_available():
@@ -201,18 +201,18 @@ def describe(record: dict[str, Any]) -> None:
 
 
 def meter() -> Callable[[], int | None]:
-    """Start to measure memory, see ``bench.meter``."""
+    """Start to measure memory; see ``bench.meter``."""
     if not torch.cuda.is_available():
         return lambda: None
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    # Zero: the CPU computes, though there is a GPU.
+    # Zero means that the CPU computes although there is a GPU.
     return lambda: torch.cuda.max_memory_allocated() - before or None
 
 
 def release() -> None:
-    """Forget compiled functions (torch gives up compiling after a few of one origin) and return cached memory."""
+    """Discard compiled functions (torch limits recompilations of the same code) and free cached memory."""
     torch.compiler.reset()
     gc.collect()
     if torch.cuda.is_available():
@@ -226,7 +226,7 @@ def make_way(settings: Settings, variant: str) -> Way:
     return Way(settings.dtype, layout, device, backend if "compiled" in variant else None)
 
 
-# A transposed convolution has k = 2 stride here. Gradients are computed outside of what is compiled, as torch does it.
+# A transposed convolution has k = 2 stride here. Gradients are computed outside the compiled function, as in torch.
 _WITH_GRADIENTS: dict[str, Function] = {
     "upsample": lambda x, w: F.conv_transpose2d(x, w, stride=w.shape[2] // 2, padding=w.shape[2] // 4),
     "pool": lambda x: F.max_pool2d(x, 2, ceil_mode=True),
@@ -240,7 +240,7 @@ _ALONE: dict[str, Function] = {
 
 
 def operator_runner(operator: str, arguments: Sequence[np.ndarray], names: Sequence[str], way: Way) -> Runner:
-    """Make the runner of one operator: its output, then the gradient of each argument, under these ``names``.
+    """Make the runner of one operator; ``names`` are of its output, then of the gradient of each argument.
 
     Operators are "matmul"; "forward", "dx" and "dw" (one part of a 3x3 convolution alone); "upsample" and "pool" (2x2)
     with their gradients, whose last argument is the cotangent. Arguments are in torch's axes.
@@ -263,7 +263,7 @@ def operator_runner(operator: str, arguments: Sequence[np.ndarray], names: Seque
 
 
 def forward_runner(model: FCN, variables: Any, images: np.ndarray, way: Way, encoder: bool) -> Runner:
-    """Make the runner of a network's forward pass in eval mode, or of its encoder's alone."""
+    """Make the runner of a network's forward pass in eval mode, or of its encoder alone."""
     network: Any = way.place(load_twin(model, variables), False)
     compiled = way.compiled((lambda x: network.vgg(x)[-1]) if encoder else network)
     x = way.images(images)

@@ -2,7 +2,7 @@
 
 Images are (b, 3, h, w), logits (b, num_classes, h, w). Parameters are named after the Flax tree, joined by dots, with
 torch's own leaf names: ``vgg.conv1_1.weight``, ``vgg.bn1_1.running_mean``, ``head.fc6.weight``, ``upscore8.weight``.
-Comments marked "Ours:" are what the sources do not have, so that sizes they cannot run at can be compared too.
+Comments marked "Ours:" are additions, so that image sizes that the sources do not support can be compared too.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _CHANNELS = (64, 128, 256, 512, 512)
 
 
 def make_twin(model: FCN) -> nn.Module:
-    """Build the PyTorch network of ``model``'s family and options, in training mode, as torch initialises it.
+    """Build the PyTorch network of ``model``'s family and options, in training mode, with torch's initial values.
 
     It maps images (b, 3, h, w) to logits (b, num_classes, h, w), with ``aux_head`` in training to (logits, auxiliary
     logits), and loads ``fcn_jax.weights.to_torch(model, variables)``. Its parameters have ``model.param_dtype``;
@@ -44,7 +44,7 @@ def _dropout(model: ScoreFCN | InterpolatedFCN) -> nn.Module:
 
 
 class _VGG(nn.Module):
-    """The loop of `make_layers` with the layers under the paper's names; returns pool1 ... pool5."""
+    """torchvision's `make_layers` with the paper's layer names; returns pool1 ... pool5."""
 
     def __init__(self, model: FCN, ceil_mode: bool, margin: int = 1) -> None:
         super().__init__()
@@ -107,7 +107,7 @@ class _ScoreTwin(nn.Module):
 
         def up(factor: int) -> nn.Module:
             cut = factor // 2 if padding == "same" else 0
-            # Ours: a bias on the transposed convolutions of `pad100`, by option.
+            # Ours: an optional bias on the transposed convolutions of `pad100`.
             return nn.ConvTranspose2d(n, n, 2 * factor, stride=factor, padding=cut, bias=model.upsample_bias)
 
         if self.stride <= 16:
@@ -123,7 +123,7 @@ class _ScoreTwin(nn.Module):
 
 
 class _SameTwin(_ScoreTwin):
-    """The Boostcamp notes. Their fc6 is 1x1; Ours: a k x k fc6 padded to keep the size."""
+    """The Boostcamp notes' networks. Their fc6 is 1x1. Ours: a k x k fc6 padded to keep the size."""
 
     def __init__(self, model: SameFCN) -> None:
         super().__init__(model, margin=1, padding="same")
@@ -131,8 +131,8 @@ class _SameTwin(_ScoreTwin):
     def forward(self, x: Tensor) -> Tensor:
         _, _, pool3, pool4, h = self.vgg(x)
         h = self.score_fr(self.head(h))
-        # The source adds without cropping and returns the last map as it is, which runs, and gives the input's size,
-        # where the shapes match. Ours: the slices, and the factors on pool4 and pool3.
+        # The source adds without cropping and returns the last map uncropped, which works only if the shapes match.
+        # Ours: the slices, and the factors on pool4 and pool3.
         if self.stride <= 16:
             skip = self.score_pool4(self.scales[0] * pool4)
             h = self.upscore2(h)[:, :, : skip.size(2), : skip.size(3)] + skip
@@ -166,7 +166,7 @@ class _Pad100Twin(_ScoreTwin):
 
 
 class _LadderTwin(nn.Module):
-    """pochih's and FCN1's networks; the order of ReLU, addition and BN is theirs, network by network."""
+    """pochih's and FCN1's networks; the order of ReLU, addition and BN follows each network."""
 
     def __init__(self, model: LadderFCN) -> None:
         super().__init__()
@@ -183,7 +183,7 @@ class _LadderTwin(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         h, w = x.shape[2:]
-        # Ours: the padding to multiples of 32, at which the sources run, and the cut at the end.
+        # Ours: the padding to multiples of 32, which the sources require, and the crop at the end.
         x1, x2, x3, x4, score = self.vgg(F.pad(x, (0, -w % 32, 0, -h % 32)))
         skips: list[Tensor] = {32: [], 16: [x4], 8: [x4, x3], 2: [x4, x3, x2, x1]}[self.stride]
         for rung in range(1, 6):
@@ -197,7 +197,7 @@ class _LadderTwin(nn.Module):
 
 
 class _SmallHead(nn.Module):
-    """Tramac's `_FCNHead`, torchvision's `FCNHead`, with its layers named."""
+    """Tramac's `_FCNHead`, torchvision's `FCNHead`, with named layers."""
 
     def __init__(self, model: InterpolatedFCN, in_channels: int, features: int) -> None:
         super().__init__()
@@ -226,7 +226,7 @@ class _ResizeTwin(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
         h, w = x.shape[2:]
-        # Ours: sides below 32 padded to 32, and the cut of both outputs.
+        # Ours: the padding of sides below 32 to 32, and the crop of both outputs.
         x = F.pad(x, (0, max(0, 32 - w), 0, max(0, 32 - h)))
         _, _, pool3, pool4, pool5 = self.vgg(x)
         score = self.head(pool5)

@@ -271,7 +271,7 @@ def test_a_saved_record_is_compared_and_one_of_another_setup_is_rejected(tmp_pat
     assert parity(*command, "--dtype", "float64", "--save", saved) == 0
     assert parity(*command, "--dtype", "float64", "--against", saved, "--max-error", 0) == 0
     assert parity(*command, "--against", saved, "--out", tmp_path / "b") == 0
-    assert "one class" in capsys.readouterr().out
+    assert "pixel agreement" in capsys.readouterr().out
     (report,) = json.loads((tmp_path / "b/parity.json").read_text())["reports"]
     assert 0 < report["worst"]["layers"][1] < 1e-5 and 0 < report["worst"]["steps"][1] < 1e-3
     assert report["theirs"].endswith(f"float64 highest, jax {jax.__version__}") and len(report["steps"]) == 2

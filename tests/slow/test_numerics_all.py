@@ -25,7 +25,7 @@ def test_every_pair_of_jax_implementations_is_compared():
     reports = {f"{report.ours} | {report.theirs}": report for report in against_jax(case)}
     assert list(reports) == [
         "pmap x 2 | one device", "mesh x 2 | one device", "float32 | float64", "default | highest", "high | highest",
-        "polyphase | dilated", "remat | kept",
+        "polyphase | dilated", "remat | stored",
     ]  # fmt: skip
     for name, report in reports.items():
         # Rounding of float32, or float64 sums in another order.
