@@ -3,13 +3,14 @@
 import os
 import shutil
 import signal
+from dataclasses import replace
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny_run import assert_same, in_folder, in_process, saved_state, saved_variables, signalling, train
+from tiny_run import TINY, assert_same, in_folder, in_process, saved_state, saved_variables, signalling, train
 
 from fcn_jax.errors import InputError, Stopped
 from fcn_jax.paths import write_whole
@@ -165,7 +166,7 @@ def test_a_failed_save_is_reported_and_earlier_checkpoints_stay_valid(undisturbe
 
 
 def test_a_report_that_cannot_be_written_does_not_fail_the_run(tmp_path):
-    config = in_folder(tmp_path)
+    config = in_folder(tmp_path, train=replace(TINY.train, steps=1))
     (Path(config.run) / "examples.json").mkdir(parents=True)
     text = train(config)
     assert "best checkpoint: step" in text and "note: no report (" in text

@@ -47,7 +47,7 @@ def test_a_run_on_a_store_is_trained_evaluated_and_opened(store, tmp_path, capsy
     short = in_folder(tmp_path, train=replace(TINY.train, steps=2, eval_every=2 * 4 / 16, log_every=1))
     config = on(store, short, run.name)
     assert f"figures in {run}/figures" in train(config)
-    names = {"checkpoints", "config.json", "events", "figures", "metrics.jsonl", "owner"}
+    names = {*"checkpoints config.json events examples.json figures metrics.jsonl owner report.html".split()}
     assert {path.name for path in run.iterdir()} == names
     assert [(row["kind"], row["step"]) for row in RunFolder(run).rows()] == [("train", 1), ("train", 2), ("val", 2)]
     assert eval_command(["--run", config.run, "--split", "shapes/val"]) == 0
@@ -66,7 +66,7 @@ def test_a_killed_run_on_a_store_resumes_to_the_result_of_one_on_disk(moment, st
     assert killed.returncode == -signal.SIGKILL, errors.decode()
     assert f"figures in {run}/figures" in train(config)
     assert_same(config, undisturbed)
-    names = {"checkpoints", "config.json", "events", "figures", "metrics.jsonl", "owner"}
+    names = {*"checkpoints config.json events examples.json figures metrics.jsonl owner report.html".split()}
     assert {path.name for path in run.iterdir()} == names
     assert eval_command(["--run", config.run, "--split", "shapes/val", "--checkpoint", "last"]) == 0
     assert f"scores in {run}/eval.json" in capsys.readouterr().out

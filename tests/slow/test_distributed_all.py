@@ -7,6 +7,8 @@ import signal
 import pytest
 from launch import address, assert_equal_runs, assert_lost_another, finish, finish_after_a_kill, start, train
 
+from fcn_jax.training.run import open_run
+
 # Signals one of the processes; all of them then stop.
 ASKED = """
 import signal, sys
@@ -22,6 +24,20 @@ TrainIterator.__next__ = asking
 sys.argv.pop(1)
 sys.exit(guarded(main, sys.argv[1:]))
 """
+
+
+def test_a_killed_process_ends_the_other_and_the_run_resumes_to_the_same_result(reference, tmp_path):
+    run = tmp_path / "run"
+    code, printed, seconds = finish_after_a_kill(run)
+    assert seconds < 60
+    assert_lost_another(code, printed)
+    assert open_run(run, "last").step == 3
+    codes, outputs = train(run)
+    assert codes == [0, 0], outputs
+    assert "resuming" in outputs[0] and "resuming" not in outputs[1]
+    assert "best checkpoint" in outputs[0] and "best checkpoint" not in outputs[1]
+    assert len(list((run / "events").iterdir())) == 2  # by the first process, before and after
+    assert_equal_runs(run, reference)
 
 
 def test_one_process_resumes_a_checkpoint_of_two(reference, tmp_path):
