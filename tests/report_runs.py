@@ -43,7 +43,7 @@ def make_run(path, lr=0.1, examples=True, classes=CLASSES, confusion=CONFUSION, 
     with folder.locked():
         folder.start(dataclasses.replace(Config(run=str(path)), optim=OptimConfig(lr=lr)), classes)
     rows = [
-        {"kind": "train", "step": 10 * i, "loss": lr / i, "images_per_s": 20.0 + 10 * i, "step_s": 0.5}
+        {"kind": "train", "step": 10 * i, "loss": lr / (10 * i), "images_per_s": 20.0 + 10 * i, "step_s": 0.5}
         for i in range(1, train_rows + 1)
     ]
     folder.metrics_file.write_text("".join(json.dumps(row) + "\n" for row in rows))
