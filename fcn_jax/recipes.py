@@ -109,6 +109,28 @@ _RECIPES = (
         needs="--data.dir CAMVID",
     ),
     Recipe(
+        "camvid-vgg16",
+        Config(
+            run="runs/camvid-vgg16",
+            init=_CAFFE_VGG,
+            model=ModelConfig(name="fcn8s", fc6_kernel=3, fc_features=512, dropout_rate=0.2, skip_scales=(0.05, 0.01)),
+            data=DataConfig(
+                train="camvid/train",
+                val="camvid/val",
+                preprocessing="caffe",
+                crop_size=(360, 480),
+                scale=(0.75, 1.5),
+                jitter=0.1,
+            ),
+            loss=LossConfig(class_weights="median", weight_power=0.5),
+            optim=OptimConfig(lr=6e-4, head_lr=10, weight_decay=5e-4, schedule="poly", warmup_steps=10, clip_norm=20.0),
+            train=TrainConfig(batch_size=2, epochs=10, eval_every=2, eval_batch_size=4),
+        ),
+        source="this project: FCN-8s at full width from VGG-16's ImageNet convolutions; choices in docs/camvid.md",
+        score="57.0 mean IoU on test for FCN-8s from ImageNet weights (Jegou et al. 2017)",
+        needs="--data.dir CAMVID",
+    ),
+    Recipe(
         "camvid-cpu",
         Config(
             run="runs/camvid-cpu",

@@ -59,6 +59,7 @@ CROP = "--data.crop-size 16 16"
 SHRUNK = {
     "shapes": SCORE_NET,
     "camvid": f"{SCORE_NET} {CROP} --data.workers 0",
+    "camvid-vgg16": f"{SCORE_NET} {CROP}",
     "camvid-cpu": f"{SCORE_NET} {CROP} --data.input-size 16 20",
     **{f"voc-paper-{net}": f"{SCORE_NET} --optim.lr 1e-7" for net in ("32s", "16s", "8s", "8s-atonce")},
     "voc-cvpr": f"{SCORE_NET} {CROP} --optim.lr 1e-3 --model.dropout-rate 0",
@@ -72,6 +73,7 @@ BATCHES = {
     "shapes": 8,
     "camvid": 4,
     "own": 4,
+    "camvid-vgg16": 4,
     "camvid-cpu": 4,
     "voc-cvpr": 4,
     "voc-tramac": 4,
