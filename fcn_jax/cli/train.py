@@ -47,7 +47,7 @@ def config_of_recipe(arguments: list[str]) -> tuple[Config, str]:
     recipes = {name: (f"{recipe.source}. Score: {recipe.score}", recipe.config) for name, recipe in RECIPES.items()}
     config = tyro.extras.overridable_config_cli(recipes, prog="train.py", description=_ABOUT, args=arguments)
     recipe = RECIPES[arguments[0]]
-    return config, f"{recipe.name}: {recipe.source}; published score: {recipe.score}"
+    return config, f"{recipe.name}: {recipe.source}; score: {recipe.score}"
 
 
 def _config_of_run(arguments: list[str], index: int) -> tuple[Config, str]:

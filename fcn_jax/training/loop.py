@@ -80,7 +80,7 @@ def train(config: Config, console: Console, lengthen: bool = False) -> Scores:
             say(f"note: {note}")
         state, step = (restored.state, restored.step) if restored else (trainer.state, 0)
         if restored:
-            say(f"resuming {config.run} at step {step}")
+            say(f"resuming {config.run} at step {step}" + (", the last one" if step == trainer.length.steps else ""))
         evaluation: Evaluation | None = None
         with (
             closing(Events(folder.events if folder.writes else None, step)) as events,
