@@ -124,7 +124,7 @@ _RECIPES = (
             ),
             loss=LossConfig(class_weights="median", weight_power=0.5),
             optim=OptimConfig(lr=6e-4, head_lr=10, weight_decay=5e-4, schedule="poly", warmup_steps=10, clip_norm=20.0),
-            train=TrainConfig(batch_size=2, epochs=10, eval_every=2, eval_batch_size=4),
+            train=TrainConfig(batch_size=2, epochs=8, eval_every=2, eval_batch_size=4),
         ),
         source="this project: FCN-8s at full width from VGG-16's ImageNet convolutions; choices in docs/camvid.md",
         score="57.0 mean IoU on test for FCN-8s from ImageNet weights (Jegou et al. 2017)",
