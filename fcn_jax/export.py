@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ import numpy as np
 
 from fcn_jax.errors import InputError
 from fcn_jax.models.fcn import FCN, InterpolatedFCN, ScoreFCN, check_size
+from fcn_jax.paths import replacing
 from fcn_jax.preprocessing import Preprocessing, Standardize, normalize
 
 MAX_DIFFERENCE = 1e-4
@@ -144,12 +144,9 @@ def write(file: Path, program: Program, form: str) -> float:
             f"{file} is not written: the exported program differs from the network by {difference:.2g}, "
             f"and {MAX_DIFFERENCE:g} is allowed; try another version of jax{'2onnx' if form == 'onnx' else ''}"
         )
-    part = file.with_name(f".{os.getpid()}.{file.name}")
     try:
-        part.write_bytes(data)
-        part.replace(file)
+        with replacing(file) as part:
+            part.write_bytes(data)
     except OSError as error:
         raise InputError(f"{file}: cannot be written: {error.strerror}") from error
-    finally:
-        part.unlink(missing_ok=True)
     return difference

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, cast
 
@@ -59,15 +61,22 @@ def write_whole(path: Path, text: str) -> None:
     if is_remote(path):
         path.write_text(text)  # object stores write atomically
         return
-    partial = path.with_name(f".{os.getpid()}.{path.name}")
+    with replacing(path) as part, part.open("w", encoding="utf-8", errors="backslashreplace") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yield a path beside a local ``path``; a file written there replaces it at the end, and is removed on errors."""
+    part = path.with_name(f".{os.getpid()}.{path.name}")
     try:
-        with partial.open("w", encoding="utf-8", errors="backslashreplace") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
+        yield part
+        part.replace(path)
     finally:
-        partial.unlink(missing_ok=True)
+        with suppress(OSError):  # an earlier error matters more
+            part.unlink(missing_ok=True)
 
 
 def upload(file: Path, target: Path) -> None:

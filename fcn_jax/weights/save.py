@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 from collections.abc import Mapping
@@ -18,6 +17,7 @@ from fcn_jax.models.catalog import describe_model
 from fcn_jax.models.fcn import FCN
 from fcn_jax.models.layers import scaled
 from fcn_jax.models.vgg import VGGClassifier
+from fcn_jax.paths import replacing
 from fcn_jax.preprocessing import PREPROCESSINGS
 from fcn_jax.weights.layouts import LAYOUTS
 from fcn_jax.weights.layouts.layout import Layout, Network, check_fit, pair_up
@@ -121,17 +121,13 @@ def save(
     if isinstance(model, FCN):
         name, options = describe_model(model)
         metadata["model"] = json.dumps({"name": name, "num_classes": model.num_classes, "options": options})
-    part = path.with_name(f".{os.getpid()}.{path.name}")
     try:
-        _write(part, arrays, metadata)
-        os.umask(mask := os.umask(0))  # safetensors creates files that only their owner can read
-        part.chmod(0o666 & ~mask)
-        os.replace(part, path)
+        with replacing(path) as part:
+            _write(part, arrays, metadata)
+            os.umask(mask := os.umask(0))  # safetensors creates files that only their owner can read
+            part.chmod(0o666 & ~mask)
     except (OSError, RuntimeError) as error:  # RuntimeError: torch could not write
         raise InputError(f"{path}: cannot be written: {first_line(error)}") from error
-    finally:
-        with contextlib.suppress(OSError):  # the earlier error matters more
-            part.unlink(missing_ok=True)
 
 
 def _write(path: Path, arrays: dict[str, np.ndarray], metadata: dict[str, str]) -> None:
