@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -38,6 +39,8 @@ class Program:
     """Return classes, uint8 (b, h, w), rather than logits, float32 (b, h, w, num_classes)."""
     size: tuple[int, int] | None = None
     """Height and width of the images; None: any, which networks that interpolate do not offer."""
+    class_names: tuple[str, ...] = ()
+    """Go into an ONNX file's metadata, with the preprocessing that its input needs."""
 
     @property
     def channels(self) -> int:
@@ -62,7 +65,7 @@ class Program:
 
 
 def make_program(model: FCN, variables: Mapping[str, Any], preprocessing: Preprocessing, **options: Any) -> Program:
-    """Return a program in float32 with plain JAX's kernels; ``options`` are the last three fields of ``Program``.
+    """Return a program in float32 with plain JAX's kernels; ``options`` are the last four fields of ``Program``.
 
     Raises:
         InputError: a size that the network does not serve, or none for a network whose size has to be known.
@@ -103,7 +106,11 @@ def to_onnx(program: Program) -> tuple[bytes, Run]:
     (batch,) = jax.export.symbolic_shape("b")
     image = jax.ShapeDtypeStruct((batch, *program.size, program.channels), program.dtype)
     names = {"input_names": ["images"], "output_names": ["classes" if program.argmax else "logits"]}
-    data: bytes = jax2onnx.to_onnx(program, [image], model_name="fcn_jax", **names).SerializeToString()
+    model = jax2onnx.to_onnx(program, [image], model_name="fcn_jax", **names)
+    needed = "none" if program.preprocess else str(program.preprocessing)
+    for key, value in {"class_names": json.dumps(program.class_names), "preprocessing": needed}.items():
+        model.metadata_props.add(key=key, value=value)
+    data: bytes = model.SerializeToString()
     session = onnxruntime.InferenceSession(data, providers=["CPUExecutionProvider"])
     return data, lambda images: np.asarray(session.run(None, {"images": images})[0])
 

@@ -72,9 +72,9 @@ def main(arguments: Sequence[str]) -> int:
     what = f"{describe_model(model)[0]} of {info.source}{step}"
     if is_program:
         size = given.image_size or info.input_size
-        program = export.make_program(
-            model, variables, info.preprocessing, preprocess=given.preprocess, argmax=given.argmax, size=size
-        )
+        options = {"preprocess": given.preprocess, "argmax": given.argmax, "size": size}
+        names = tuple(info.class_names)
+        program = export.make_program(model, variables, info.preprocessing, **options, class_names=names)
         _print_program(what, file, program, export.write(file, program, form))
         return 0
     if not isinstance(info.preprocessing, str):

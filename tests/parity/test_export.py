@@ -1,5 +1,6 @@
 """Exported programs give the network's own numbers, in processes that cannot import fcn_jax."""
 
+import json
 import subprocess
 import sys
 
@@ -66,6 +67,11 @@ def test_a_program_equals_the_network_without_this_package(family, form, tmp_pat
     # Two programs sum in different orders in float32.
     error = np.abs(run_alone(tmp_path / f"p.{form}", images) - expected).max() / max(1, np.abs(expected).max())
     assert error < 1e-5 and np.std(expected) > 0
+    if form == "onnx":
+        import onnxruntime
+
+        metadata = onnxruntime.InferenceSession(tmp_path / "p.onnx").get_modelmeta().custom_metadata_map
+        assert len(json.loads(metadata["class_names"])) == 5 and metadata["preprocessing"] == "none"
 
 
 def test_argmax_and_sixteen_bit_channels_go_into_the_program(tmp_path):
