@@ -53,10 +53,13 @@ def test_every_file_format_decodes_to_its_channels(channels, dtype):
 
 
 def test_exif_orientation_is_applied_and_tiff_pages_need_channels():
-    image, exif = trees.picture(0, (20, 30)), Image.Exif()
-    exif[0x0112] = 6
-    Image.fromarray(image).save(file := io.BytesIO(), "JPEG", exif=exif)
-    np.testing.assert_array_equal(decode_channels(file.getvalue(), "a.jpg", 3), decode_image(file.getvalue(), "a.jpg"))
+    image, exif = Image.fromarray(trees.picture(0, (20, 30))), Image.Exif()
+    exif[0x0112] = 6  # a quarter turn clockwise shows it upright
+    image.save(turned := io.BytesIO(), "JPEG", exif=exif)
+    image.save(stored := io.BytesIO(), "JPEG")
+    for decode in (decode_image, lambda data, name: decode_channels(data, name, 3)):
+        upright = np.rot90(decode(stored.getvalue(), "a.jpg"), -1)
+        np.testing.assert_array_equal(decode(turned.getvalue(), "a.jpg"), upright)
     tifffile.imwrite(file := io.BytesIO(), np.zeros((5, 40, 50), np.uint8), photometric="minisblack")
     with pytest.raises(InputError, match="5 pages; .*--data.channels 5"):
         decode_image(file.getvalue(), "a.tif")
@@ -154,6 +157,6 @@ def test_a_16_bit_data_set_of_five_channels_trains_and_predicts(fails, tmp_path,
 def test_a_first_convolution_is_not_narrowed_to_fewer_channels():
     model = create("fcn32s")
     wide = fcn_jax.init_variables(model, jax.random.key(0), (64, 64), 5)
+    tensors, rgb = weights.to_torch(model, wide), fcn_jax.init_variables(model, jax.random.key(0))
     with pytest.raises(InputError, match="vgg.conv1_1"):
-        narrow = weights.to_torch(model, wide)
-        weights.load(narrow, model, fcn_jax.init_variables(model, jax.random.key(0)))
+        weights.load(tensors, model, rgb)
