@@ -161,19 +161,21 @@ def train(config: Config, console: Console, lengthen: bool = False) -> Scores:
         _save_figures(folder, evaluation, trainer)
         say(f"best checkpoint: step {best}; figures in {folder.path / folder.figures.name}")
         if folder.writes:
-            _write_report(config, folder, evaluation, trainer, say)
+            with _not_failing(config, say):
+                save_examples(folder.local / "examples.json", evaluation, trainer.val.palette)
+            folder.upload()
+            with _not_failing(config, say):
+                say(f"report: {write_report([config.run])}")
         return evaluation.scores
 
 
-def _write_report(
-    config: Config, folder: RunFolder, evaluation: Evaluation, trainer: Trainer, say: Callable[[str], None]
-) -> None:
+@contextmanager
+def _not_failing(config: Config, say: Callable[[str], None]) -> Iterator[None]:
+    """Turn an error of the report into a note: the run itself has ended well."""
     try:
-        save_examples(folder.local / "examples.json", evaluation, trainer.val.palette)
-        folder.upload()
-        say(f"report: {write_report([config.run])}")
-    except Exception as error:  # of whatever kind: the run itself has ended well
-        say(f"note: no report ({first_line(error)}); fcn-jax report {config.run} writes it")
+        yield
+    except Exception as error:
+        say(f"note: the report is incomplete ({first_line(error)}); fcn-jax report {config.run} writes it again")
 
 
 def validate(trainer: Trainer, config: Config, state: TrainState, stop: StopRequest | None = None) -> Evaluation:

@@ -169,7 +169,7 @@ def test_a_report_that_cannot_be_written_does_not_fail_the_run(tmp_path):
     config = in_folder(tmp_path, train=replace(TINY.train, steps=1))
     (Path(config.run) / "examples.json").mkdir(parents=True)
     text = train(config)
-    assert "best checkpoint: step" in text and "note: no report (" in text
+    assert "best checkpoint: step" in text and "note: the report is incomplete (" in text
 
 
 def test_a_file_is_written_whole_beside_its_neighbours(tmp_path):
