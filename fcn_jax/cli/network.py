@@ -9,7 +9,7 @@ from fcn_jax import weights
 from fcn_jax.errors import InputError
 from fcn_jax.models.fcn import FCN
 from fcn_jax.paths import to_path
-from fcn_jax.pretrained import NetworkInfo, from_pretrained
+from fcn_jax.pretrained import NetworkInfo, from_pretrained, is_hub_folder
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,9 @@ def open_network(given: NetworkArguments) -> tuple[FCN, dict[str, Any], NetworkI
         raise InputError("a run records its network and preprocessing; leave out --model and --preprocessing")
     run = None if given.run is None else to_path(given.run, "--run")
     path = None if given.weights is None or weights.is_published(given.weights) else to_path(given.weights, "--weights")
-    if given.weights is not None and given.checkpoint != "best" and not (path and path.is_dir()):
+    if path is not None and path.is_dir() and not is_hub_folder(path):
+        raise InputError(f"{path} is a folder without exported weights; give a run as --run {path}")
+    if given.weights is not None and given.checkpoint != "best":
         raise InputError(f"--checkpoint {given.checkpoint} belongs to a run; leave it out with --weights")
     if run is not None and not run.is_dir():
         what = "is a file" if run.is_file() else "does not exist"

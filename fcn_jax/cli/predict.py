@@ -180,8 +180,8 @@ def _write(
 def _check_outputs(images: Sequence[Path], outputs: Sequence[Path]) -> None:
     """Raise InputError where an output would overwrite another one or an input."""
     if len(set(outputs)) < len(outputs):
-        twice, _ = Counter(image.stem for image in images).most_common(1)[0]
-        raise InputError(f"two of the images share a name, {twice}, and would overwrite each other; rename one of them")
+        twice, _ = Counter(outputs).most_common(1)[0]
+        raise InputError(f"{twice} would be written for two of the images; rename one of them")
     inputs = {image.resolve() for image in images}
     for path in outputs:
         if path.resolve() in inputs:

@@ -144,7 +144,8 @@ def _by_color(pixels: np.ndarray, indices: np.ndarray | None, classes: ClassList
 def _read(entry: Entry, classes: ClassList, values: tuple[int, ...] | None) -> tuple[bytes, np.ndarray]:
     assert entry.image is not None and entry.label is not None
     data, name = read_bytes(entry.label), str(entry.label)
-    if any(classes.colors) and (pixels := decode_colors(data, name)) is not None:
+    # Given values, the colours of the classes are only for figures.
+    if values is None and any(classes.colors) and (pixels := decode_colors(data, name)) is not None:
         return read_bytes(entry.image), _by_color(*pixels, classes, name)
     label = decode_label(data, name)
     return read_bytes(entry.image), label if values is None else _by_value(label, values, name)
@@ -169,6 +170,7 @@ def listing(split: str, config: DataConfig) -> Listing:
             raise InputError(f"{root}: contains one image, but train and val need one each; add more")
         entries = _drawn(entries, split, config.val_fraction, config.split_seed)
     drawn = (config.val_fraction, config.split_seed) if draws else ()
-    version = f"{values} {classes} {drawn}" if draws or values is not None or any(classes.colors) else ""
+    masks = values or (classes if any(classes.colors) else "")
+    version = f"{masks} {drawn}" if masks or draws else ""
     read = partial(_read, classes=classes, values=values)
     return Listing("folder", split, classes.names, classes.palette, entries, read, version=version)

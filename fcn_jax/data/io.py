@@ -279,6 +279,8 @@ def decode_label(data: bytes, name: str, verify: bool = True) -> np.ndarray:
         raise InputError(f"{name}: a JPEG mask has no exact class ids; save masks as PNG")
     if image.mode in ("RGB", "RGBA") and (grey := _grey(image)) is not None:
         image = grey
+    if image.mode in ("I", "F", "I;16B"):
+        raise InputError(f"{name}: a mask of 16 or 32 bits, mode {image.mode}; save its class ids as 8-bit PNG")
     if image.mode not in ("P", "L", "1", "I;16"):
         raise InputError(
             f"{name}: a mask with colour channels; expected one channel of class ids (or a palette image): "

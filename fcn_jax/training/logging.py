@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
@@ -93,14 +93,14 @@ class Logger:
         trainer: Trainer,
         config: Config,
         console: Console,
-        unlogged: Sequence[dict[str, Any]] = (),
+        progress: Mapping[str, Any],
     ):
-        """Start with the steps that an interrupted run had not logged yet, see ``unlogged``."""
+        """Continue from the ``progress`` of an interrupted run; it is empty for a new one."""
         self._folder, self._events, self._trainer, self._config = folder, events, trainer, config
         self._console = console
-        self._fetched = list(unlogged)
+        self._fetched = list(progress.get("unlogged", ()))
         self._pending: list[tuple[int, StepSums, Sequence[str]]] = []
-        self._in_a_row = 0
+        self._in_a_row = progress.get("skipped_in_a_row", 0)
         self._timed = 0
         self._waited = 0.0
         self._in_steps = 0.0
@@ -144,8 +144,12 @@ class Logger:
         """Restart the timing of steps, to exclude time that was not training."""
         self._since, self._timed, self._waited = time.perf_counter(), 0, 0.0
 
-    def unlogged(self) -> list[dict[str, Any]]:
-        """Return the steps since the last row, as JSON: step, loss, grad_norm, finite, names."""
+    def progress(self) -> dict[str, Any]:
+        """Return what a resumed run needs, as JSON: the steps since the last row, and the skipped steps before it."""
+        return {"unlogged": self._unlogged(), "skipped_in_a_row": self._in_a_row}
+
+    def _unlogged(self) -> list[dict[str, Any]]:
+        """Return the steps since the last row: step, loss, grad_norm, finite, names."""
         for step, sums, names in self._pending:
             loss, norm, finite = jax.device_get((sums.loss, sums.grad_norm, sums.finite))
             values = {"loss": float(loss), "grad_norm": float(norm), "finite": bool(finite)}
@@ -159,7 +163,7 @@ class Logger:
         Raises:
             InputError: a step was not finite and the run has to stop, or 20 consecutive steps were not.
         """
-        steps = self.unlogged()
+        steps = self._unlogged()
         if not steps:
             return None
         finite = [each for each in steps if each["finite"]]

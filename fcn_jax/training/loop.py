@@ -100,12 +100,11 @@ def train(config: Config, console: Console, lengthen: bool = False) -> Scores:
                 say(f"trace in {folder.path / 'profile'}: tensorboard --logdir there, with xprof installed")
 
             stop_wanted = Agreement(trainer.parallel.mesh)
-            unlogged = restored.progress["unlogged"] if restored else ()
-            logger = Logger(folder, events, trainer, config, console, unlogged)
+            logger = Logger(folder, events, trainer, config, console, restored.progress if restored else {})
 
             def progress() -> dict[str, Any]:
                 position, devices = json.loads(batches.get_state()), trainer.parallel.mesh.size
-                return {"data": position, "unlogged": logger.unlogged(), "devices": devices}
+                return {"data": position, "devices": devices, **logger.progress()}
 
             def milestone() -> Evaluation:
                 logger.flush(step)

@@ -338,26 +338,30 @@ def lengthened(before: Config, config: Config) -> Config:
         config: the same with other ``train.steps`` or ``train.epochs``.
 
     Raises:
-        InputError: the schedule is "poly", whose past learning rates depend on the length, or the unit differs.
+        InputError: the schedule is "poly", whose past learning rates depend on the length, the unit differs, the run
+            would be shorter, or ``optim.step_every`` is another.
     """
-    length, old = config.train, before.train
-    if (length.steps, length.epochs) == (old.steps, old.epochs):
+    new, old = config.train, before.train
+    if config.optim.step_every != before.optim.step_every:
+        raise InputError(
+            f"{config.run} was started with optim.step_every {before.optim.step_every}; leave out --optim.step-every, "
+            "which cannot change within a run"
+        )
+    if (new.steps, new.epochs) == (old.steps, old.epochs):
         return config
     if config.optim.schedule == "poly":
         raise InputError(
             f"{config.run}: a run with --optim.schedule poly cannot be lengthened, as its learning rate ends at zero; "
             f"start another from it: --init-from {config.run} with a new --run"
         )
-    if length.epochs != old.epochs and length.steps == old.steps:
-        length = dataclasses.replace(length, steps=None)
-    config = dataclasses.replace(config, train=length)
+    unit, other = ("epochs", "steps") if old.steps is None else ("steps", "epochs")
+    if getattr(new, other) != getattr(old, other):
+        raise InputError(f"{config.run}: its length was given by --train.{unit}; use the same to lengthen it")
+    length, least = getattr(new, unit), getattr(old, unit)
+    if length is None or length < least:
+        raise InputError(f"{config.run} has a length of {least} {unit} and cannot be shortened to {length}; give more")
     if config.optim.schedule == "fixed":
         return config
-    if (length.steps is None) != (old.steps is None):
-        unit = "epochs" if old.steps is None else "steps"
-        raise InputError(f"{config.run}: its length was given by --train.{unit}; use the same to lengthen it")
-    ratio = old.steps / length.steps if old.steps and length.steps else (old.epochs or 0) / (length.epochs or 1)
-    # Keep the steps at which the learning rate drops.
-    return dataclasses.replace(
-        config, optim=dataclasses.replace(config.optim, step_every=config.optim.step_every * ratio)
-    )
+    # Keep the steps at which the learning rate drops (of epochs: to within rounding to whole steps).
+    step_every = config.optim.step_every * least / length
+    return dataclasses.replace(config, optim=dataclasses.replace(config.optim, step_every=step_every))

@@ -79,6 +79,8 @@ class Trainer:
 
 # Fields that may differ between processes: data folders, workers, and the process id.
 _OWN_FIELDS = ("data.dir", "data.cache_dir", "data.workers", "process_id")
+# Fields of the data and the data sets that use them.
+_READERS = {"val_fraction": ("folder",), "mask_values": ("folder",), "classes": ("folder", "tfds")}
 
 
 def make_trainer(config: Config, resuming: bool = False) -> Trainer:
@@ -92,6 +94,10 @@ def make_trainer(config: Config, resuming: bool = False) -> Trainer:
         InputError: the config is not valid for these data, weights and devices.
     """
     check_config(config)
+    used = {spec.partition("/")[0] for spec in (config.data.train, config.data.val)}
+    for field, readers in _READERS.items():
+        if getattr(config.data, field) is not None and used.isdisjoint(readers):
+            raise InputError(f"--data.{field.replace('_', '-')} applies only to {' and '.join(readers)}; leave it out")
     check_same({name: value for name, value in flatten(config).items() if name not in _OWN_FIELDS})
     train, val = writer_first(lambda: (load(config.data.train, config.data), load(config.data.val, config.data)))
     if train.class_names != val.class_names:

@@ -164,6 +164,9 @@ def test_resume_extends_a_run_from_its_folder_and_rejects_other_settings(fails, 
     assert [row["step"] for row in RunFolder(run).rows() if row["kind"] == "val"] == [1, 2]
     assert RunFolder(run).read_config()[0].train.steps == 2
     fails(train_command, ["--resume", run, "--optim.lr", "0.5"], "optim.lr 0.1 (now 0.5)")
+    fails(train_command, ["--resume", run, "--optim.step-every", "0.1"], "started with optim.step_every 0.4")
+    fails(train_command, ["--resume", run, "--train.steps", "1"], "cannot be shortened")
+    assert RunFolder(run).read_config()[0].train.steps == 2
     fails(train_command, ["--resume"], "--resume needs the folder of a run")
     fails(train_command, ["--resume", run / "config.json"], "is a file, so it is not a run's folder")
 
@@ -171,8 +174,11 @@ def test_resume_extends_a_run_from_its_folder_and_rejects_other_settings(fails, 
 @pytest.mark.parametrize(
     ("schedule", "before", "after", "expected"),
     [
-        ("fixed", {"epochs": 2.0}, {"epochs": 2.0, "steps": 30}, (30, 2.0, 0.4)),
-        ("fixed", {"epochs": 2.0, "steps": 10}, {"epochs": 3.0, "steps": 10}, (None, 3.0, 0.4)),
+        ("fixed", {"epochs": 2.0}, {"epochs": 4.0}, (None, 4.0, 0.4)),
+        ("step", {"epochs": 2.0, "steps": 10}, {"epochs": 2.0, "steps": 20}, (20, 2.0, 0.2)),
+        ("fixed", {"epochs": 2.0, "steps": 10}, {"epochs": 3.0, "steps": 10}, "--train.steps; use the same"),
+        ("fixed", {"steps": 10}, {"steps": 5}, "a length of 10 steps and cannot be shortened to 5"),
+        ("step", {"epochs": 2.0}, {"epochs": 1.5}, "a length of 2.0 epochs and cannot be shortened to 1.5"),
         ("step", {"steps": 10}, {"steps": 20}, (20, None, 0.2)),
         ("poly", {"steps": 10}, {"steps": 20}, "--init-from runs/shapes with a new --run"),
         ("step", {"epochs": 2.0}, {"epochs": 2.0, "steps": 20}, "--train.epochs; use the same to lengthen it"),
@@ -192,6 +198,7 @@ def test_a_run_can_be_extended_unless_its_past_depends_on_its_length(schedule, b
 def test_evaluation_of_missing_runs_checkpoints_and_splits_is_rejected(fails, run, tmp_path):
     fails(eval_command, ["--run", tmp_path], tmp_path, "config.json")
     fails(eval_command, ["--run", run, "--checkpoint", "77"], "77", "best, last")
+    fails(eval_command, ["--weights", run, "--split", "shapes/val"], f"give a run as --run {run}")
     fails(eval_command, ["--run", run, "--split", "shapes/dev"], "dev", "val")
     trees.folder(tmp_path / "folder", {"val": 1})
     other = ["--run", run, "--split", "folder/val", "--dir", tmp_path / "folder"]
@@ -276,6 +283,13 @@ def test_own_photographs_are_checked_trained_on_and_predicted(fails, tmp_path, c
     ):
         fails(main, ["data", "folder/all", *data, *wrong.split()], named)
     fails(main, ["data", "folder/all", *data, "--data.mean", "1", "2"], "--data.channels")
+    for useless in ("--data.mask-values 0 255", "--data.val-fraction 0.2", "--data.classes classes.txt"):
+        fails(
+            train_command,
+            ["shapes", *useless.split(), "--run", tmp_path / "other"],
+            useless.split()[0],
+            "only to folder",
+        )
     fails(main, ["predict", tmp_path / "set/*.gif", "--run", run, "--out", tmp_path / "out"], "*.gif")
 
 
@@ -286,8 +300,8 @@ def test_predict_names_unreadable_inputs(fails, run, tmp_path):
     fails(predict_command, [bad, *out], "bad.jpg")
     fails(predict_command, [tmp_path / "none.png", *out], "none.png")
     fails(predict_command, out, "image")
-    fails(predict_command, ["a/x.png", "b/x.jpg", *out], "two of the images")
-    fails(predict_command, ["x.png", "x_overlay.png", *out], "two of the images")
+    fails(predict_command, ["a/x.png", "b/x.jpg", *out], "out/x.png would be written for two of the images")
+    fails(predict_command, ["x.png", "x_overlay.png", *out], "out/x_overlay.png would be")
     fails(predict_command, [bad, "--run", run, "--out", bad], "--out", "bad.jpg")
 
 

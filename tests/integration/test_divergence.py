@@ -1,6 +1,7 @@
 """Non-finite losses and gradients: the step changes nothing, and the run stops or skips it."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,7 @@ from fcn_jax.losses import make_loss
 from fcn_jax.models import create_model, init_variables
 from fcn_jax.optim import make_optimizer
 from fcn_jax.step import make_train_step, new_state
+from fcn_jax.training.logging import Logger
 from fcn_jax.training.run import RunFolder
 
 
@@ -80,3 +82,14 @@ def test_too_many_skipped_steps_stop_the_run(tmp_path, monkeypatch):
     with pytest.raises(InputError, match="step 20: loss nan"):
         train(config)
     assert [row["skipped"] for row in RunFolder(config.run).rows()] == [3] * 6
+
+
+def test_skipped_steps_are_counted_across_a_restart(tmp_path):
+    bad = {"loss": np.nan, "grad_norm": np.nan, "finite": False, "names": []}
+    config = replace(TINY, train=replace(TINY.train, nonfinite="skip"))
+    saved = {"unlogged": [{"step": step, **bad} for step in (30, 31)], "skipped_in_a_row": 18}
+    folder, trainer = SimpleNamespace(path=tmp_path), SimpleNamespace(schedule=lambda step: 0.1)
+    logger = Logger(folder, None, trainer, config, None, saved)  # type: ignore[arg-type]
+    assert logger.progress() == saved
+    with pytest.raises(InputError, match="step 31: loss nan"):
+        logger.flush(31)

@@ -137,6 +137,12 @@ def test_a_mask_with_colour_channels_is_rejected(mode, color):
         decode_label(_saved(Image.new(mode, (3, 2), color)), "a.png")
 
 
+@pytest.mark.parametrize("mode", ["I", "F"])
+def test_a_mask_of_32_bits_is_rejected(mode):
+    with pytest.raises(InputError, match=rf"a\.tif: a mask of 16 or 32 bits, mode {mode}; .* 8-bit PNG"):
+        decode_label(_saved(Image.new(mode, (3, 2), 1), "TIFF"), "a.tif")
+
+
 def test_a_grey_mask_stored_as_rgb_is_read_as_grey():
     assert decode_label(_saved(Image.new("RGB", (3, 2), (7, 7, 7))), "a.png").tolist() == [[7, 7, 7], [7, 7, 7]]
 

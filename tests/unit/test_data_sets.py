@@ -137,6 +137,12 @@ def test_mask_values_map_0_and_255_to_class_ids(root, config):
     mapped = dataclasses.replace(config, mask_values=(0, 255))
     for i, example in enumerate(_decoded(datasets.load("folder/train", mapped))):
         np.testing.assert_array_equal(example["label"], trees.mask(i, 2, ignore=0))
+    picture = Image.fromarray(trees.mask(0, 2, ignore=0))
+    picture.putpalette([1, 2, 3, 0, 0, 0])
+    picture.save(root / "train/masks/000.png")
+    (root / "classes.txt").write_text("background #000000\nobject #010203\n")  # colours of figures, in another order
+    swapped = _decoded(datasets.load("folder/train", dataclasses.replace(config, mask_values=(1, 0))))
+    np.testing.assert_array_equal(swapped[0]["label"], 1 - trees.mask(0, 2, ignore=0))
     with pytest.raises(InputError, match=r"000\.png: mask value 0 is not among --data.mask-values 7 255"):
         datasets.load("folder/train", dataclasses.replace(config, mask_values=(7, 255)))
     with pytest.raises(InputError, match="a value for each of 2 classes, got 3"):
