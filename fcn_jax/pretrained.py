@@ -92,6 +92,8 @@ def from_pretrained(
     like = jax.eval_shape(functools.partial(init_variables, made), jax.random.key(0))
     variables = weights.load(tensors, made, like)
     classes, notes = _classes(name, info, num_classes, named=entry is not None)
+    if info.fit is None:  # a .pth file in our names
+        notes = (*notes, f"{name} does not state skip scales, pooling and crops: the defaults of {network} are assumed")
     chosen = preprocessing or info.preprocessing
     if chosen is None:
         notes = (*notes, f"{name} does not state its preprocessing: imagenet is assumed")

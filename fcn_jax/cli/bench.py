@@ -68,6 +68,14 @@ def main(arguments: Sequence[str]) -> int:
         Stopped: by Ctrl-C.
     """
     given = tyro.cli(BenchArguments, prog="fcn-jax bench", args=list(arguments))
+    if given.data_dir is not None and given.pipeline is None:
+        raise InputError("--data-dir is the data set of --pipeline RECIPE; give that as well")
+    if given.pipeline is not None and (given.image_size, given.batch_size, given.rounds, given.only) != (None,) * 3 + (
+        ("*",),
+    ):
+        raise InputError(
+            "--pipeline reads images as its recipe does; leave out --image-size, --batch-size, --rounds, --only"
+        )
     _configure(given)
     sizes = {"image_size": given.image_size, "batch_size": given.batch_size}
     settings = make_settings(given.device, given.smoke, rounds=given.rounds, sample_seconds=given.seconds, **sizes)
@@ -157,9 +165,11 @@ def _rows(given: BenchArguments, settings: Settings, record: dict[str, Any], con
 def _pipeline(given: BenchArguments, settings: Settings, record: dict[str, Any], console: Console) -> int:
     if given.pipeline not in RECIPES:
         raise unknown("recipe", given.pipeline, RECIPES)
-    config = RECIPES[given.pipeline].config
-    config = replace(config, data=replace(config.data, dir=given.data_dir))
-    rates = list(pipeline_rates(config, seconds=0.2 if settings.smoke else 10.0))
+    recipe = RECIPES[given.pipeline]
+    if "--data.dir" in recipe.needs and given.data_dir is None:
+        raise InputError(f"recipe {recipe.name} needs the folder of its data set; give --data-dir")
+    config = replace(recipe.config, data=replace(recipe.config.data, dir=given.data_dir))
+    rates = list(pipeline_rates(config, seconds=given.seconds or (0.2 if settings.smoke else 10.0)))
     console.print(pipeline_table(given.pipeline, rates))
     _save(given, record | {"pipeline": rates})
     return 0

@@ -66,6 +66,12 @@ def main(arguments: Sequence[str]) -> int:
     target = compiling.open_target(given.target)
     config = given.config
     count = groups(target.mesh(config, given.inference))
+    if config.devices not in (None, len(target.devices)):
+        raise InputError(
+            f"--target {target.name} has {len(target.devices)} devices; leave out --devices {config.devices}"
+        )
+    if config.data.channels is not None:
+        raise InputError(f"only RGB images are planned; leave out --data.channels {config.data.channels}")
     check_config(config)
     size = given.image_size or config.data.crop_size or config.data.input_size or (512, 512)
     if min(size) < 1:
@@ -117,7 +123,7 @@ def _classes(config: Config) -> int:
 
 def _print(console: Console, work: compiling.Work, target: compiling.Target, report: compiling.CompileReport) -> None:
     model, chip = work.config.model, target.chip
-    what = "class maps" if work.inference else f"training step, {work.config.parallel}"
+    what = "class maps" if work.inference else f"training step, {work.parallel}"
     sizes = f"{work.num_classes} classes, {model.dtype}, batch {work.batch_size}, {work.size[0]}x{work.size[1]}"
     console.print(
         f"{model.name}, {sizes}: {what}, for {target.name} ({len(target.devices)} x {target.devices[0].device_kind})"

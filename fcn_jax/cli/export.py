@@ -61,8 +61,10 @@ def main(arguments: Sequence[str]) -> int:
         raise InputError(f"--image-size {given.image_size[0]} {given.image_size[1]}: expected two positive numbers")
     if not is_program and (given.image_size or given.preprocess or given.argmax):
         raise InputError(f"--image-size, --preprocess and --argmax are of programs; {form} has weights alone")
-    source = Path(given.network.weights or "")
-    if file.exists() and file.resolve() in (source.resolve(), (source / file.name).resolve()):
+    sources = (
+        () if given.network.weights is None else (Path(given.network.weights), Path(given.network.weights, file.name))
+    )
+    if file.exists() and file.resolve() in [source.resolve() for source in sources]:
         raise InputError(f"{file} is the source and would be overwritten; choose another --out")
     if is_hub:
         check_hub_folder(given.out)

@@ -70,7 +70,8 @@ class ParityArguments:
     momentum: float = 0.9
     weight_decay: float = 5e-4
     max_error: float | None = None
-    """Exit with code 1 if an error is larger. Errors of float32 and bfloat16 against torch are from float64."""
+    """Exit with code 1 if an error is larger. Errors of float32 and bfloat16 against torch are from float64,
+    except those of the SGD steps."""
     max_error_of: tuple[Part, ...] = PARTS
     """The parts that --max-error applies to."""
     out: Path | None = None

@@ -37,7 +37,7 @@ _SHOWN = 8
 class PredictArguments:
     """Write a label map (NAME.png) and an overlay for each image, and the share of each class (classes.csv).
 
-    Images that cannot be read are named and skipped, and the exit code is 3.
+    Images that cannot be read or predicted are named and skipped, and the exit code is 3.
     """
 
     images: tyro.conf.Positional[tuple[str, ...]]
@@ -60,16 +60,17 @@ class PredictArguments:
 def main(arguments: Sequence[str]) -> int:
     """Predict images with a trained network; the exit code."""
     given = tyro.cli(PredictArguments, prog="fcn-jax predict", args=list(arguments))
-    images = [path for name in given.images for path in _files(name)]
     if not given.images:
         raise InputError("no image given; name image files or a folder of images")
     views = Views(given.scales, given.flip)
     mesh = None if given.mesh is None else pick_mesh(given.mesh)
     if mesh is not None and groups(mesh) > 1:
         raise InputError(f"--mesh {given.mesh} splits more than rows; give space={mesh.size} alone")
+    model, variables, info = open_network(given.network)
+    suffixes = IMAGE_SUFFIXES if isinstance(info.preprocessing, str) else (*IMAGE_SUFFIXES, ".npy")
+    images = [path for name in given.images for path in _files(name, suffixes)]
     _check_outputs(images, [output for image in images for output in _outputs(given, image)])
     make_folder(given.out)
-    model, variables, info = open_network(given.network)
     options: dict[str, Any] = {
         "probabilities": given.probabilities,
         "confidence": given.confidence,
@@ -90,14 +91,15 @@ def main(arguments: Sequence[str]) -> int:
             try:
                 with _timed(seconds, "decoding"):
                     image = _decode(_read(path), str(path), info)
-            except UnreadableError as error:
+                with _timed(seconds, "network"):
+                    found = predict(model, variables, image, info, **options)
+            except InputError as error:
+                message = str(error) if str(path) in str(error) else f"{path}: {error}"
                 skipped += 1
                 if skipped == len(images):
-                    raise
-                print(f"skipped: {str(error).partition('; ')[0]}", file=sys.stderr)
+                    raise InputError(message) from error
+                print(f"skipped: {message.partition('; ')[0]}", file=sys.stderr)
                 continue
-            with _timed(seconds, "network"):
-                found = predict(model, variables, image, info, **options)
             if writing is not None:
                 table.writerow(writing.result())
             writing = writer.submit(_write, given, path, image, found, info, seconds)
@@ -109,7 +111,7 @@ def main(arguments: Sequence[str]) -> int:
     parts = ", ".join(f"{name} {value / elapsed:.0%}" for name, value in seconds.items())
     print(f"{done} image{'s' * (done != 1)} in {elapsed:.1f} s: {parts}; class shares in {given.out / 'classes.csv'}")
     if skipped:
-        print(f"error: {skipped} of {len(images)} images could not be read and were skipped", file=sys.stderr)
+        print(f"error: {skipped} of {len(images)} images were skipped", file=sys.stderr)
     return 3 if skipped else 0
 
 
@@ -120,17 +122,17 @@ def _timed(seconds: Counter[str], name: str) -> Iterator[None]:
     seconds[name] += time.perf_counter() - before  # type: ignore[assignment]
 
 
-def _files(name: str) -> list[Path]:
+def _files(name: str, suffixes: Sequence[str]) -> list[Path]:
     """Return the images that an argument names, in the order of their names."""
     path = Path(name)
     if path.is_dir():
         found = sorted(
             file
             for file in path.iterdir()
-            if file.suffix.lower() in (*IMAGE_SUFFIXES, ".npy") and not file.name.startswith(".") and file.is_file()
+            if file.suffix.lower() in suffixes and not file.name.startswith(".") and file.is_file()
         )
         if not found:
-            raise InputError(f"{path}: holds no image ({' '.join(IMAGE_SUFFIXES)}); name another folder")
+            raise InputError(f"{path}: holds no image ({' '.join(suffixes)}); name another folder")
         return found
     if path.exists() or not glob.has_magic(name):
         return [path]
@@ -182,6 +184,8 @@ def _check_outputs(images: Sequence[Path], outputs: Sequence[Path]) -> None:
     if len(set(outputs)) < len(outputs):
         twice, _ = Counter(outputs).most_common(1)[0]
         raise InputError(f"{twice} would be written for two of the images; rename one of them")
+    if odd := [image for image in map(str, images) if image.encode(errors="replace").decode() != image]:
+        raise InputError(f"{odd[0]!a}: the name is not valid UTF-8; rename the file")
     inputs = {image.resolve() for image in images}
     for path in outputs:
         if path.resolve() in inputs:

@@ -119,6 +119,11 @@ class Work:
     inference: bool = False
 
     @property
+    def parallel(self) -> str:
+        """Return "pmap" or "mesh"."""
+        return "mesh" if self.config.mesh else self.config.parallel
+
+    @property
     def model(self) -> FCN:
         """Make the network."""
         return model_from_config(self.config.model, self.num_classes, self.config.train.remat)
@@ -319,6 +324,6 @@ def to_json(work: Work, target: Target, report: CompileReport) -> Mapping[str, A
     """Return the report without the program's text, and a description of what was compiled."""
     numbers = {name: value for name, value in vars(report).items() if name != "text"}
     what = {"target": target.name, "devices": len(target.devices), "size": work.size, "batch_size": work.batch_size}
-    what |= {"network": work.config.model.name, "dtype": work.config.model.dtype, "parallel": work.config.parallel}
+    what |= {"network": work.config.model.name, "dtype": work.config.model.dtype, "parallel": work.parallel}
     what["num_classes"] = work.num_classes
     return what | {"inference": work.inference, "chip_memory": target.chip.memory} | numbers

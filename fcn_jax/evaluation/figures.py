@@ -80,7 +80,8 @@ def save_class_scores(path: Path, class_names: Sequence[str], scores: Mapping[st
     rows, height = np.arange(len(class_names)), 0.8 / len(scores)
     for index, (name, values) in enumerate(scores.items()):
         axes.barh(rows + (index + 0.5) * height - 0.4, np.nan_to_num(values), height, label=name)
-    axes.set(yticks=rows, yticklabels=class_names, xlim=(0, 1))
+    axes.set_yticks(rows, class_names, parse_math=False)
+    axes.set_xlim(0, 1)
     axes.invert_yaxis()
     axes.grid(axis="x", alpha=0.3)
     axes.legend(fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=len(scores))

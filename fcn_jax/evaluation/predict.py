@@ -128,10 +128,10 @@ def make_image_predictor(
         enlarged = max(1.0, *views.scales)
         side = max(32, int(tile / enlarged) // 32 * 32)
         whole = h * w * enlarged**2 <= whole_pixels * space
-        # A side below 32 also has one cell of stride 32.
+        least = 32 if plain or whole else 1  # a side below 32 also has one cell of stride 32; views are not padded
         (height, rows), (width, columns) = (
             _windows(n, n, 0, m if plain else 1) if whole else _windows(n, side, margin, MULTIPLE if plain else 1)
-            for n, m in ((max(h, 32), math.lcm(MULTIPLE, 32 * space)), (max(w, 32), MULTIPLE))
+            for n, m in ((max(h, least), math.lcm(MULTIPLE, 32 * space)), (max(w, least), MULTIPLE))
         )
         tiles = list(itertools.product(rows, columns))
         if len(tiles) == 1 and not (plain and serves(model, height) and serves(model, width)):

@@ -104,7 +104,8 @@ class RunFolder:
 
     def __init__(self, path: str | Path, writes: bool = True):
         """Set the paths, without touching the folder. Later it is changed only if this process ``writes``."""
-        self.path, self.writes, self.local = to_path(path, "--run"), writes, Path(path)
+        self.path, self.writes = to_path(path, "--run"), writes
+        self.local = self.path
         if is_remote(path):
             self.local = Path(tempfile.mkdtemp(prefix="fcn_jax-"))
             weakref.finalize(self, shutil.rmtree, self.local, ignore_errors=True)

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from fcn_jax.errors import InputError, first_line, unknown
-from fcn_jax.paths import is_remote
+from fcn_jax.paths import is_remote, to_path
 from fcn_jax.weights.caffe import read_caffe
 from fcn_jax.weights.pretrained import PRETRAINED, fetch, is_published
 
@@ -80,7 +80,7 @@ def open_source(source: Source) -> Tensors:
         hint = "; give module.state_dict()" if hasattr(source, "state_dict") else ""
         what = "a path, a name of published weights or a dict of arrays"
         raise InputError(f"expected {what}, got {type(source).__name__}{hint}")
-    path = fetch(name) if is_published(name) or is_remote(name) else Path(name)
+    path = fetch(name) if is_published(name) or is_remote(name) else to_path(name, "weights")
     try:
         head = _read_head(path)
     except OSError as error:

@@ -303,17 +303,22 @@ def test_predict_names_unreadable_inputs(fails, run, tmp_path):
     fails(predict_command, ["a/x.png", "b/x.jpg", *out], "out/x.png would be written for two of the images")
     fails(predict_command, ["x.png", "x_overlay.png", *out], "out/x_overlay.png would be")
     fails(predict_command, [bad, "--run", run, "--out", bad], "--out", "bad.jpg")
+    fails(predict_command, ["caf\udce9.jpg", *out], r"'caf\udce9.jpg'", "UTF-8")
 
 
 def test_predict_accepts_folders_and_patterns_and_skips_unreadable_files(run, tmp_path, capsys):
     sizes = _images(tmp_path / "in")
     (tmp_path / "in/bad.jpg").write_bytes(b"\xff\xd8 not a picture")
     (tmp_path / "in/notes.txt").write_text("not an image")
+    (tmp_path / "in/rgb.npy").write_bytes(b"beside rgb.png, for networks of other channels")
+    page = Image.new("RGB", (3, 2))
+    page.save(tmp_path / "in/pages.tif", save_all=True, append_images=[page])
     out = tmp_path / "out"
     arguments = [str(tmp_path / "in"), "--run", str(run), "--out", str(out), "--probabilities", "--confidence"]
     assert guarded(predict_command, arguments) == 3
     printed = capsys.readouterr()
-    assert "skipped: " in printed.err and "bad.jpg" in printed.err and "1 of 4 images" in printed.err
+    assert printed.err.count("skipped: ") == 2 and "bad.jpg" in printed.err and "pages.tif" in printed.err
+    assert "2 of 5 images" in printed.err
     assert re.search(r"3 images in .* s: decoding \d+%, network \d+%, encoding \d+%", printed.out)
     rows = list(csv.DictReader((out / "classes.csv").read_text().splitlines()))
     assert [Path(row["image"]).name for row in rows] == ["one.png", "rgb.png", "turned.jpg"]

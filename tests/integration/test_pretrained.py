@@ -31,6 +31,7 @@ from fcn_jax.cli import predict as cli_predict
 from fcn_jax.cli import summary as cli_summary
 from fcn_jax.cli import train as cli_train
 from fcn_jax.errors import InputError
+from fcn_jax.training.run import RunFolder
 
 ROOT = Path(__file__).parents[2]
 QUICK = {"pytorch-fcn 8s", "tramac 8s aux", "boostcamp 32s"}
@@ -90,8 +91,11 @@ def test_our_torch_file_needs_only_the_model_name(tmp_path):
     with pytest.raises(InputError, match="own.pth does not state its network; give --model"):
         fcn_jax.from_pretrained(tmp_path / "own.pth")
     found, values, info = fcn_jax.from_pretrained(tmp_path / "own.pth", model="fcn8s")
-    assert found == model and not info.named and not info.preprocessing_known and len(info.notes) == 2
+    assert found == model and not info.named and not info.preprocessing_known and len(info.notes) == 3
     assert_same(values, variables)
+    weights.save(tmp_path / "own.pth", model.clone(skip_scales=(0.05, 0.01)), variables, "caffe")
+    *_, info = fcn_jax.from_pretrained(tmp_path / "own.pth", model="fcn8s")
+    assert any("skip scales" in note and "defaults of fcn8s are assumed" in note for note in info.notes)
 
 
 @pytest.mark.parametrize(("name", "options"), [("fcn_resnet50", {}), ("fcn8s_resize", {"encoder": "vgg11"})])
@@ -124,6 +128,13 @@ def test_damaged_class_metadata_is_rejected(change, message, tmp_path):
     weights.save(tmp_path / "w.safetensors", model, variables, None, classes=CLASSES | change)
     with pytest.raises(InputError, match=f"w.safetensors: its metadata has no valid classes .*{message}"):
         fcn_jax.from_pretrained(tmp_path / "w.safetensors")
+
+
+def test_paths_may_start_with_the_home_folder(exported, monkeypatch):
+    monkeypatch.setenv("HOME", str(exported[0].parent))
+    assert fcn_jax.from_pretrained(f"~/{exported[0].name}")[0] == fcn_jax.from_pretrained(exported[0])[0]
+    run = RunFolder("~/run")
+    assert run.metrics_file == exported[0].parent / "run/metrics.jsonl" and run.path == run.local
 
 
 def test_export_does_not_overwrite_its_source_a_run_or_a_model_card(exported, tmp_path, fails):

@@ -210,7 +210,8 @@ def test_without_torch_only_our_side_is_timed_and_the_pools_are_summed(capsys, m
         ("--only fcn9s", ["fcn9s", "fcn8s_ladder"]), ("--rounds 0", ["--rounds"]),
         ("--seconds nan", ["--seconds"]), ("--image-size 100", ["--image-size", "32"]),
         ("--smoke --only pool-4* --out /dev/null/b.json", ["/dev/null"]),
-        ("--pipeline nosuch", ["nosuch", "camvid"]), ("--pipeline camvid", ["--data.dir"]),
+        ("--pipeline nosuch", ["nosuch", "camvid"]), ("--pipeline camvid", ["--data-dir"]),
+        ("--data-dir x", ["--pipeline"]), ("--pipeline shapes --batch-size 2", ["--batch-size"]),
     ],
 )  # fmt: skip
 def test_invalid_arguments_give_one_line_and_exit_code_2(arguments, named, fails):

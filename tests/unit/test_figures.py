@@ -11,7 +11,7 @@ from fcn_jax.evaluation.evaluate import Sample, spread
 from fcn_jax.evaluation.report import score_table
 from fcn_jax.metrics import scores
 
-NAMES = ("background", "$\\frac{a_b^c", "[/c]")  # names may hold any characters
+NAMES = ("background", "$\\frac{a_b^c$", "[/c]")  # names may hold any characters
 PALETTE = ((0, 0, 0), (200, 10, 20), (10, 200, 20))
 LABELS = np.array([[0, 1], [2, 255]], np.uint8)
 BLUE = (0, 0, 250)
@@ -99,7 +99,8 @@ def test_curves_and_confusion_are_drawn_with_undefined_scores(tmp_path):
     figures.save_curves(tmp_path / "curves.png", rows)
     figures.save_curves(tmp_path / "empty.png", [])
     figures.save_confusion(tmp_path / "confusion.png", np.array([[3, 1, 0], [0, 0, 0], [0, 0, 1]]), NAMES)
-    for name in ("curves", "empty", "confusion"):
+    figures.save_class_scores(tmp_path / "classes.png", NAMES, {"IoU": np.array([0.5, np.nan, 1])})
+    for name in ("curves", "empty", "confusion", "classes"):
         assert cv2.imread(str(tmp_path / f"{name}.png")) is not None
 
 

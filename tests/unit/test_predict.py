@@ -141,9 +141,10 @@ def test_averaged_views_of_a_single_image_equal_those_of_evaluation(name):
     np.testing.assert_allclose(flipped(variables, image), flipped(variables, image[:, ::-1])[:, ::-1], rtol=1e-6)
 
 
-def test_tiles_with_flipped_views_equal_the_whole_image():
+@pytest.mark.parametrize("width", [40, 20])
+def test_tiles_with_flipped_views_equal_the_whole_image(width):
     model, variables = make_network("fcn32s", biases=False)
-    image = np.random.default_rng(0).integers(0, 256, (900, 40, 3), np.uint8)
+    image = np.random.default_rng(0).integers(0, 256, (900, width, 3), np.uint8)
     options = {"output": "probabilities", "views": Views((1.0,), flip=True)}
     whole = make_image_predictor(model, "imagenet", **options)(variables, image)
     tiled = make_image_predictor(model, "imagenet", **options, whole_pixels=1000, tile=64)(variables, image)
