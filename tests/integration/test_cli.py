@@ -27,6 +27,8 @@ from fcn_jax.config import Config, OptimConfig, TrainConfig
 from fcn_jax.data.shapes import CLASSES
 from fcn_jax.errors import InputError, Stopped
 from fcn_jax.evaluation.evaluate import Views
+from fcn_jax.evaluation.predict import make_image_predictor
+from fcn_jax.pretrained import from_pretrained
 from fcn_jax.training.run import RunFolder, lengthened
 
 ROOT = Path(__file__).parents[2]
@@ -332,10 +334,17 @@ def test_predict_accepts_folders_and_patterns_and_skips_unreadable_files(run, tm
         assert probabilities.dtype == np.float16 and probabilities.shape == (*labels.shape, 6)
         confidence = cv2.imread(str(out / f"{name}_confidence.png"), cv2.IMREAD_GRAYSCALE)
         np.testing.assert_allclose(confidence / 255, probabilities.max(-1), atol=0.003)  # rounding to 8 bits
-    views = ["--flip", "--scales", "0.75", "1", "--confidence"]
+    views = ["--flip", "--scales", "0.75", "1", "--confidence", "--probabilities"]
     pattern = [str(tmp_path / "in/*.png"), "--run", str(run), "--out", str(tmp_path / "views")]
     assert guarded(predict_command, [*pattern, *views]) == 0
-    assert len(list((tmp_path / "views").iterdir())) == 2 * 3 + 1
+    assert len(list((tmp_path / "views").iterdir())) == 2 * 4 + 1
+    model, variables, info = from_pretrained(run)
+    predict = make_image_predictor(
+        model, info.preprocessing, output="probabilities", views=Views((0.75, 1.0), flip=True)
+    )
+    averaged = np.load(tmp_path / "views/rgb.npz")["probabilities"]
+    np.testing.assert_allclose(averaged, predict(variables, trees.picture(0, (21, 34))), atol=1e-3)  # float16
+    assert not np.array_equal(averaged, np.load(out / "rgb.npz")["probabilities"])
 
 
 def test_predict_never_overwrites_an_input_image(fails, run, tmp_path):

@@ -67,6 +67,10 @@ def take_steps(name, mode, devices, steps=2, height=33, axes=(), loss="softmax",
     state, placed = parallel.place_state(jax.tree.map(jnp.copy, start)), parallel.place_batch(make_batch(height))
     for _ in range(steps):
         state, sums = parallel.step(state, placed)
+    if axes and axes[0] > 1:  # fsdp and space; the arrays are as large as their part on a device
+        assert any(x.addressable_shards[0].data.size * axes[0] == x.size for x in jax.tree.leaves(state.params))
+    if axes and axes[1] > 1:
+        assert placed["image"].addressable_shards[0].data.shape[1] * axes[1] == height
     pair = (state.params, state.batch_stats), (start.params, start.batch_stats)
     moved = jax.tree.map(lambda a, b: np.asarray(a) - np.asarray(b), *pair)
     return np.concatenate([np.ravel(x) for x in jax.tree.leaves(moved)]), jax.device_get(sums)

@@ -53,6 +53,21 @@ def test_nothing_is_compiled_after_the_first_step_and_the_first_validation(paral
     assert len(at_validation) == 3 and at_validation[1] == at_validation[2]
 
 
+def test_a_row_has_the_means_of_its_steps_and_the_last_learning_rate(tmp_path):
+    three, _ = run(tmp_path, "three")
+    config = in_folder(tmp_path, "each", train=replace(TINY.train, steps=9, eval_every=3 * 4 / 16, log_every=1))
+    train(config)
+    each = [row for row in RunFolder(config.run).rows() if row["kind"] == "train"]
+    rows = [row for row in three if row["kind"] == "train"]
+    assert [row["step"] for row in rows] == [3, 6, 9] and len(each) == 9
+    for index, row in enumerate(rows):
+        steps = each[3 * index : 3 * index + 3]
+        assert len({step["loss"] for step in steps}) == 3
+        for name in ("loss", "grad_norm"):
+            assert row[name] == pytest.approx(np.mean([step[name] for step in steps]), rel=1e-5)
+        assert row["lr"] == pytest.approx(0.1 * (1 - (row["step"] - 1) / 9) ** 0.9, rel=1e-5)  # poly, before the step
+
+
 @pytest.mark.parametrize("parallel", ["pmap", pytest.param("mesh", marks=pytest.mark.slow)])
 def test_an_implicit_host_to_device_transfer_is_an_error(parallel, tmp_path, monkeypatch):
     rows = (2, 2) if parallel == "pmap" else (4,)

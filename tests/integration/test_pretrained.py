@@ -19,7 +19,7 @@ from caffe_files import write_caffe
 from inference_cases import color_blocks
 from layout_cases import CASES
 from safetensors.numpy import save_file
-from small_networks import assert_same, build
+from small_networks import assert_same, build, make_network
 from torch_sources import randomise
 
 import fcn_jax
@@ -31,6 +31,8 @@ from fcn_jax.cli import predict as cli_predict
 from fcn_jax.cli import summary as cli_summary
 from fcn_jax.cli import train as cli_train
 from fcn_jax.errors import InputError
+from fcn_jax.evaluation.evaluate import make_predictor
+from fcn_jax.pretrained import NetworkInfo
 from fcn_jax.training.run import RunFolder
 
 ROOT = Path(__file__).parents[2]
@@ -128,6 +130,16 @@ def test_damaged_class_metadata_is_rejected(change, message, tmp_path):
     weights.save(tmp_path / "w.safetensors", model, variables, None, classes=CLASSES | change)
     with pytest.raises(InputError, match=f"w.safetensors: its metadata has no valid classes .*{message}"):
         fcn_jax.from_pretrained(tmp_path / "w.safetensors")
+
+
+def test_predict_resizes_to_the_input_size_and_back():
+    model, variables = make_network("fcn8s", biases=False)
+    info = NetworkInfo("x", NAMES, CLASSES["palette"], "imagenet", input_size=(64, 96))
+    image = color_blocks(50, 70)
+    found = fcn_jax.predict(model, variables, image, info, probabilities=True)
+    resized = cv2.resize(image, (96, 64), interpolation=cv2.INTER_LINEAR)[None]
+    expected = make_predictor(model, "imagenet", output="probabilities")(variables, resized, (50, 70))[0]
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
 
 
 def test_paths_may_start_with_the_home_folder(exported, monkeypatch):

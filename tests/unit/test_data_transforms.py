@@ -111,6 +111,7 @@ def test_base_size_sets_the_shorter_side_before_scaling():
 def test_jitter_scales_brightness_by_the_drawn_factor():
     class Fixed:
         def uniform(self, low, high, size):
+            assert (low, high, size) == (-1, 1, 3)
             return np.array(self.draws)
 
     rng, image = Fixed(), np.full((2, 2, 3), 100, np.uint8)

@@ -185,6 +185,27 @@ def test_class_weights_of_a_run_follow_from_label_counts_and_power(power, weight
         run_loss(Config(loss=LossConfig(class_weights=weights)), SimpleNamespace(dataset="made", num_classes=3))
 
 
+@pytest.mark.parametrize(
+    ("config", "arguments"),
+    [
+        (LossConfig(kind="sigmoid"), ("sigmoid",)),
+        (LossConfig(terms=("softmax:1", "dice:0.5")), ({"softmax": 1.0, "dice": 0.5},)),
+        (LossConfig(hard_fraction=0.25), ("softmax", None, 0.25)),
+    ],
+)
+def test_a_run_uses_the_loss_of_its_config(config, arguments):
+    split, logits = SimpleNamespace(dataset="made", num_classes=4), jnp.asarray(LOGITS)
+    total = run_loss(Config(loss=config), split)(logits, LABELS).total
+    assert total == make_loss(*arguments)(logits, LABELS).total != make_loss("softmax")(logits, LABELS).total
+
+
+def test_a_run_adds_the_loss_of_the_auxiliary_head_with_its_weight():
+    split, logits = SimpleNamespace(dataset="made", num_classes=4), jnp.asarray(LOGITS)
+    main, aux = (float(make_loss("softmax")(x, LABELS).total) for x in (logits, 2 * logits))
+    found = run_loss(Config(loss=LossConfig(aux_weight=0.7)), split)((logits, 2 * logits), LABELS)
+    assert float(found.total) == pytest.approx(main + 0.7 * aux, rel=1e-12)
+
+
 def test_median_frequency_weights_by_hand():
     # Pixels of the class, of all in images with it: 60 of 100, 10 of 50, 30 of 100. Class 3 does not occur.
     weights = median_frequency_weights(np.array([60, 10, 30, 0]), np.array([100, 50, 100, 0]))

@@ -1,3 +1,4 @@
+import jax
 import numpy as np
 import pytest
 import torch
@@ -44,6 +45,12 @@ def test_confusion_counts_by_truth_then_prediction_and_skips_ignored_pixels():
     confusion = metrics.confusion_matrix(labels, predictions, 2)
     np.testing.assert_array_equal(confusion, [[1, 1], [1, 1]])
     assert confusion.dtype == np.int64
+
+
+def test_confusion_within_jit_does_not_count_values_out_of_range():
+    labels, predictions = np.array([0, 0, 1, 2, 255, 9]), np.array([1, 1, 0, 7, 0, 0])
+    traced = jax.jit(lambda a, b: metrics.confusion_matrix(a, b, 3))(labels, predictions)
+    np.testing.assert_array_equal(traced, [[0, 2, 0], [1, 0, 0], [0, 0, 0]])
 
 
 def test_counts_beyond_32_bits_add_up():

@@ -11,6 +11,7 @@ import fcn_jax
 from fcn_jax.errors import InputError
 from fcn_jax.evaluation import evaluate as evaluate_module
 from fcn_jax.evaluation import predict as predict_module
+from fcn_jax.evaluation.boundary import boundary_counts
 from fcn_jax.evaluation.evaluate import Views, evaluate, make_predictor
 from fcn_jax.evaluation.predict import context, make_image_predictor
 from fcn_jax.preprocessing import MEAN_COLOURS, normalize
@@ -98,6 +99,9 @@ def test_scores_are_computed_at_label_size_without_padding_rows():
     np.testing.assert_array_equal(result.confusion, [[0, 1], [0, 1]])
     assert calls == [((2, 8, 8, 3), (1, 3))] and result.images == 1
     assert [sample.name for sample in result.samples] == ["a"]
+    twice = evaluate(predict, {}, [{**batch, "valid": np.array([True, True])}] * 2, 2, boundary_pixels=1)
+    each = [boundary_counts(label, np.ones_like(label), 2, 1) for label in labels]
+    np.testing.assert_array_equal(twice.boundary, 2 * (each[0] + each[1]))
 
 
 def test_prediction_of_a_batch_is_the_same_on_one_and_many_devices():
