@@ -17,7 +17,6 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import filelock
 import jax
 
 from fcn_jax.config import Config
@@ -183,6 +182,8 @@ class RunFolder:
                 raise self._not_writable(error) from error
             yield
             return
+        import filelock  # imported here, as the benchmark runs without it
+
         lock = filelock.FileLock(self.path / ".lock")
         try:
             self.path.mkdir(parents=True, exist_ok=True)

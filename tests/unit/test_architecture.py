@@ -76,3 +76,8 @@ def test_importing_a_module_loads_no_heavy_dependency(modules, absent):
     code = f"import sys, {modules}; print([name for name in {absent.split()} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_filelock_is_not_needed_to_import_the_library_and_the_benchmark():
+    code = "import sys; sys.modules['filelock'] = None; import fcn_jax, fcn_jax.training.run, fcn_jax.cli.bench"
+    subprocess.run([sys.executable, "-c", code], check=True)  # JAX imports it where it is installed
