@@ -22,7 +22,7 @@ from fcn_jax.data.datasets import Split, decode, load
 from fcn_jax.evaluation.evaluate import Sample, spread
 from fcn_jax.evaluation.figures import save_sheet, thumbnail
 from fcn_jax.losses import IGNORE
-from fcn_jax.training.config_checks import check_config
+from fcn_jax.training.config_checks import check_config, check_readers
 
 _SMALLEST = 32
 """Images with a side below this have a single row or column at stride 32."""
@@ -48,6 +48,7 @@ def main(arguments: Sequence[str]) -> int:
     if given.out is not None:
         make_folder(given.out)
     check_config(Config(data=given.data))
+    check_readers(given.data, given.split)
     split = load(given.split, given.data)
     facts, samples = examine(split)
     _show(given.split, split, facts)

@@ -7,7 +7,7 @@ import math
 import re
 from typing import Any
 
-from fcn_jax.config import Config, LossConfig
+from fcn_jax.config import Config, DataConfig, LossConfig
 from fcn_jax.errors import InputError, first_line
 from fcn_jax.evaluation.padding import MULTIPLE
 from fcn_jax.paths import to_path
@@ -35,6 +35,8 @@ _ABOVE_ZERO = (
     *("data.scale", "loss.hard_fraction", "optim.clip_norm", "optim.lr", "optim.step_every"),
     *("train.epochs", "train.eval_every", "train.keep_every"),
 )
+# Fields of the data and the data sets that use them.
+_READERS = {"val_fraction": ("folder",), "mask_values": ("folder",), "classes": ("folder", "tfds")}
 _PATHS = ("run", "init", "init_from", "data.dir", "data.cache_dir", "data.classes")
 
 
@@ -95,6 +97,14 @@ def loss_terms(config: LossConfig) -> dict[str, float]:
             )
         found[name] = number
     return found
+
+
+def check_readers(data: DataConfig, *specs: str) -> None:
+    """Raise InputError for a field that none of these data sets, DATASET/SPLIT, uses."""
+    used = {spec.partition("/")[0] for spec in specs}
+    for field, readers in _READERS.items():
+        if getattr(data, field) is not None and used.isdisjoint(readers):
+            raise InputError(f"--data.{field.replace('_', '-')} applies only to {' and '.join(readers)}; leave it out")
 
 
 def check_config(config: Config) -> None:

@@ -31,7 +31,7 @@ from fcn_jax.optim import make_optimizer, make_schedule
 from fcn_jax.paths import is_remote, to_path
 from fcn_jax.preprocessing import normalize, preprocessing_of
 from fcn_jax.step import AxisName, TrainState, TrainStep, make_train_step, new_state
-from fcn_jax.training.config_checks import check_config, flatten, loss_terms
+from fcn_jax.training.config_checks import check_config, check_readers, flatten, loss_terms
 from fcn_jax.training.distributed import check_same, digest, together, writer_first
 from fcn_jax.training.run import open_run
 from fcn_jax.weights.names import COUNTER
@@ -79,8 +79,6 @@ class Trainer:
 
 # Fields that may differ between processes: data folders, workers, and the process id.
 _OWN_FIELDS = ("data.dir", "data.cache_dir", "data.workers", "process_id")
-# Fields of the data and the data sets that use them.
-_READERS = {"val_fraction": ("folder",), "mask_values": ("folder",), "classes": ("folder", "tfds")}
 
 
 def make_trainer(config: Config, resuming: bool = False) -> Trainer:
@@ -94,10 +92,7 @@ def make_trainer(config: Config, resuming: bool = False) -> Trainer:
         InputError: the config is not valid for these data, weights and devices.
     """
     check_config(config)
-    used = {spec.partition("/")[0] for spec in (config.data.train, config.data.val)}
-    for field, readers in _READERS.items():
-        if getattr(config.data, field) is not None and used.isdisjoint(readers):
-            raise InputError(f"--data.{field.replace('_', '-')} applies only to {' and '.join(readers)}; leave it out")
+    check_readers(config.data, config.data.train, config.data.val)
     check_same({name: value for name, value in flatten(config).items() if name not in _OWN_FIELDS})
     train, val = writer_first(lambda: (load(config.data.train, config.data), load(config.data.val, config.data)))
     if train.class_names != val.class_names:

@@ -286,12 +286,9 @@ def test_own_photographs_are_checked_trained_on_and_predicted(fails, tmp_path, c
         fails(main, ["data", "folder/all", *data, *wrong.split()], named)
     fails(main, ["data", "folder/all", *data, "--data.mean", "1", "2"], "--data.channels")
     for useless in ("--data.mask-values 0 255", "--data.val-fraction 0.2", "--data.classes classes.txt"):
-        fails(
-            train_command,
-            ["shapes", *useless.split(), "--run", tmp_path / "other"],
-            useless.split()[0],
-            "only to folder",
-        )
+        option = useless.split()
+        fails(train_command, ["shapes", *option, "--run", tmp_path / "other"], option[0], "only to folder")
+        fails(main, ["data", "shapes/val", *option], option[0], "only to folder")
     fails(main, ["predict", tmp_path / "set/*.gif", "--run", run, "--out", tmp_path / "out"], "*.gif")
 
 
