@@ -127,7 +127,7 @@ _RECIPES = (
             train=TrainConfig(batch_size=2, epochs=8, eval_every=2, eval_batch_size=4),
         ),
         source="this project: FCN-8s at full width from VGG-16's ImageNet convolutions; choices in docs/camvid.md",
-        score="58.8 mean IoU on test, one seed (docs/camvid.md)",
+        score="58.5 mean IoU on test, mean of two seeds (docs/camvid.md)",
         needs="--data.dir CAMVID",
     ),
     Recipe(
