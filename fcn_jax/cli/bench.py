@@ -70,9 +70,8 @@ def main(arguments: Sequence[str]) -> int:
     given = tyro.cli(BenchArguments, prog="fcn-jax bench", args=list(arguments))
     if given.data_dir is not None and given.pipeline is None:
         raise InputError("--data-dir is the data set of --pipeline RECIPE; give that as well")
-    if given.pipeline is not None and (given.image_size, given.batch_size, given.rounds, given.only) != (None,) * 3 + (
-        ("*",),
-    ):
+    of_rows = (given.image_size, given.batch_size, given.rounds)
+    if given.pipeline is not None and (any(of_rows) or given.only != ("*",)):
         raise InputError(
             "--pipeline reads images as its recipe does; leave out --image-size, --batch-size, --rounds, --only"
         )
