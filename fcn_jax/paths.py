@@ -30,7 +30,8 @@ def to_path(given: str | os.PathLike[str], flag: str) -> Path:
             path = Path(given).expanduser()
             path.exists()
         except (OSError, ValueError, RuntimeError) as error:  # too long; with a zero byte; an unknown ~user
-            raise InputError(f"{flag} {given!r}: not a usable path ({first_line(error)}); give another") from error
+            reason = error.strerror if isinstance(error, OSError) else first_line(error)
+            raise InputError(f"{flag} {str(given)!r}: not a usable path ({reason}); give another") from error
         return path
     if importlib.util.find_spec("gcsfs") is None:
         raise InputError(f"{flag} {given}: needs gcsfs: pip install fcn_jax[gcs]")

@@ -249,7 +249,10 @@ def test_an_unknown_source_error_lists_pretrained_encoders(tmp_path):
 
 
 def test_a_path_too_long_for_the_system_is_reported():
-    assert "cannot be read: File name too long" in refusal("x" * 300 + ".pth")
+    name = "x" * 300 + ".pth"
+    reason = r"not a usable path \(File name too long\); give another"
+    with pytest.raises(InputError, match=f"^weights '{name}': {reason}$"):
+        weights.inspect(pathlib.Path(name))
 
 
 NOT_SAVED = {"dtype": "bfloat16", "axis_name": "batch", "remat": True, "crop": [1, 1, 1], "width": 1e308}
