@@ -1,4 +1,4 @@
-"""The commands of docs/porting.md, with a narrower network, and the Python of the README, as they stand."""
+"""The commands of docs/porting.md, with a narrower network, and the Python of two other pages, as they stand."""
 
 import re
 import shlex
@@ -69,3 +69,10 @@ def test_the_python_of_the_readme_runs_as_it_stands(capsys):
     for block in blocks:
         exec(compile(block, "README.md", "exec"), {})
     assert re.search(r"mean IoU 0\.\d{4}, pixel accuracy 0\.\d{4}\nloss \d\.\d{4}", capsys.readouterr().out)
+
+
+def test_the_python_of_the_page_on_networks_gives_the_shape_that_it_states():
+    (block,) = re.findall(r"^```python\n(.*?)^```$", (ROOT / "docs/networks.md").read_text(), re.DOTALL | re.MULTILINE)
+    names = {}
+    exec(compile(block, "docs/networks.md", "exec"), names)
+    assert f"# {names['logits'].shape}" in block
