@@ -75,7 +75,8 @@ def make_program(model: FCN, variables: Mapping[str, Any], preprocessing: Prepro
         check_size(model, size)
     elif isinstance(model, InterpolatedFCN) or (isinstance(model, ScoreFCN) and model.pool == "floor"):
         raise InputError("this network's program has one size of image; give --image-size HEIGHT WIDTH")
-    model = model.clone(dtype=jnp.float32, param_dtype=jnp.float32)
+    # Without "highest", GPUs and TPUs multiply float32 in a narrower format.
+    model = model.clone(dtype=jnp.float32, param_dtype=jnp.float32, precision="highest")
     return Program(model, jax.tree.map(lambda x: np.asarray(x, np.float32), variables), preprocessing, **options)
 
 

@@ -14,14 +14,14 @@ import numpy as np
 from jax.sharding import Mesh
 
 from fcn_jax import weights
-from fcn_jax.errors import InputError
+from fcn_jax.errors import InputError, unknown
 from fcn_jax.evaluation.evaluate import PLAIN, Output, Predictor, Views, make_predictor
 from fcn_jax.evaluation.predict import ImagePredictor, make_image_predictor
 from fcn_jax.models import create_model, init_variables
 from fcn_jax.models.catalog import describe_model
 from fcn_jax.models.fcn import FCN
 from fcn_jax.paths import to_path
-from fcn_jax.preprocessing import Preprocessing, preprocessing_of
+from fcn_jax.preprocessing import PREPROCESSINGS, Preprocessing, preprocessing_of
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ def from_pretrained(
         source: a name of ``weights.PRETRAINED``, a weights file in any of ``weights.LAYOUTS``, a run's folder, or
             ``hf://OWNER/REPO[@REVISION]``; files and folders are local or at ``gs://BUCKET/...``.
         model: a key of ``models.MODELS``, for a file that fits several networks.
-        preprocessing: "imagenet" or "caffe", for a file that does not state it.
+        preprocessing: "imagenet" or "caffe", for a file that does not state it, in place of its layout's.
         checkpoint: of a run: "best", "last", or a step number.
 
     Raises:
@@ -66,14 +66,21 @@ def from_pretrained(
     """
     name, entry = str(source), weights.PRETRAINED.get(str(source))
     folder = None if weights.is_published(name) else to_path(source, "source")
+    if preprocessing is not None and preprocessing not in PREPROCESSINGS:
+        raise unknown("preprocessing", preprocessing, PREPROCESSINGS)
     if folder and folder.is_dir():
         if not is_hub_folder(folder):
+            if model or preprocessing:
+                given = model or preprocessing
+                raise InputError(f"{name}: a run records its network and preprocessing; leave out {given}")
             return _from_run(name, checkpoint)
         source = folder / "model.safetensors"
     if entry is not None and entry.is_encoder:
         raise InputError(f"{name} is an encoder, not a whole network; start a run from it: train.py --init {name}")
     tensors = weights.open_source(source)
     info = weights.inspect(tensors)
+    if preprocessing not in (None, stated := tensors.metadata.get("preprocessing", preprocessing)):
+        raise InputError(f"{name} states its preprocessing, {stated}; leave out {preprocessing}")
     if info.layout is None:
         raise weights.unknown_layout(tensors)
     if info.fit is None and (info.layout != "fcn_jax" or model is None):

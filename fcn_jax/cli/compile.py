@@ -86,7 +86,11 @@ def main(arguments: Sequence[str]) -> int:
         raise InputError(
             f"expected --batch-size to be a multiple of {unit}, of devices x accumulated parts, got {batch_size}"
         )
-    classes = given.num_classes or (_classes(config) if name in RECIPES else 21)
+    classes = given.num_classes
+    if classes is None:
+        classes = _classes(config) if name in RECIPES else 21
+    if classes < 1:
+        raise InputError(f"expected --num-classes >= 1, got {classes}")
     work = compiling.Work(config, classes, size, batch_size, given.inference)
     for flag, file in (("--out", given.out), ("--text", given.text)):
         if file is not None:

@@ -14,7 +14,7 @@ import tyro
 
 from fcn_jax import export, weights
 from fcn_jax.cli.network import NetworkArguments, open_network
-from fcn_jax.cli.process import make_folder
+from fcn_jax.cli.process import check_not_source, make_folder
 from fcn_jax.errors import InputError
 from fcn_jax.models.catalog import describe_model
 from fcn_jax.models.fcn import FCN
@@ -61,11 +61,9 @@ def main(arguments: Sequence[str]) -> int:
         raise InputError(f"--image-size {given.image_size[0]} {given.image_size[1]}: expected two positive numbers")
     if not is_program and (given.image_size or given.preprocess or given.argmax):
         raise InputError(f"--image-size, --preprocess and --argmax are of programs; {form} has weights alone")
-    sources = (
-        () if given.network.weights is None else (Path(given.network.weights), Path(given.network.weights, file.name))
-    )
-    if file.exists() and file.resolve() in [source.resolve() for source in sources]:
-        raise InputError(f"{file} is the source and would be overwritten; choose another --out")
+    if given.network.weights is not None:
+        for source in (Path(given.network.weights), Path(given.network.weights, file.name)):
+            check_not_source(file, source)
     if is_hub:
         check_hub_folder(given.out)
     make_folder(file.parent)

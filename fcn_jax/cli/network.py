@@ -26,15 +26,13 @@ class NetworkArguments:
     model: str | None = None
     """Name of the network, for weights that fit several (`fcn-jax models` lists the names)."""
     preprocessing: Literal["imagenet", "caffe"] | None = None
-    """Preprocessing, for weights that do not state it."""
+    """Preprocessing, for weights that do not state it, in place of their layout's."""
 
 
 def open_network(given: NetworkArguments) -> tuple[FCN, dict[str, Any], NetworkInfo]:
     """Load the network, and print what had to be assumed."""
     if (given.run is None) == (given.weights is None):
         raise InputError("expected either --run RUN or --weights SOURCE; give exactly one of them")
-    if given.run is not None and (given.model or given.preprocessing):
-        raise InputError("a run records its network and preprocessing; leave out --model and --preprocessing")
     run = None if given.run is None else to_path(given.run, "--run")
     path = None if given.weights is None or weights.is_published(given.weights) else to_path(given.weights, "--weights")
     if path is not None and path.is_dir() and not is_hub_folder(path):

@@ -15,7 +15,7 @@ import rich
 import tyro
 
 from fcn_jax import weights
-from fcn_jax.cli.process import check_file, make_folder
+from fcn_jax.cli.process import check_file, check_not_source, make_folder
 from fcn_jax.compare.experiments import (
     Case,
     against_jax,
@@ -91,6 +91,7 @@ def main(arguments: Sequence[str]) -> int:
         make_folder(given.out)  # before hours of computing
     if given.save is not None:
         check_file(given.save, "--save")
+        check_not_source(given.save, given.weights, "--save")
     devices = _configure(given)
     model, variables = _make_model(given)
     images, labels = random_batch(given.image_size, model.num_classes, given.batch_size, given.seed)
@@ -137,10 +138,18 @@ def _check(given: ParityArguments) -> None:
     several = {"--against": against, "--max-error": given.max_error, "--out": given.out, "--devices": given.devices}
     if given.save is not None and (useless := [name for name, value in several.items() if value is not None]):
         raise InputError(f"--save compares nothing and cannot be combined with {' or '.join(useless)}; leave one out")
+    if given.save is not None and given.save.suffix != ".safetensors":
+        raise InputError(f"--save {given.save}: expected a name that ends in .safetensors")
     if given.against not in ("torch", "jax") and (given.devices or 1) > 1:
         raise InputError(f"--against {given.against} supports only one device; leave --devices out")
     if given.steps < 0:
         raise InputError(f"expected --steps >= 0, got {given.steps}; 0 leaves training out")
+    if not (given.lr > 0 and 0 <= given.momentum < 1 and given.weight_decay >= 0):
+        raise InputError("expected --lr > 0, --momentum from 0 to below 1, and --weight-decay >= 0")
+    if not 0 <= given.seed < 2**32:
+        raise InputError(f"expected --seed from 0 to below 2**32, got {given.seed}")
+    if given.devices is not None and given.devices < 1:
+        raise InputError(f"expected --devices >= 1, got {given.devices}")
     if min(given.image_size) < 1 or given.batch_size < 1:
         raise InputError("expected --image-size and --batch-size of at least 1")
     if given.max_error is not None and not given.max_error >= 0:

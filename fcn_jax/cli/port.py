@@ -16,7 +16,7 @@ from rich.table import Table
 
 from fcn_jax import weights
 from fcn_jax.cli.export import print_written
-from fcn_jax.cli.process import make_folder
+from fcn_jax.cli.process import check_not_source, make_folder
 from fcn_jax.errors import InputError, unknown
 from fcn_jax.models import create_model, init_variables
 
@@ -55,8 +55,9 @@ def main(arguments: Sequence[str]) -> int:
     given = tyro.cli(PortArguments, prog="fcn-jax port", args=list(arguments))
     file = given.out if given.out.suffix else given.out / "weights.safetensors"
     weights.check_suffix(file)
-    if Path(given.source).exists() and file.resolve() == Path(given.source).resolve():
-        raise InputError(f"{given.out} is the source and would be overwritten; choose another --out")
+    check_not_source(file, given.source)
+    if not 0 <= given.seed < 2**32:
+        raise InputError(f"expected --seed from 0 to below 2**32, got {given.seed}")
     if given.layout not in weights.LAYOUTS:
         raise unknown("layout", given.layout, weights.LAYOUTS)
     source = weights.open_source(given.source)

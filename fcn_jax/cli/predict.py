@@ -9,7 +9,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
@@ -43,7 +43,7 @@ class PredictArguments:
     images: tyro.conf.Positional[tuple[str, ...]]
     """Image files of any size, folders of them, or patterns in quotes, as in 'frames/*.jpg'."""
     out: Path
-    """Folder to write to."""
+    """Folder to write to. What an earlier command wrote there is overwritten; classes.csv has the last one's images."""
     probabilities: bool = False
     """Also write NAME.npz: the softmax as `probabilities`, float16 (height, width, classes)."""
     confidence: bool = False
@@ -69,7 +69,8 @@ def main(arguments: Sequence[str]) -> int:
     model, variables, info = open_network(given.network)
     suffixes = IMAGE_SUFFIXES if isinstance(info.preprocessing, str) else (*IMAGE_SUFFIXES, ".npy")
     images = [path for name in given.images for path in _files(name, suffixes)]
-    _check_outputs(images, [output for image in images for output in _outputs(given, image)])
+    table_file = given.out / "classes.csv"
+    _check_outputs(images, [output for image in images for output in _outputs(given, image)], table_file.exists())
     make_folder(given.out)
     options: dict[str, Any] = {
         "probabilities": given.probabilities,
@@ -83,9 +84,8 @@ def main(arguments: Sequence[str]) -> int:
     began = time.perf_counter()
     writing: Future[list[Any]] | None = None
     # Write the files of an image while the next one is predicted.
-    with (given.out / "classes.csv").open("w", newline="") as file, ThreadPoolExecutor(1) as writer:
-        table = csv.writer(file)
-        table.writerow(["image", "height", "width", *info.class_names])
+    with ExitStack() as files, ThreadPoolExecutor(1) as writer:
+        table: Any = None
         bar = Console(stderr=True)
         for path in track(images, "predict", console=bar, transient=True, disable=not bar.is_terminal):
             try:
@@ -102,6 +102,9 @@ def main(arguments: Sequence[str]) -> int:
                 continue
             if writing is not None:
                 table.writerow(writing.result())
+            if table is None:  # an earlier table is lost only once there is a new one
+                table = csv.writer(files.enter_context(table_file.open("w", newline="")))
+                table.writerow(["image", "height", "width", *info.class_names])
             writing = writer.submit(_write, given, path, image, found, info, seconds)
             if len(images) <= _SHOWN:
                 print(f"{path}: {image.shape[0]}x{image.shape[1]} -> {_outputs(given, path)[0]}")
@@ -109,7 +112,7 @@ def main(arguments: Sequence[str]) -> int:
             table.writerow(writing.result())
     elapsed, done = time.perf_counter() - began, len(images) - skipped
     parts = ", ".join(f"{name} {value / elapsed:.0%}" for name, value in seconds.items())
-    print(f"{done} image{'s' * (done != 1)} in {elapsed:.1f} s: {parts}; class shares in {given.out / 'classes.csv'}")
+    print(f"{done} image{'s' * (done != 1)} in {elapsed:.1f} s: {parts}; class shares in {table_file}")
     if skipped:
         print(f"error: {skipped} of {len(images)} images were skipped", file=sys.stderr)
     return 3 if skipped else 0
@@ -179,8 +182,8 @@ def _write(
     return [path, *labels.shape, *(f"{share:.6f}" for share in shares)]
 
 
-def _check_outputs(images: Sequence[Path], outputs: Sequence[Path]) -> None:
-    """Raise InputError where an output would overwrite another one or an input."""
+def _check_outputs(images: Sequence[Path], outputs: Sequence[Path], again: bool) -> None:
+    """Raise InputError where an output would overwrite another one, an input, or, unless ``again``, any file."""
     if len(set(outputs)) < len(outputs):
         twice, _ = Counter(outputs).most_common(1)[0]
         raise InputError(f"{twice} would be written for two of the images; rename one of them")
@@ -190,6 +193,8 @@ def _check_outputs(images: Sequence[Path], outputs: Sequence[Path]) -> None:
     for path in outputs:
         if path.resolve() in inputs:
             raise InputError(f"{path} is one of the images and would be overwritten; choose another --out")
+        if not again and path.exists():
+            raise InputError(f"{path} exists, in a folder without an earlier classes.csv; choose another --out")
 
 
 def _decode(data: bytes, name: str, info: NetworkInfo) -> np.ndarray:

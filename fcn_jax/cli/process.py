@@ -65,6 +65,12 @@ def check_file(path: Path, flag: str) -> None:
         raise InputError(f"{flag} {path}: is a folder; name a file")
 
 
+def check_not_source(file: Path, source: str | Path | None, flag: str = "--out") -> None:
+    """Raise InputError where writing a file would overwrite the one that the command reads."""
+    if source is not None and file.exists() and file.resolve() == Path(source).resolve():
+        raise InputError(f"{file} is the source and would be overwritten; choose another {flag}")
+
+
 def guarded(command: Callable[[Sequence[str]], int], arguments: Sequence[str]) -> int:
     """Run a command and return its exit code; a user's mistake becomes one line on stderr and exit code 2.
 
@@ -73,7 +79,7 @@ def guarded(command: Callable[[Sequence[str]], int], arguments: Sequence[str]) -
     _quieten_orbax()
     keep_compiled()
     try:
-        return command(arguments)
+        return command([_expand_home(argument) for argument in arguments])
     except (Exception, KeyboardInterrupt) as error:
         found = _message(error)
         if found is None:
@@ -82,6 +88,12 @@ def guarded(command: Callable[[Sequence[str]], int], arguments: Sequence[str]) -
             traceback.print_exc()
         print(found[0], file=sys.stderr)
         return found[1]
+
+
+def _expand_home(argument: str) -> str:
+    """Expand ~ in `--flag=~/path`, as shells do only after a space."""
+    flag, equals, value = argument.partition("=")
+    return flag + equals + os.path.expanduser(value) if flag.startswith("--") and equals else argument
 
 
 def _message(error: BaseException) -> tuple[str, int] | None:

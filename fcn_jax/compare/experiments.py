@@ -23,6 +23,7 @@ from fcn_jax.errors import InputError, first_line
 from fcn_jax.losses import IGNORE
 from fcn_jax.models.catalog import init_variables
 from fcn_jax.models.fcn import FCN, DilatedFCN, InterpolatedFCN, encoder_stage
+from fcn_jax.weights.save import write_arrays
 
 THRESHOLDS = {"float64": 1e-9, "float32": 1e-5, "bfloat16": 5e-2}
 """The error above which a layer is named, by dtype."""
@@ -169,8 +170,6 @@ def save_record(case: Case, path: Path, about: Mapping[str, Any]) -> None:
 
     ``about`` describes the computation; ``against_record`` rejects a file with another description.
     """
-    import safetensors.numpy
-
     side = case.jax_side(str(about["name"]), case.model)
     arrays = {
         f"layers/{mode}/{name}": value
@@ -186,7 +185,7 @@ def save_record(case: Case, path: Path, about: Mapping[str, Any]) -> None:
             arrays[f"steps/{number}/loss"] = np.asarray(step.loss)
             arrays |= {f"steps/{number}/parameters/{name}": np.array(x) for name, x in step.parameters.items()}
     metadata = {"about": json.dumps(about), "order": json.dumps(list(arrays))}
-    safetensors.numpy.save_file({name: np.asarray(x, order="C") for name, x in arrays.items()}, path, metadata)
+    write_arrays(path, {name: np.asarray(x, order="C") for name, x in arrays.items()}, metadata)
 
 
 def against_record(case: Case, path: Path, about: Mapping[str, Any]) -> Report:

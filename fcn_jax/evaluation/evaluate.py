@@ -98,6 +98,11 @@ Output = Literal["classes", "probabilities", "confidence"]
 """Per pixel: the class, the softmax, or the class and its probability as two floats."""
 
 
+def at_least_float32(logits: jax.Array) -> jax.Array:
+    """Return logits of any float dtype as float32, or float64 if they are."""
+    return logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+
+
 def reduce_scores(scores: jax.Array, output: Output, are_logits: bool = True) -> jax.Array:
     """Return the output for scores (b, h, w, num_classes): uint8 (b, h, w), or floats with a last axis."""
     if output == "classes":
@@ -118,7 +123,7 @@ def make_class_maps(
     ) -> jax.Array:
         apply: Any = model.apply if extents is None else functools.partial(padded_logits, model, extents=extents)
         logits = apply(variables, images)
-        return _resized(logits.astype(jnp.promote_types(logits.dtype, jnp.float32)), size)
+        return _resized(at_least_float32(logits), size)
 
     def forward(
         variables: Mapping[str, Any], images: jax.Array, size: tuple[int, int], extents: jax.Array | None

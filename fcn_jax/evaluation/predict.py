@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from fcn_jax.evaluation.evaluate import PLAIN, Output, Views, make_predictor, reduce_scores
+from fcn_jax.evaluation.evaluate import PLAIN, Output, Views, at_least_float32, make_predictor, reduce_scores
 from fcn_jax.evaluation.padding import merge_padded_maps, padded_maps
 from fcn_jax.models.fcn import FCN, DilatedFCN, InterpolatedFCN, ScoreFCN, check_size, serves
 from fcn_jax.models.kernels import cpu_kernels
@@ -119,7 +119,7 @@ def make_image_predictor(
 
     @jax.jit
     def merge(maps: list[jax.Array], extents: jax.Array) -> jax.Array:
-        return reduce_scores(merge_padded_maps(network, maps, extents), output)
+        return reduce_scores(at_least_float32(merge_padded_maps(network, maps, extents)), output)
 
     def predict(variables: Mapping[str, Any], image: np.ndarray) -> np.ndarray:
         h, w = image.shape[:2]

@@ -121,6 +121,15 @@ def save(
     if isinstance(model, FCN):
         name, options = describe_model(model)
         metadata["model"] = json.dumps({"name": name, "num_classes": model.num_classes, "options": options})
+    write_arrays(path, arrays, metadata)
+
+
+def write_arrays(path: Path, arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> None:
+    """Write arrays atomically to a .safetensors file, with its metadata, or to a torch file.
+
+    Raises:
+        InputError: the file cannot be written.
+    """
     try:
         with replacing(path) as part:
             _write(part, arrays, metadata)
@@ -130,12 +139,12 @@ def save(
         raise InputError(f"{path}: cannot be written: {first_line(error)}") from error
 
 
-def _write(path: Path, arrays: dict[str, np.ndarray], metadata: dict[str, str]) -> None:
+def _write(path: Path, arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> None:
     if path.suffix == ".safetensors":
         import safetensors.numpy
 
         try:
-            return safetensors.numpy.save_file(arrays, path, metadata)
+            return safetensors.numpy.save_file({**arrays}, path, {**metadata})
         except safetensors.SafetensorError as error:
             raise OSError(str(error)) from error
     torch = import_torch(path)

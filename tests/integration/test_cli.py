@@ -352,6 +352,27 @@ def test_predict_never_overwrites_an_input_image(fails, run, tmp_path):
     assert image.read_bytes() == before
 
 
+def test_predict_keeps_masks_beside_the_images_and_the_table_of_an_earlier_command(fails, run, tmp_path):
+    out = tmp_path / "out"
+    Image.fromarray(np.zeros((4, 4, 3), np.uint8)).save(tmp_path / "a.jpg")
+    (tmp_path / "a.png").write_bytes(b"a mask made by hand")
+    command = [str(tmp_path / "a.jpg"), "--run", str(run), "--out"]
+    fails(predict_command, [*command, tmp_path], "a.png exists, in a folder without an earlier classes.csv")
+    assert (tmp_path / "a.png").read_bytes() == b"a mask made by hand"
+    assert guarded(predict_command, [*command, str(out)]) == 0
+    before = (out / "classes.csv").read_bytes()
+    fails(predict_command, [tmp_path / "typo.jpg", "--run", run, "--out", out], "typo.jpg: No such file")
+    assert (out / "classes.csv").read_bytes() == before
+    assert guarded(predict_command, [*command, str(out)]) == 0
+
+
+def test_a_home_folder_after_an_equals_sign_is_expanded(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    given = []
+    assert guarded(lambda arguments: given.extend(arguments) or 0, ["--out=~/x", "--run=a~b", "c=~/x", "--flip"]) == 0
+    assert given == [f"--out={tmp_path}/x", "--run=a~b", "c=~/x", "--flip"]
+
+
 DISK = "error: %s: %s; check the path and the disk\n"
 
 

@@ -79,6 +79,14 @@ def test_our_file_gives_network_classes_and_preprocessing_without_torch(exported
     assert_same(values, variables)
 
 
+def test_a_preprocessing_other_than_the_stated_one_is_rejected(exported):
+    with pytest.raises(InputError, match="model.safetensors states its preprocessing, caffe; leave out imagenet"):
+        fcn_jax.from_pretrained(exported[0], preprocessing="imagenet")
+    with pytest.raises(InputError, match="unknown preprocessing 'torch'"):
+        fcn_jax.from_pretrained(exported[0], preprocessing="torch")
+    assert fcn_jax.from_pretrained(exported[0], preprocessing="caffe")[2].preprocessing == "caffe"
+
+
 def test_a_caffe_file_of_21_classes_gets_voc_classes_and_needs_no_torch(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch", None)
     model, variables = build("fcn8s_pad100", 21, encoder="vgg16", fc_features=24)

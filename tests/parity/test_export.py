@@ -1,6 +1,7 @@
 """Exported programs give the network's own numbers, in processes that cannot import fcn_jax."""
 
 import json
+import re
 import subprocess
 import sys
 
@@ -85,6 +86,14 @@ def test_argmax_and_sixteen_bit_channels_go_into_the_program(tmp_path):
     assert found.dtype == np.uint8 and len(np.unique(found)) > 1
     chosen = np.take_along_axis(logits, found[..., None].astype(int), -1)[..., 0]
     assert (logits.max(-1) - chosen).max() < 1e-4  # of equal logits either may win
+
+
+@pytest.mark.parametrize("name", ["fcn8s", "fcn8s_ladder", "fcn8s_resize"])
+def test_a_program_multiplies_in_float32_on_every_platform(name):
+    program = export.make_program(*make_network(name, 5, False), "imagenet", size=(64, 64))
+    text = jax.jit(program).lower(np.zeros((1, 64, 64, 3), np.float32)).as_text()
+    products = [line for line in text.splitlines() if re.search(r"stablehlo\.(convolution|dot_general)", line)]
+    assert len(products) > 10 and all("HIGHEST" in line and "DEFAULT" not in line for line in products)
 
 
 @pytest.mark.parametrize(("argmax", "broken"), [(False, "reversed"), (True, "reversed"), (False, "nan")])

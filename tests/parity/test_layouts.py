@@ -68,6 +68,10 @@ def test_a_stage_starts_from_a_published_coarser_network():
             (layout, "fcn8s", {}, f"layout '{layout}' has names for a")
             for layout in ("pytorch-fcn", "pochih", "tramac")
         ),
+        *(
+            (f"{source}-vgg", "fcn_resnet50", {"encoder": "resnet50"}, "not for a DilatedFCN")
+            for source in ("torchvision", "timm", "johnson", "caffe")
+        ),
         ("fanrencli", "fcn8s_pad100", {}, "pool='ceil'"),
         ("pytorch-fcn", "fcn8s_pad100", {"encoder_norm": "batch"}, "no name for vgg.bn1_1.bias"),
         ("pytorch-fcn", "fcn8s_pad100", {"skip_scales": (0.5, 0.25)}, r"has skip_scales=\(0.5, 0.25\)"),

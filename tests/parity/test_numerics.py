@@ -256,6 +256,8 @@ def test_exit_code_depends_on_the_limit_and_the_selected_parts(report, monkeypat
         (["fcn9s"], ["fcn9s", "fcn8s"]), (["fcn8s", "--steps", "-1"], ["--steps"]),
         (["fcn8s", "--image-size", "0", "5"], ["--image-size"]), (["fcn8s", "--max-error", "nan"], ["--max-error"]),
         (["fcn8s", "--devices", "3"], ["3 devices", "--batch-size"]),
+        (["fcn8s", "--devices", "0", "--against", "jax"], ["--devices >= 1"]), (["fcn8s", "--seed", "-1"], ["--seed"]),
+        (["fcn8s", "--lr", "-1"], ["--lr > 0"]), (["fcn8s", "--seed", "4294967296"], ["2**32"]),
         ([*COMMAND, "--devices", "99", "--batch-size", "99"], ["99"]),
         ([*COMMAND, "--weights", "nosuch.pth"], ["nosuch.pth"]),
         ([*COMMAND, "--batch-size", "1", "--image-size", "32", "32"], ["larger image"]),
@@ -278,7 +280,18 @@ def test_a_saved_record_is_compared_and_one_of_another_setup_is_rejected(tmp_pat
     assert report["predictions"]["eval"]["agreement"] > 0.99
     fails(cli_parity.main, [*command, "--seed", 1, "--against", saved], "seed 0 (here 1)")
     fails(cli_parity.main, [*command, "--save", saved, "--against", saved], "--save", "--against")
-    fails(cli_parity.main, [*command, "--save", tmp_path], tmp_path, "folder")
+    assert saved.stat().st_mode & 0o044 == (tmp_path / "b/parity.json").stat().st_mode & 0o044  # others may read both
+    folder = tmp_path / "folder.safetensors"
+    folder.mkdir()
+    fails(cli_parity.main, [*command, "--save", folder], folder, "is a folder")
+    fails(
+        cli_parity.main,
+        [*COMMAND, "--steps", 0, "--save", "/proc/x.safetensors"],
+        "/proc/x.safetensors: cannot be written",
+    )
+    given = ["--weights", saved, "--save", saved]
+    fails(cli_parity.main, ["fcn32s", *given], "is the source and would be overwritten; choose another --save")
+    fails(cli_parity.main, ["fcn32s", "--save", tmp_path / "w.pth"], "w.pth: expected a name that ends in .safetensors")
     fails(cli_parity.main, [*command, "--against", saved, "--devices", 2], "--devices")
     (tmp_path / "other").write_text("no record")
     fails(cli_parity.main, [*command, "--against", tmp_path / "other"], "other", "--save", "torch or jax")

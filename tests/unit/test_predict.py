@@ -43,6 +43,15 @@ def test_tiled_prediction_equals_that_of_the_whole_image(name, width):
     check_tiles(name, width)
 
 
+def test_the_softmax_of_a_bfloat16_network_is_float32_also_from_tiles():
+    dtypes = {"dtype": jnp.bfloat16, "param_dtype": jnp.float32}
+    model, variables = make_network("fcn32s_resize", biases=False, **dtypes)
+    predict = make_image_predictor(model, "imagenet", output="probabilities", whole_pixels=0, tile=96)
+    found = predict(variables, color_blocks(600, 70))
+    assert found.dtype == np.float32
+    np.testing.assert_allclose(found.sum(-1), 1, atol=1e-5)
+
+
 @pytest.mark.slow
 def test_tiles_without_context_give_other_classes(monkeypatch):
     model, variables = make_network("fcn8s", biases=False)

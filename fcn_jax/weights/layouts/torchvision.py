@@ -6,7 +6,7 @@ import itertools
 from dataclasses import replace
 from functools import partial
 
-from fcn_jax.models.fcn import Pad100FCN, SameFCN
+from fcn_jax.models.fcn import LadderFCN, Pad100FCN, ResizeFCN, SameFCN
 from fcn_jax.models.vgg import VGGClassifier
 from fcn_jax.weights.layouts.layout import Layout, Network, Rows, Shapes, encoder_of, encoder_stages
 
@@ -51,6 +51,7 @@ TORCHVISION = Layout(
     # The `transforms` of VGG16_Weights.IMAGENET1K_V1: RGB in [0, 1], ImageNet's mean and std.
     preprocessing="imagenet",
     encoder=partial(feature_encoder, prefix="features."),
+    families=(SameFCN, Pad100FCN, LadderFCN, ResizeFCN, VGGClassifier),
     linear="classifier.",
     # The layer of ImageNet's 1000 classes, and the others in networks without fc6 and fc7.
     unused=("classifier.[036].weight", "classifier.[036].bias"),
