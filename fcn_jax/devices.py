@@ -110,22 +110,27 @@ def groups(mesh: Mesh) -> int:
     return mesh.shape["data"] * mesh.shape["fsdp"]
 
 
-def check_height(height: int | None, mesh: Mesh) -> None:
+def height_unit(mesh: Mesh) -> int:
+    """Return the number that the height of images has to be a multiple of for a mesh to split it; 1 if it does not."""
+    return 32 * mesh.shape["space"] if mesh.shape["space"] > 1 else 1
+
+
+def check_height(height: int | None, mesh: Mesh, way_out: str = "set --data.crop-size") -> None:
     """Raise InputError if a mesh cannot split images of this height; the message names the nearest that it can."""
-    unit = 32 * mesh.shape["space"]
-    if mesh.shape["space"] == 1 or (height is not None and height % unit == 0):
+    unit = height_unit(mesh)
+    if unit == 1 or (height is not None and height % unit == 0):
         return
     below = (height or 0) // unit * unit
     nearest = " or ".join(str(each) for each in (below, below + unit) if each)
     raise InputError(
         f"--mesh with space={mesh.shape['space']} needs image heights that are multiples of {unit}, got "
-        f"{height or 'images of different heights'}; the nearest is {nearest}: set --data.crop-size"
+        f"{height or 'images of different heights'}; the nearest is {nearest}; {way_out}"
     )
 
 
 def batch_sharding(x: Any, mesh: Mesh) -> NamedSharding:
     """Return the sharding of a batch's array (b, h, ...): split by example, and by height where that is possible."""
-    split = x.ndim > 2 and mesh.shape["space"] > 1 and x.shape[1] % (32 * mesh.shape["space"]) == 0
+    split = x.ndim > 2 and mesh.shape["space"] > 1 and x.shape[1] % height_unit(mesh) == 0
     return NamedSharding(mesh, PartitionSpec(BATCH, "space") if split else PartitionSpec(BATCH))
 
 

@@ -18,7 +18,7 @@ from fcn_jax.cli.process import make_folder
 from fcn_jax.config import Config, DataConfig
 from fcn_jax.data.datasets import load
 from fcn_jax.data.pipeline import make_eval_batches
-from fcn_jax.devices import make_mesh, pick_mesh
+from fcn_jax.devices import check_height, height_unit, make_mesh, pick_mesh
 from fcn_jax.errors import InputError
 from fcn_jax.evaluation.boundary import boundary_iou
 from fcn_jax.evaluation.evaluate import PLAIN, Views, evaluate, make_predictor, spread
@@ -79,7 +79,11 @@ def main(arguments: Sequence[str]) -> int:
     if views != PLAIN:
         data = replace(data, eval_multiple=1)  # the mirror image of a padded image is padded on the wrong side
     mesh = make_mesh(jax.devices()[: config.devices]) if given.mesh is None else pick_mesh(given.mesh)
-    batches = make_eval_batches(split, data, given.batch_size or config.train.eval_batch_size)
+    unit = height_unit(mesh)
+    if views != PLAIN or data.input_size is not None:  # images that are not padded
+        check_height((data.input_size or split.image_size or (None,))[0], mesh, "leave space out")
+        unit = 1
+    batches = make_eval_batches(split, data, given.batch_size or config.train.eval_batch_size, divisor=unit)
     predict = make_predictor(model, preprocessing_of(data), mesh, views)
     result = evaluate(predict, variables, batches, split.num_classes, spread(len(split)), given.boundary)
     by_class = {"IoU": result.scores.per_class_iu, "Dice": result.scores.per_class_dice}

@@ -17,7 +17,7 @@ from typing import Any
 
 import jax
 
-from fcn_jax.errors import InputError, Stopped, check_local
+from fcn_jax.errors import InputError, Stopped, check_local, first_line
 
 _DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EFBIG}
 _MOST_COMPILED = 2 * 2**30
@@ -110,6 +110,9 @@ def _message(error: BaseException) -> tuple[str, int] | None:
     # A file that cannot be written, or an invalid path, wherever it is first used.
     if isinstance(error, OSError) and (error.filename is not None or error.errno in _DISK):
         return f"error: {error.filename or 'a file'}: {error.strerror}; check the path and the disk", 2
+    if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
+        way_out = "use smaller images or batches, or train with --train.accumulate or --train.remat"
+        return f"error: out of memory ({first_line(error)}); {way_out}", 2
     if isinstance(error, RuntimeError | AssertionError) and not _has_backend():
         platforms = os.environ.get("JAX_PLATFORMS", "")
         return f"error: JAX finds no device with JAX_PLATFORMS={platforms!r}; name a platform of this machine", 2

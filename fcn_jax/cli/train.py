@@ -59,4 +59,7 @@ def _config_of_run(arguments: list[str], index: int) -> tuple[Config, str]:
         run = arguments.pop(index)
     before = replace(RunFolder(run).read_config()[0], run=run)
     config = tyro.cli(Config, default=before, prog=f"train.py --resume {run}", description=_ABOUT, args=arguments)
+    if config.run != run:
+        way_out = f"leave out --run {config.run}, or start it with the same weights: --init-from {run}"
+        raise InputError(f"{flag} {run} continues that run; {way_out}")
     return lengthened(before, config), f"resuming {run}: {config.model.name} on {config.data.train}"

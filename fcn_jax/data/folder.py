@@ -172,5 +172,7 @@ def listing(split: str, config: DataConfig) -> Listing:
     drawn = (config.val_fraction, config.split_seed) if draws else ()
     masks = values or (classes if any(classes.colors) else "")
     version = f"{masks} {drawn}" if masks or draws else ""
+    version += f" {config.classes}" if config.classes else ""  # copies for two lists of classes stay side by side
     read = partial(_read, classes=classes, values=values)
-    return Listing("folder", split, classes.names, classes.palette, entries, read, version=version)
+    ids = values is None and classes.ignored is None
+    return Listing("folder", split, classes.names, classes.palette, entries, read, has_ids=ids, version=version)

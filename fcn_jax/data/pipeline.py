@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import multiprocessing
 import os
 import signal
@@ -18,7 +19,7 @@ from absl import flags
 from fcn_jax.config import DataConfig
 from fcn_jax.data.datasets import Split, decode
 from fcn_jax.data.io import decode_label
-from fcn_jax.data.transforms import augment, output_size, pad, resize_image
+from fcn_jax.data.transforms import augment, augmented_size, pad, resize_image
 from fcn_jax.errors import InputError, first_line
 from fcn_jax.losses import IGNORE
 from fcn_jax.preprocessing import fill_color, preprocessing_of
@@ -160,8 +161,7 @@ def make_train_iterator(
         raise InputError(
             f"--train.batch-size {batch_size}: expected a positive multiple of the {process_count} processes"
         )
-    keeps_sizes = config.scale == (1.0, 1.0) and split.image_size is not None
-    if batch_size > 1 and output_size(config) is None and not keeps_sizes:
+    if batch_size > 1 and augmented_size(config, split.image_size) is None:
         raise InputError(
             "images of different sizes cannot share a batch: set --data.crop-size HEIGHT WIDTH (or --data.input-size), "
             "or --train.batch-size 1"
@@ -175,14 +175,14 @@ def make_train_iterator(
     return TrainIterator(parts[process_index::process_count], identity, config.workers, start_step)
 
 
-def _eval_example(record: Any, config: DataConfig, many_sizes: bool) -> dict[str, Any]:
-    """Decode an example; resize its image to ``input_size``, or pad it to ``eval_multiple`` if sizes differ."""
+def _eval_example(record: Any, config: DataConfig, multiple: int) -> dict[str, Any]:
+    """Decode an example; resize its image to ``input_size``, or pad its sides to a multiple."""
     out = decode(record)
     if config.input_size is not None:
         out["image"] = resize_image(out["image"], config.input_size)
-    elif many_sizes and config.eval_multiple > 1:
+    elif multiple > 1:
         out["extent"] = np.array(out["label"].shape, np.int32)
-        height, width = (-(-n // config.eval_multiple) * config.eval_multiple for n in out["label"].shape)
+        height, width = (-(-n // multiple) * multiple for n in out["label"].shape)
         out = pad(out, (height, width), fill_color(preprocessing_of(config)))
     return out
 
@@ -197,7 +197,13 @@ def _fill(examples: Sequence[Mapping[str, Any]], batch_size: int) -> EvalBatch:
 
 
 def make_eval_batches(
-    split: Split, config: DataConfig, batch_size: int, *, process_index: int = 0, process_count: int = 1
+    split: Split,
+    config: DataConfig,
+    batch_size: int,
+    *,
+    process_index: int = 0,
+    process_count: int = 1,
+    divisor: int = 1,
 ) -> Iterator[EvalBatch]:
     """Yield every example once, in batches of equal image and label sizes; labels are not resized.
 
@@ -206,16 +212,19 @@ def make_eval_batches(
 
     Args:
         split: the split to evaluate.
-        config: images are resized to ``input_size``; without it they are padded to ``eval_multiple``.
+        config: images are resized to ``input_size``; without it they are padded to ``eval_multiple`` if sizes differ.
         batch_size: global batch size; each process yields its share, rounded up.
         process_index: index of this process; it reads every ``process_count``-th example.
         process_count: number of processes.
+        divisor: unless images are resized, sides are also padded to multiples of this, as ``devices.height_unit`` of a
+            mesh requires.
     """
     batch_size = -(-batch_size // process_count)
     if process_index >= len(split):
         return
     waiting: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
-    decoding = partial(_eval_example, config=config, many_sizes=split.image_size is None)
+    multiple = math.lcm(config.eval_multiple if split.image_size is None else 1, divisor)
+    decoding = partial(_eval_example, config=config, multiple=multiple)
     dataset = grain.MapDataset.source(split.source).map(decoding)
     for example in _iterate(dataset[process_index::process_count], 2 * batch_size):
         size = (*example["image"].shape, *example["label"].shape)

@@ -133,8 +133,8 @@ class Pairs(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type: i
         return tuple(mean.tolist()), tuple(np.where(std > 0, std, 1).tolist()), 8 * self._dtype.itemsize
 
     def summary(self) -> Summary:
-        """Return the summary after preparation; raise InputError if the masks contain only 255, or only 0 and 255."""
-        if IGNORE in self._ids <= {0, IGNORE}:
+        """Return the summary after preparation; raise InputError if masks of ids have only 255, or only 0 and 255."""
+        if self._listing.has_ids and IGNORE in self._ids <= {0, IGNORE}:
             found = " and ".join(map(str, sorted(self._ids)))
             raise InputError(
                 f"{self._listing.spec}: the masks contain only {found}, and {IGNORE} means ignore; "
@@ -207,8 +207,12 @@ def prepare(listing: Listing, cache_dir: str) -> Path:
     with work:
         tfds.disable_progress_bar()
         builder = Pairs(listing, work.name)
-        with contextlib.redirect_stdout(io.StringIO()):  # TFDS prints "Downloading ..." for local data too
-            builder.download_and_prepare()
+        try:
+            with contextlib.redirect_stdout(io.StringIO()):  # TFDS prints "Downloading ..." for local data too
+                builder.download_and_prepare()
+        except RuntimeError as error:  # ArrayRecord's, of a full disk
+            reason = f"cannot be written to ({first_line(error)}); free some space or choose another"
+            raise InputError(f"--data.cache-dir {cache_dir}: {reason}") from error
         summary = builder.summary()
         (Path(builder.data_dir) / SUMMARY).write_text(json.dumps(asdict(summary)))
         try:

@@ -52,10 +52,7 @@ def scale(
 ) -> dict[str, Any]:
     """Resize by a factor drawn uniformly from ``bounds``; with ``base_size``, factor 1 makes it the shorter side."""
     factor = rng.uniform(*bounds) if bounds[0] != bounds[1] else bounds[0]
-    height, width = example["label"].shape
-    if base_size is not None:
-        factor *= base_size / min(height, width)
-    return resize(example, (max(1, round(height * factor)), max(1, round(width * factor))))
+    return resize(example, _scaled(example["label"].shape, factor, base_size))
 
 
 def pad(example: Example, size: tuple[int, int], fill: tuple[int, ...]) -> dict[str, Any]:
@@ -100,9 +97,22 @@ def jitter(image: np.ndarray, rng: np.random.Generator, strength: float) -> np.n
     return cv2.transform(image, affine.astype(np.float32))
 
 
-def output_size(config: DataConfig) -> tuple[int, int] | None:
-    """Return (height, width) of every augmented example: the crop size or else the input size; None if sizes differ."""
-    return config.crop_size or config.input_size
+def augmented_size(config: DataConfig, size: tuple[int, int] | None) -> tuple[int, int] | None:
+    """Return (height, width) of every augmented example.
+
+    That is the crop size, the input size, or the ``size`` of all images as ``scale`` changes it; None if sizes differ.
+    """
+    if window := config.crop_size or config.input_size:
+        return window
+    if size is None or config.scale[0] != config.scale[1]:
+        return None
+    return _scaled(size, config.scale[0], config.base_size)
+
+
+def _scaled(size: tuple[int, int], factor: float, base_size: int | None) -> tuple[int, int]:
+    if base_size is not None:
+        factor *= base_size / min(size)
+    return max(1, round(size[0] * factor)), max(1, round(size[1] * factor))
 
 
 def augment(example: Example, rng: np.random.Generator, config: DataConfig) -> dict[str, np.ndarray]:
@@ -118,7 +128,7 @@ def augment(example: Example, rng: np.random.Generator, config: DataConfig) -> d
         out["image"] = jitter(out["image"], rng, config.jitter)
     if config.scale != (1.0, 1.0) or config.base_size is not None:
         out = scale(out, rng, config.scale, config.base_size)
-    if window := output_size(config):
+    if window := config.crop_size or config.input_size:
         out = crop(out, rng, window, fill_color(preprocessing_of(config)))
     if config.flip and rng.random() < 0.5:
         out = {"image": out["image"][:, ::-1], "label": out["label"][:, ::-1]}

@@ -137,12 +137,16 @@ def check_config(config: Config) -> None:
         )
     if config.data.val_fraction is not None and config.data.train == "folder/all":
         raise InputError("--data.train folder/all holds the images that --data.val-fraction draws; give folder/train")
+    if config.data.scale[0] > config.data.scale[1]:
+        raise InputError(f"expected --data.scale SMALLEST LARGEST, got {config.data.scale}; give the smaller one first")
+    check("optim.warmup_steps", lambda x: x < 2**31, "< 2**31")  # counters of steps are int32
+    check("data.mean", lambda x: 0 <= x < 2**16, "in 0 ... 65535")
     check("data.std", lambda x: x > 0, "> 0")
     check("data.bits", lambda x: x in (8, 16), "8 or 16")
-    for name in ("data.mean", "data.std"):
+    for name in ("data.mean", "data.std", "data.bits"):
         if values[name] is not None and config.data.channels is None:
             raise InputError(f"--{name} applies only with --data.channels; give that as well")
-        if values[name] is not None and len(values[name]) != config.data.channels:
+        if isinstance(values[name], tuple) and len(values[name]) != config.data.channels:
             raise InputError(
                 f"expected --{name} with one number per channel (--data.channels), got {len(values[name])}"
             )

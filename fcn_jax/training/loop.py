@@ -19,6 +19,7 @@ from rich.console import Console
 
 from fcn_jax.config import Config
 from fcn_jax.data.pipeline import EvalBatch, TrainIterator, make_eval_batches, make_train_iterator
+from fcn_jax.devices import height_unit
 from fcn_jax.errors import InputError, Stopped, first_line
 from fcn_jax.evaluation.evaluate import Evaluation, Sample, evaluate, spread
 from fcn_jax.evaluation.figures import save_confusion, save_curves, save_panel
@@ -185,7 +186,8 @@ def validate(trainer: Trainer, config: Config, state: TrainState, stop: StopRequ
     Raises:
         StopRequested: in between, where ``stop`` says so and no other process is waiting for this one's counts.
     """
-    batches = make_eval_batches(trainer.val, config.data, config.train.eval_batch_size, **share())
+    divisor, batch_size = height_unit(trainer.parallel.mesh), config.train.eval_batch_size
+    batches = make_eval_batches(trainer.val, config.data, batch_size, divisor=divisor, **share())
     if stop is not None and jax.process_count() == 1:
         batches = _until_stopped(stop, batches)
     own = len(trainer.val) // jax.process_count()  # images of the process that draws them, at least

@@ -19,7 +19,7 @@ from fcn_jax.chips import peak_of
 from fcn_jax.config import Config
 from fcn_jax.data.datasets import Split, load
 from fcn_jax.data.pipeline import class_frequencies
-from fcn_jax.data.transforms import output_size
+from fcn_jax.data.transforms import augmented_size
 from fcn_jax.devices import Parallel, check_height, groups, kernels_for, make_parallel, pick_mesh
 from fcn_jax.errors import InputError
 from fcn_jax.evaluation.evaluate import Predictor, make_predictor
@@ -105,6 +105,11 @@ def make_trainer(config: Config, resuming: bool = False) -> Trainer:
         given = {name: getattr(config.data, name) for name in names if getattr(config.data, name) is not None}
         config = dataclasses.replace(config, data=dataclasses.replace(config.data, **{**found, **given}))
         check_bits(config, train, val)
+        if max(config.data.mean or ()) >= 2 ** (config.data.bits or 8):
+            raise InputError(
+                f"--data.mean {config.data.mean}: samples of {config.data.bits} bits are smaller; give the mean of the "
+                "samples as they are stored"
+            )
     mesh = pick_mesh(config.mesh, config.devices)
     unit = config.train.accumulate * groups(mesh)
     if config.train.batch_size % unit:
@@ -112,7 +117,7 @@ def make_trainer(config: Config, resuming: bool = False) -> Trainer:
             f"expected a batch size that is a multiple of {unit}, of {groups(mesh)} devices x "
             f"{config.train.accumulate} parts, got {config.train.batch_size}; set --train.batch-size or --devices"
         )
-    size = output_size(config.data) or train.image_size
+    size = augmented_size(config.data, train.image_size)
     check_height((size or (None,))[0], mesh)
     length = run_length(config, len(train))
     model = model_from_config(config.model, train.num_classes, config.train.remat)
@@ -198,13 +203,15 @@ def run_length(config: Config, examples: int) -> Length:
     """Convert a run's epochs to steps, for a training split of this many examples.
 
     Raises:
-        InputError: neither steps nor epochs are given.
+        InputError: neither steps nor epochs are given, or too many.
     """
     train = config.train
     if train.steps is None and train.epochs is None:
         raise InputError("the length of the run is not given; set --train.epochs or --train.steps")
     epoch = examples / train.batch_size
     steps = train.steps if train.steps is not None else max(1, round((train.epochs or 0) * epoch))
+    if steps >= 2**31:  # counters of steps are int32
+        raise InputError(f"expected a run of less than 2**31 steps, got {steps}; set --train.steps or --train.epochs")
     keep = None if train.keep_every is None else max(1, round(train.keep_every * epoch))
     return Length(steps, max(1, round(train.eval_every * epoch)), keep, epoch)
 

@@ -64,6 +64,7 @@ CANNOT_RUN = {
 OUT_OF_RANGE = (
     "--train.epochs None", "--train.log-every 0", "--train.accumulate -2", "--train.eval-batch-size 0",
     "--train.seed -1", "--data.workers -1", "--data.input-size 0 32", "--optim.warmup-steps -1", "--optim.momentum 1",
+    "--data.scale 2 0.5", "--data.bits 8", "--train.steps 9999999999", "--train.seed 4294967296",
     "--optim.weight-decay -1", "--optim.clip-norm 0", "--loss.hard-fraction 1.5", "--loss.class-weights nan 1 1 1 1 1",
 )  # fmt: skip
 
@@ -169,6 +170,7 @@ def test_resume_extends_a_run_from_its_folder_and_rejects_other_settings(fails, 
     fails(train_command, ["--resume", run, "--optim.step-every", "0.1"], "started with optim.step_every 0.4")
     fails(train_command, ["--resume", run, "--train.steps", "1"], "cannot be shortened")
     assert RunFolder(run).read_config()[0].train.steps == 2
+    fails(train_command, ["--resume", run, "--run", tmp_path / "b"], f"leave out --run {tmp_path}/b, or start it with")
     fails(train_command, ["--resume"], "--resume needs the folder of a run")
     fails(train_command, ["--resume", run / "config.json"], "is a file, so it is not a run's folder")
 
@@ -380,6 +382,12 @@ DISK = "error: %s: %s; check the path and the disk\n"
     ("error", "code", "message"),
     [
         (KeyboardInterrupt(), 130, "resumes a run from its last checkpoint"),
+        (
+            RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 12 bytes."),
+            2,
+            "12 bytes.); use smaller images",
+        ),
+        (MemoryError(), 2, "error: out of memory (MemoryError); use smaller images or batches, or train with"),
         (
             Stopped("stopped by SIGTERM at step 7, which is saved; the same command resumes", 15),
             143,

@@ -154,7 +154,7 @@ def test_heights_that_cannot_be_split_are_rejected_with_the_nearest_ones():
     mesh = devices.pick_mesh("space=4")
     assert mesh.shape == {"data": 2, "fsdp": 1, "space": 4}
     devices.check_height(256, mesh)
-    with pytest.raises(InputError, match="multiples of 128, got 360; the nearest is 256 or 384: set --data.crop-size"):
+    with pytest.raises(InputError, match="multiples of 128, got 360; the nearest is 256 or 384; set --data.crop-size"):
         devices.check_height(360, mesh)
     with pytest.raises(InputError, match="got images of different heights; the nearest is 128"):
         devices.check_height(None, mesh)

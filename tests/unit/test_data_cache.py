@@ -59,14 +59,16 @@ def test_a_prepared_copy_is_reused_until_its_source_changes(root, config, copies
 def test_copies_of_other_sources_splits_and_options_are_not_removed(root, config, copies, tmp_path):
     trees.folder(root, {"train": 2, "val": 1})
     other = trees.folder(tmp_path / "other", {"train": 2})
-    changed = [dataclasses.replace(config, **change) for change in ({"dir": str(other)}, {"unreadable": "skip"})]
+    (tmp_path / "names.txt").write_text("nothing\nanimal\nplant\n")
+    changes = ({"dir": str(other)}, {"unreadable": "skip"}, {"classes": str(tmp_path / "names.txt")})
+    changed = [dataclasses.replace(config, **change) for change in changes]
     loads = [("folder/train", config), ("folder/val", config), *(("folder/train", given) for given in changed)]
     for spec, given in loads:
         datasets.load(spec, given)
     before = copies()
     old = before[0] / "summary.json"  # as an earlier version wrote it: without its source
     old.write_text(json.dumps({"examples": 2, "image_size": [12, 16]}))
-    assert len(before) == 4
+    assert len(before) == 5
     for spec, given in loads:
         datasets.load(spec, given)
     assert copies() == before
@@ -106,6 +108,16 @@ def test_an_unwritable_cache_error_names_the_flag(config, tmp_path):
     for place, message in ((tmp_path / "file", "cannot be written to"), ("s3://a/b", "s3:// is not supported")):
         with pytest.raises(InputError, match=rf"--data\.cache-dir .*{message}"):
             datasets.load("folder/train", dataclasses.replace(config, cache_dir=str(place)))
+
+
+def test_a_full_disk_is_reported_and_leaves_nothing(config, copies, monkeypatch):
+    def fail(self):
+        raise RuntimeError("Failed to finalize writing: No space left on device\nmore")
+
+    monkeypatch.setattr(cache.Pairs, "download_and_prepare", fail)
+    with pytest.raises(InputError, match=r"--data\.cache-dir .*cannot be written to \(Failed .* on device\); free"):
+        datasets.load("folder/train", config)
+    assert not copies()
 
 
 def test_a_source_is_pickled_as_its_path(config):

@@ -196,6 +196,13 @@ def test_evaluation_buffers_a_bounded_number_of_images():
     assert sorted(int(b["name"][0]) for b in batches) == list(range(1, 30))
 
 
+def test_evaluation_pads_images_of_one_size_to_a_divisor():
+    (batch,) = make_eval_batches(_split(2), CONFIG, 2, divisor=5)
+    assert batch["image"].shape == (2, 5, 10, 3) and batch["extent"].tolist() == [[4, 6]] * 2
+    (batch,) = make_eval_batches(_split(2), CONFIG, 2)
+    assert batch["image"].shape == (2, 4, 6, 3) and "extent" not in batch
+
+
 def test_evaluation_resizes_images_but_not_labels():
     batches = list(make_eval_batches(_split(3), DataConfig(input_size=(8, 12)), 2))
     assert [b["image"].shape for b in batches] == [(2, 8, 12, 3)] * 2

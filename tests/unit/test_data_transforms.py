@@ -88,6 +88,18 @@ def test_input_size_is_the_output_size_with_and_without_scaling():
     assert {transforms.augment(_example(), _rng(s), scaled)["label"].shape for s in range(20)} == {(6, 8)}
 
 
+def test_the_size_of_augmented_examples_is_known_where_they_share_one():
+    for change, expected in [
+        ({}, (10, 20)), ({"crop_size": (3, 5)}, (3, 5)), ({"input_size": (6, 8)}, (6, 8)), ({"scale": (0.5, 2)}, None),
+        ({"scale": (0.5, 0.5)}, (5, 10)), ({"base_size": 5, "scale": (2, 2)}, (10, 20)), ({"base_size": 30}, (30, 60)),
+    ]:  # fmt: skip
+        config = dataclasses.replace(PLAIN, **change)
+        assert transforms.augmented_size(config, (10, 20)) == expected
+        if expected is not None:
+            assert transforms.augment(_example(size=(10, 20)), _rng(), config)["label"].shape == expected
+    assert transforms.augmented_size(PLAIN, None) is None
+
+
 def test_scale_stays_within_its_bounds_and_preserves_the_aspect_ratio():
     heights = set()
     for seed in range(200):
