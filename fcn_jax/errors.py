@@ -41,6 +41,14 @@ def first_line(error: BaseException) -> str:
     return text if len(text) <= 200 else text[:197] + "..."
 
 
+def out_of_memory(error: BaseException) -> str | None:
+    """Return a line for the user if a host or a device ran out of memory, else None."""
+    if not isinstance(error, MemoryError) and "RESOURCE_EXHAUSTED" not in str(error):
+        return None
+    way_out = "use smaller images or batches, or train with --train.accumulate or --train.remat"
+    return f"out of memory ({first_line(error)}); {way_out}"
+
+
 def unknown(kind: str, name: object, known: Iterable[str]) -> InputError:
     """Return the error for a name that is not in ``known``; its message lists them."""
     return InputError(f"unknown {kind} {name!r}; choose one of: {', '.join(known)}")

@@ -14,14 +14,14 @@ import numpy as np
 from jax.sharding import Mesh
 
 from fcn_jax import weights
-from fcn_jax.errors import InputError, unknown
+from fcn_jax.errors import InputError
 from fcn_jax.evaluation.evaluate import PLAIN, Output, Predictor, Views, make_predictor
 from fcn_jax.evaluation.predict import ImagePredictor, make_image_predictor
 from fcn_jax.models import create_model, init_variables
 from fcn_jax.models.catalog import describe_model
 from fcn_jax.models.fcn import FCN
 from fcn_jax.paths import to_path
-from fcn_jax.preprocessing import PREPROCESSINGS, Preprocessing, preprocessing_of
+from fcn_jax.preprocessing import Preprocessing, preprocessing_of
 
 
 @dataclass(frozen=True)
@@ -66,8 +66,6 @@ def from_pretrained(
     """
     name, entry = str(source), weights.PRETRAINED.get(str(source))
     folder = None if weights.is_published(name) else to_path(source, "source")
-    if preprocessing is not None and preprocessing not in PREPROCESSINGS:
-        raise unknown("preprocessing", preprocessing, PREPROCESSINGS)
     if folder and folder.is_dir():
         if not is_hub_folder(folder):
             if model or preprocessing:
@@ -78,9 +76,7 @@ def from_pretrained(
     if entry is not None and entry.is_encoder:
         raise InputError(f"{name} is an encoder, not a whole network; start a run from it: train.py --init {name}")
     tensors = weights.open_source(source)
-    info = weights.inspect(tensors)
-    if preprocessing not in (None, stated := tensors.metadata.get("preprocessing", preprocessing)):
-        raise InputError(f"{name} states its preprocessing, {stated}; leave out {preprocessing}")
+    info = weights.inspect(tensors, preprocessing)
     if info.layout is None:
         raise weights.unknown_layout(tensors)
     if info.fit is None and (info.layout != "fcn_jax" or model is None):
@@ -101,7 +97,7 @@ def from_pretrained(
     classes, notes = _classes(name, info, num_classes, named=entry is not None)
     if info.fit is None:  # a .pth file in our names
         notes = (*notes, f"{name} does not state skip scales, pooling and crops: the defaults of {network} are assumed")
-    chosen = preprocessing or info.preprocessing
+    chosen = info.preprocessing
     if chosen is None:
         notes = (*notes, f"{name} does not state its preprocessing: imagenet is assumed")
     about = NetworkInfo(

@@ -14,14 +14,13 @@ import sys
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any, Literal
 
 import jax
 import tyro
 from rich.console import Console
 
-from fcn_jax.cli.process import make_folder
+from fcn_jax.cli.process import OutputPath, make_folder
 from fcn_jax.compare import bench, import_torch_adapter
 from fcn_jax.compare.bench import Settings, make_settings, pipeline_rates, run_row
 from fcn_jax.compare.bench_rows import matmul_row, network_rows, operator_rows
@@ -56,7 +55,7 @@ class BenchArguments:
     """Measure the images per second of this recipe's input pipeline instead."""
     data_dir: str | None = None
     """Folder of the recipe's data set, with --pipeline."""
-    out: Path | None = None
+    out: OutputPath | None = None
     """FILE.json, or a folder for bench.json."""
 
 

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Annotated
 
 import tyro
 from rich.console import Console
 from rich.table import Table
 
-from fcn_jax.cli.process import check_file
+from fcn_jax.cli.process import OutputPath, check_file
 from fcn_jax.compare import compile as compiling
 from fcn_jax.compare.report import save_json
 from fcn_jax.config import Config, ModelConfig
@@ -42,9 +41,9 @@ class CompileArguments:
     """Compile prediction on one device instead of the training step."""
     max_batch: bool = False
     """Find the largest batch that fits into memory; each attempt is a compilation."""
-    out: Path | None = None
+    out: OutputPath | None = None
     """FILE.json for the numbers."""
-    text: Path | None = None
+    text: OutputPath | None = None
     """File for the compiled program."""
     config: Annotated[Config, tyro.conf.arg(name="")] = field(default_factory=Config)
     """Any field of the recipe, as in train.py."""

@@ -7,7 +7,6 @@ import json
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
@@ -16,7 +15,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from fcn_jax.cli.process import make_folder
+from fcn_jax.cli.process import OutputPath, make_folder
 from fcn_jax.config import Config, DataConfig
 from fcn_jax.data.datasets import Split, decode, load
 from fcn_jax.evaluation.evaluate import Sample, spread
@@ -37,7 +36,7 @@ class DataArguments:
 
     split: tyro.conf.Positional[str]
     """DATASET/SPLIT, as in folder/train."""
-    out: Path | None = None
+    out: OutputPath | None = None
     """Folder for data.json and sheet.png, a contact sheet with masks; by default both are left out."""
     data: Annotated[DataConfig, tyro.conf.arg(name="data")] = field(default_factory=DataConfig)
 

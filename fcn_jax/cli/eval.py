@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Annotated, Any
 
 import jax
@@ -14,7 +13,7 @@ import tyro
 from rich.console import Console
 
 from fcn_jax.cli.network import NetworkArguments, open_network
-from fcn_jax.cli.process import make_folder
+from fcn_jax.cli.process import OutputPath, make_folder
 from fcn_jax.config import Config, DataConfig
 from fcn_jax.data.datasets import load
 from fcn_jax.data.pipeline import make_eval_batches
@@ -25,6 +24,7 @@ from fcn_jax.evaluation.evaluate import PLAIN, Views, evaluate, make_predictor, 
 from fcn_jax.evaluation.figures import save_class_scores, save_confusion, save_panel, save_predictions
 from fcn_jax.evaluation.report import evaluation_name, score_table
 from fcn_jax.metrics import mean_of_defined, plain
+from fcn_jax.models.fcn import check_size
 from fcn_jax.paths import write_whole
 from fcn_jax.preprocessing import preprocessing_of
 from fcn_jax.pretrained import NetworkInfo
@@ -39,7 +39,7 @@ class EvalArguments:
     network: Annotated[NetworkArguments, tyro.conf.arg(name="")] = field(default_factory=NetworkArguments)
     split: str | None = None
     """DATASET/SPLIT; by default the run's validation split."""
-    out: Path | None = None
+    out: OutputPath | None = None
     """Folder for the scores and figures; by default the run's. With --weights and no --out only a table is printed."""
     dir: str | None = None
     """Folder of the data set; by default as in training."""
@@ -83,6 +83,8 @@ def main(arguments: Sequence[str]) -> int:
     if views != PLAIN or data.input_size is not None:  # images that are not padded
         check_height((data.input_size or split.image_size or (None,))[0], mesh, "leave space out")
         unit = 1
+    elif unit > 1 and split.image_size is not None:
+        check_size(model, split.image_size)  # before padding hides it
     batches = make_eval_batches(split, data, given.batch_size or config.train.eval_batch_size, divisor=unit)
     predict = make_predictor(model, preprocessing_of(data), mesh, views)
     result = evaluate(predict, variables, batches, split.num_classes, spread(len(split)), given.boundary)

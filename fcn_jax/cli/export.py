@@ -14,7 +14,7 @@ import tyro
 
 from fcn_jax import export, weights
 from fcn_jax.cli.network import NetworkArguments, open_network
-from fcn_jax.cli.process import check_not_source, make_folder
+from fcn_jax.cli.process import OutputPath, check_not_source, make_folder
 from fcn_jax.errors import InputError
 from fcn_jax.models.catalog import describe_model
 from fcn_jax.models.fcn import FCN
@@ -29,7 +29,7 @@ FILES = ("safetensors", "pth", "onnx", "stablehlo")
 class ExportArguments:
     """Write a trained network's weights, or a program that runs without fcn_jax."""
 
-    out: Path
+    out: OutputPath
     """The file, or the folder of --format hub."""
     network: Annotated[NetworkArguments, tyro.conf.arg(name="")] = field(default_factory=NetworkArguments)
     format: Format | None = None

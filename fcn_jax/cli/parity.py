@@ -15,7 +15,7 @@ import rich
 import tyro
 
 from fcn_jax import weights
-from fcn_jax.cli.process import check_file, check_not_source, make_folder
+from fcn_jax.cli.process import OutputPath, check_file, check_not_source, make_folder
 from fcn_jax.compare.experiments import (
     Case,
     against_jax,
@@ -45,7 +45,7 @@ class ParityArguments:
     against: str = "torch"
     """torch: the PyTorch twin. jax: pmap, mesh and one device, float32 and float64, precisions, upsampling, remat.
     FILE: what --save wrote, on another machine or with another JAX version, dtype or precision."""
-    save: Path | None = None
+    save: OutputPath | None = None
     """Only write the JAX results to FILE.safetensors, for a later --against; they include each step's parameters."""
     dtype: Literal["float64", "float32", "bfloat16"] = "float32"
     precision: Literal["default", "high", "highest"] = "highest"
@@ -74,7 +74,7 @@ class ParityArguments:
     except those of the SGD steps."""
     max_error_of: tuple[Part, ...] = PARTS
     """The parts that --max-error applies to."""
-    out: Path | None = None
+    out: OutputPath | None = None
     """Folder for parity.json and parity.png."""
     seed: int = 0
 

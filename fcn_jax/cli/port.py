@@ -6,7 +6,6 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Literal
 
 import jax
@@ -16,7 +15,7 @@ from rich.table import Table
 
 from fcn_jax import weights
 from fcn_jax.cli.export import print_written
-from fcn_jax.cli.process import check_not_source, make_folder
+from fcn_jax.cli.process import OutputPath, check_not_source, make_folder
 from fcn_jax.errors import InputError, unknown
 from fcn_jax.models import create_model, init_variables
 
@@ -28,7 +27,7 @@ class PortArguments:
     source: tyro.conf.Positional[str]
     """A .safetensors, .pth, .pt or .caffemodel file in any known layout, hf://OWNER/REPO, or a published name such
     as vgg16-imagenet."""
-    out: Path
+    out: OutputPath
     """A .safetensors or .pth file, or a folder for weights.safetensors and report.json."""
     model: str | None = None
     """Name of the network; by default the source's, if it determines one. Options such as the encoder are taken from
@@ -61,7 +60,7 @@ def main(arguments: Sequence[str]) -> int:
     if given.layout not in weights.LAYOUTS:
         raise unknown("layout", given.layout, weights.LAYOUTS)
     source = weights.open_source(given.source)
-    info = weights.inspect(source)
+    info = weights.inspect(source, given.preprocessing)
     name = given.model or weights.only_model(given.source, info)
     options, num_classes = weights.source_options(info, name)
     if given.encoder is not None:
@@ -84,7 +83,7 @@ def main(arguments: Sequence[str]) -> int:
         variables = jax.tree.map(
             lambda filled, value: value if isinstance(filled, jax.ShapeDtypeStruct) else filled, variables, initial
         )
-    report = replace(report, preprocessing=given.preprocessing or info.preprocessing)
+    report = replace(report, preprocessing=info.preprocessing)
     make_folder(file.parent)
     classes = info.classes if model.num_classes == (info.fit and info.fit.num_classes) else None
     weights.save(file, model, variables, report.preprocessing, given.layout, classes)

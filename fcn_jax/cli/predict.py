@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.progress import track
 
 from fcn_jax.cli.network import NetworkArguments, open_network
-from fcn_jax.cli.process import make_folder
+from fcn_jax.cli.process import OutputPath, make_folder
 from fcn_jax.data.io import IMAGE_SUFFIXES, decode_channels, decode_image
 from fcn_jax.devices import groups, pick_mesh
 from fcn_jax.errors import InputError, UnreadableError
@@ -42,7 +42,7 @@ class PredictArguments:
 
     images: tyro.conf.Positional[tuple[str, ...]]
     """Image files of any size, folders of them, or patterns in quotes, as in 'frames/*.jpg'."""
-    out: Path
+    out: OutputPath
     """Folder to write to. What an earlier command wrote there is overwritten; classes.csv has the last one's images."""
     probabilities: bool = False
     """Also write NAME.npz: the softmax as `probabilities`, float16 (height, width, classes)."""

@@ -13,11 +13,12 @@ import traceback
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import jax
+import tyro
 
-from fcn_jax.errors import InputError, Stopped, check_local, first_line
+from fcn_jax.errors import InputError, Stopped, check_local, out_of_memory
 
 _DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EFBIG}
 _MOST_COMPILED = 2 * 2**30
@@ -49,6 +50,19 @@ class Output:
                 os.dup2(nowhere.fileno(), self._file.fileno())
 
 
+OutputPath = Annotated[
+    Path,
+    tyro.constructors.PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="PATH",
+        instance_from_str=lambda given: Path(os.path.expanduser(given[0])),  # shells keep ~ in --out=~/folder
+        is_instance=lambda value: isinstance(value, Path),
+        str_from_instance=lambda path: [str(path)],
+    ),
+]
+"""Type of the options that name what a command writes."""
+
+
 def make_folder(folder: Path, flag: str = "--out") -> None:
     """Create a folder for a command's results. Raises InputError, naming the option, if that fails."""
     check_local(folder, flag)
@@ -67,7 +81,7 @@ def check_file(path: Path, flag: str) -> None:
 
 def check_not_source(file: Path, source: str | Path | None, flag: str = "--out") -> None:
     """Raise InputError where writing a file would overwrite the one that the command reads."""
-    if source is not None and file.exists() and file.resolve() == Path(source).resolve():
+    if source is not None and file.exists() and file.resolve() == Path(os.path.expanduser(source)).resolve():
         raise InputError(f"{file} is the source and would be overwritten; choose another {flag}")
 
 
@@ -79,7 +93,7 @@ def guarded(command: Callable[[Sequence[str]], int], arguments: Sequence[str]) -
     _quieten_orbax()
     keep_compiled()
     try:
-        return command([_expand_home(argument) for argument in arguments])
+        return command(arguments)
     except (Exception, KeyboardInterrupt) as error:
         found = _message(error)
         if found is None:
@@ -88,12 +102,6 @@ def guarded(command: Callable[[Sequence[str]], int], arguments: Sequence[str]) -
             traceback.print_exc()
         print(found[0], file=sys.stderr)
         return found[1]
-
-
-def _expand_home(argument: str) -> str:
-    """Expand ~ in `--flag=~/path`, as shells do only after a space."""
-    flag, equals, value = argument.partition("=")
-    return flag + equals + os.path.expanduser(value) if flag.startswith("--") and equals else argument
 
 
 def _message(error: BaseException) -> tuple[str, int] | None:
@@ -110,9 +118,8 @@ def _message(error: BaseException) -> tuple[str, int] | None:
     # A file that cannot be written, or an invalid path, wherever it is first used.
     if isinstance(error, OSError) and (error.filename is not None or error.errno in _DISK):
         return f"error: {error.filename or 'a file'}: {error.strerror}; check the path and the disk", 2
-    if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
-        way_out = "use smaller images or batches, or train with --train.accumulate or --train.remat"
-        return f"error: out of memory ({first_line(error)}); {way_out}", 2
+    if line := out_of_memory(error):
+        return f"error: {line}", 2
     if isinstance(error, RuntimeError | AssertionError) and not _has_backend():
         platforms = os.environ.get("JAX_PLATFORMS", "")
         return f"error: JAX finds no device with JAX_PLATFORMS={platforms!r}; name a platform of this machine", 2

@@ -36,7 +36,7 @@ from fcn_jax.data.io import (
 )
 from fcn_jax.errors import InputError
 from fcn_jax.losses import IGNORE
-from fcn_jax.paths import to_path
+from fcn_jax.paths import absolute, to_path
 
 SPLITS = ("train", "val", "test", "all")
 _MASKS = (".png", ".bmp", ".gif", ".tif", ".tiff")
@@ -172,7 +172,7 @@ def listing(split: str, config: DataConfig) -> Listing:
     drawn = (config.val_fraction, config.split_seed) if draws else ()
     masks = values or (classes if any(classes.colors) else "")
     version = f"{masks} {drawn}" if masks or draws else ""
-    version += f" {config.classes}" if config.classes else ""  # copies for two lists of classes stay side by side
+    if config.classes:  # copies for two lists of classes stay side by side
+        version += f" {absolute(to_path(config.classes, '--data.classes'))}"
     read = partial(_read, classes=classes, values=values)
-    ids = values is None and classes.ignored is None
-    return Listing("folder", split, classes.names, classes.palette, entries, read, has_ids=ids, version=version)
+    return Listing("folder", split, classes.names, classes.palette, entries, read, version=version)

@@ -49,8 +49,6 @@ class Listing:
     """Whether an unreadable file raises an error, or its entry is skipped."""
     channels: int | None = None
     """Number of channels of images that are not 8-bit RGB."""
-    has_ids: bool = True
-    """Whether masks hold class ids rather than colours or other values; ids 0 and 255 alone are taken for a mistake."""
     version: str = ""
     """Version and options of a generator or converter that affect what ``read`` returns."""
 

@@ -133,8 +133,8 @@ class Pairs(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type: i
         return tuple(mean.tolist()), tuple(np.where(std > 0, std, 1).tolist()), 8 * self._dtype.itemsize
 
     def summary(self) -> Summary:
-        """Return the summary after preparation; raise InputError if masks of ids have only 255, or only 0 and 255."""
-        if self._listing.has_ids and IGNORE in self._ids <= {0, IGNORE}:
+        """Return the summary after preparation; raise InputError if the masks contain only 255, or only 0 and 255."""
+        if IGNORE in self._ids <= {0, IGNORE}:
             found = " and ".join(map(str, sorted(self._ids)))
             raise InputError(
                 f"{self._listing.spec}: the masks contain only {found}, and {IGNORE} means ignore; "

@@ -15,7 +15,7 @@ import tensorflow_datasets as tfds
 from fcn_jax.config import DataConfig
 from fcn_jax.data.folder import read_classes
 from fcn_jax.data.io import Entry, Listing, decode_label, folder_of
-from fcn_jax.errors import InputError, first_line
+from fcn_jax.errors import InputError, UnreadableError, first_line
 from fcn_jax.paths import to_path
 
 SPLITS = ()
@@ -24,7 +24,10 @@ _MASKS = ("segmentation_mask", "mask", "label")
 
 
 def _read(entry: Entry, source: Any, mask: str) -> tuple[bytes, np.ndarray]:
-    record = source[int(entry.name)]
+    try:
+        record = source[int(entry.name)]
+    except RuntimeError as error:  # ArrayRecord's
+        raise UnreadableError(f"example {entry.name} of --data.dir cannot be read ({first_line(error)})") from error
     return record["image"], decode_label(record[mask], f"example {entry.name}, {mask}")
 
 

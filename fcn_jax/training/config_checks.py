@@ -129,7 +129,6 @@ def check_config(config: Config) -> None:
     for name in _ABOVE_ZERO:
         check(name, lambda x: x > 0, "> 0")
     check("loss.hard_fraction", lambda x: x <= 1, "<= 1")
-    check("train.seed", lambda x: x < 2**32, "< 2**32")  # jax.random.key ignores higher bits
     check("data.mask_values", lambda x: 0 <= x <= 255, "in 0 ... 255")
     if len(set(config.data.mask_values or ())) < len(config.data.mask_values or ()):
         raise InputError(

@@ -26,7 +26,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from fcn_jax.errors import InputError, Stopped, first_line
+from fcn_jax.errors import InputError, Stopped, first_line, out_of_memory
 
 _HEARTBEAT = 30
 """Seconds without a heartbeat after which JAX's coordination service ends all processes."""
@@ -178,6 +178,8 @@ def _last_words(error: BaseException) -> tuple[str, int]:
         return f"error: {error}", 2
     if isinstance(error, KeyboardInterrupt):
         return "stopped; the same commands resume from the last checkpoint", 130
+    if line := out_of_memory(error):
+        return f"error: {line}", 2
     # JAX raises ValueError if the program ends before its call returns.
     if isinstance(error, jax.errors.JaxRuntimeError | ValueError) and _OF_ANOTHER.search(str(error)):
         again = "start all of them again to resume from the last checkpoint"

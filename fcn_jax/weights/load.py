@@ -62,19 +62,27 @@ class Report:
     """See ``Tensors``."""
 
 
-def inspect(source: Source) -> Info:
+def inspect(source: Source, preprocessing: str | None = None) -> Info:
     """Describe what a source holds, without building a network.
 
+    Args:
+        source: see ``open_source``.
+        preprocessing: that of the weights if the source does not state it, in place of what is usual for its layout.
+
     Raises:
-        InputError: the source cannot be opened, or its metadata is damaged.
+        InputError: the source cannot be opened, its metadata is damaged, or it states another preprocessing.
     """
     tensors = open_source(source)
+    if preprocessing is not None and preprocessing not in PREPROCESSINGS:
+        raise unknown("preprocessing", preprocessing, PREPROCESSINGS)
     name, stated = recognise(tensors.shapes), tensors.metadata.get("preprocessing")
     if stated is not None and stated not in PREPROCESSINGS:
         wrong = f"preprocessing {stated!r}, expected {' or '.join(PREPROCESSINGS)}"
         raise InputError(f"{tensors.origin}: its metadata says {wrong}; write the file again")
+    if preprocessing not in (None, stated or preprocessing):
+        raise InputError(f"{tensors.origin} states its preprocessing, {stated}; leave out {preprocessing}")
     if name is None:
-        return Info(None, None, stated, tensors.infos, unwrapped=tensors.unwrapped)
+        return Info(None, None, stated or preprocessing, tensors.infos, unwrapped=tensors.unwrapped)
     layout, shapes = LAYOUTS[name], tensors.shapes
     fit = layout.fit(shapes) if layout.fit else _saved_fit(tensors)
     if (
@@ -84,7 +92,8 @@ def inspect(source: Source) -> Info:
     classes = _saved_classes(tensors, fit.num_classes if fit else None)
     variant = layout.encoder(shapes) if layout.encoder else fit.encoder if fit else None
     # The file's own statement takes precedence over what is usual for its layout.
-    return Info(name, variant, stated or layout.preprocessing, tensors.infos, fit, tensors.unwrapped, classes)
+    chosen = stated or preprocessing or layout.preprocessing
+    return Info(name, variant, chosen, tensors.infos, fit, tensors.unwrapped, classes)
 
 
 def _saved_classes(tensors: Tensors, count: int | None) -> dict[str, Any] | None:
