@@ -27,7 +27,8 @@ def _read(entry: Entry, source: Any, mask: str) -> tuple[bytes, np.ndarray]:
     try:
         record = source[int(entry.name)]
     except RuntimeError as error:  # ArrayRecord's
-        raise UnreadableError(f"example {entry.name} of --data.dir cannot be read ({first_line(error)})") from error
+        way_out = "prepare the data set in --data.dir again"
+        raise UnreadableError(f"example {entry.name} cannot be read ({first_line(error)}); {way_out}") from error
     return record["image"], decode_label(record[mask], f"example {entry.name}, {mask}")
 
 

@@ -240,6 +240,10 @@ def test_a_data_set_prepared_by_tfds_is_read_from_its_folder(root, config, tmp_p
         np.testing.assert_array_equal(one["label"], other["label"])
     with pytest.raises(InputError, match="--data.classes"):
         datasets.load("tfds/train", dataclasses.replace(given, classes=None))
+    (shard,) = copy.glob("*.array_record*")
+    shard.write_bytes(shard.read_bytes().replace(b"IDAT", b"IDOT"))
+    with pytest.raises(InputError, match="example .* cannot be read .*; prepare the data set in --data.dir again"):
+        datasets.load("tfds/train", dataclasses.replace(given, cache_dir=str(tmp_path / "empty")))
 
 
 def test_unknown_data_sets_and_splits_list_the_known_ones(config):
