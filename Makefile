@@ -27,11 +27,15 @@ test-slow: $(VENV)/ready-slow $(VENV)-onnx/ready $(VENV)/compilers/libtpu $(VENV
 
 # The table of docs/numerics.md: every network at full width against PyTorch in float64; slow, and wants 20 GB.
 PARITY := $(foreach s,32 16 8,fcn$(s)s fcn$(s)s_pad100 fcn$(s)s_ladder fcn$(s)s_resize) fcn8s_pad100_atonce fcns_ladder
+PARITY += fcn_resnet50 fcn_resnet101
 
 parity: $(PARITY:%=parity-%)
 
+# With random weights, training of the ResNets amplifies rounding unless the steps are small: docs/numerics.md.
+parity-fcn_resnet%: RATE := --lr 1e-5
+
 parity-%: $(VENV)/ready-dev
-	$(BIN)/fcn-jax parity $* --dtype float64 --steps 10 --max-error 1e-9 --out runs/parity/$*
+	$(BIN)/fcn-jax parity $* --dtype float64 --steps 10 $(RATE) --max-error 1e-9 --out runs/parity/$*
 
 # Hours of kills, faults and damaged input, docs/reliability.md; `make soak SOAK_KILLS=30` takes half an hour.
 SOAK_KILLS ?= 300
