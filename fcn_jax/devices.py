@@ -207,7 +207,10 @@ def _mesh(make_step: MakeStep, mesh: Mesh) -> tuple[Any, Any]:
     whole = PartitionSpec()
     # check_vma=False: the step's own sums make its results replicated, and JAX need not verify it.
     manual = dict(in_specs=(whole, whole, PartitionSpec(BATCH), whole), out_specs=whole, axis_names=set(BATCH))
-    train_step = make_step(axis_name=BATCH, shard=partial(jax.shard_map, mesh=mesh, check_vma=False, **manual))
+    if groups(mesh) == 1:  # XLA refuses a sum over axes of size one
+        train_step = make_step(axis_name=None)
+    else:
+        train_step = make_step(axis_name=BATCH, shard=partial(jax.shard_map, mesh=mesh, check_vma=False, **manual))
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, StepSums]:
         state, sums = train_step(state, batch)

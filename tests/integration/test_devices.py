@@ -124,6 +124,11 @@ def test_a_mesh_that_splits_parameters_and_images_takes_the_same_step(name, axes
     assert_equals_one_device(name, "mesh", 8, axes=axes, height=32 * max(2, axes[1]))
 
 
+@pytest.mark.parametrize("axes", [(1, 2), pytest.param((1, 4), marks=pytest.mark.slow)])
+def test_a_mesh_may_split_images_alone(axes):
+    assert_equals_one_device("fcn8s", "mesh", axes[1], axes=axes, height=32 * axes[1])
+
+
 def test_fsdp_stores_an_eighth_of_parameters_and_momentum_per_device():
     model = fcn_jax.create_model("fcn8s", 21)
     variables = jax.eval_shape(lambda key: fcn_jax.init_variables(model, key), jax.random.key(0))
