@@ -88,8 +88,6 @@ def main(arguments: Sequence[str]) -> int:
     classes = given.num_classes
     if classes is None:
         classes = _classes(config) if name in RECIPES else 21
-    if classes < 1:
-        raise InputError(f"expected --num-classes >= 1, got {classes}")
     work = compiling.Work(config, classes, size, batch_size, given.inference)
     for flag, file in (("--out", given.out), ("--text", given.text)):
         if file is not None:

@@ -106,7 +106,7 @@ MISTAKES = [
     ("fcn8s --target v5e:4", ["v5e:4", "v5e:2x2"]), ("fcn8s --target cpu:2 --batch-size 3", ["--batch-size", "2", "3"]),
     ("fcn8s --target cpu:2 --max-batch", ["cpu:2", "--max-batch"]), ("fcn8s --target v5e:0x0", ["v5e:0x0", "v5e:2x2"]),
     ("fcn8s --target cpu:2 --image-size 0 5", ["--image-size", "0 5"]),
-    ("fcn8s --target cpu:2 --num-classes 0", ["--num-classes", "got 0"]),
+    ("fcn8s --target cpu:2 --num-classes 0", ["num_classes", "0"]),
     ("fcn8s --target cpu:2 --devices 1", ["--devices 1", "2 devices"]),
     ("own --target cpu:2 --num-classes 2 --data.channels 5", ["--data.channels 5"]),
     ("fcn8s --target cpu:2 --out /", ["/", "folder"]),
